@@ -1,0 +1,358 @@
+// Pair sums in linear time ("chebyshev"): documents act on each other through the cells they lie in (pile/field_table.h).
+//
+// Positions [0, n), by falling label, are cut into blocks. A document meets the documents of every other block through fields:
+//
+//   deposit    each document adds w · (1, x, …, x^{P−1}) to the moments of its block and cell, w = 1 and its gain;
+//   solve      per block, the moments of the blocks below and above are combined and multiplied, cell by cell, with the
+//              tabulated P x P matrices: the field, a polynomial per cell;
+//   evaluate   each document reads its block's field at its own x by Horner's rule.
+//
+// A block is one label group, or a run of groups too small to be worth a field each; pairs inside such a run are summed directly. So
+// the cost is O(n (P + block) + blocks · (cells · P)²) for any number of distinct labels, graded or all different. The weights
+// ω_ij = gain_i − gain_j need no G x G matrix either: they split into a field of counts and one of gains.
+//
+// Per document and pass: deposit about 12 instructions (its P powers are one vector), evaluate 2 P per vector of documents while
+// the cells' coefficients fit two registers (a register shuffle looks them up), else P loads each. Sums are taken chunk by chunk,
+// the chunks cut by n alone, and added in order: the bits do not depend on the number of threads.
+#pragma once
+
+#include "pair_sums.h"
+#include "pile/field_table.h"
+
+namespace pile {
+namespace PILE_ISA {
+
+// The cells a query's logits fall into.
+template <class T>
+struct Grid {
+  T origin = 0;
+  int cells = 0;  // 0: no usable grid (a logit is not finite, or too many cells)
+
+  static Grid over(T low, T high, int n) {
+    Grid grid;
+    const double count = double(high - low) / kCell + 1;
+    // More cells than this cost more than they save, in time and in memory.
+    if (!(count <= larger(64, n / 8))) return grid;
+    grid.cells = int(count);
+    // Centred: the outer cells share what the last one has to spare.
+    grid.origin = T((double(low) + double(high) - grid.cells * kCell) / 2);
+    return grid;
+  }
+  // Cell of u, and u relative to the cell's centre. Clamped: rounding may put a logit a hair outside.
+  PILE_INLINE Ints<T> locate(Vec<T> u, Vec<T>& x) const {
+    const Vec<T> from = u - origin;
+    Vec<T> cell = from * T(1 / kCell);
+    cell = vmin(vmax(cell, Vec<T>{}), splat<T>(T(cells) - T(0.5)));
+    const Ints<T> index = to_ints<T>(cell);
+    x = from - (to_vec<T>(index) + T(0.5)) * T(kCell);
+    return index;
+  }
+};
+
+template <class T, int P>
+class FieldSums {
+ public:
+  typedef T Row __attribute__((vector_size(P * sizeof(T))));  // one cell's moments or coefficients
+  using Table = FieldTable<T, P>;
+
+  // A run of positions. `inner`: it holds several labels, whose pairs are summed directly.
+  struct Block {
+    int begin, end;
+    bool inner;
+  };
+
+  int blocks = 0;
+  Block* block = nullptr;
+  Grid<T> grid;
+  bool weighted = false;
+
+  // Smallest block worth a field: its own direct sums then cost about as much.
+  static int least_block(int cells) { return larger(96, 2 * cells * P); }
+
+  // `below` == nullptr: one block, every document meets every other one (and itself).
+  void plan(Grid<T> cells, int n, const int* below, const T* gain, Arena& arena) {
+    grid = cells;
+    gain_ = gain;
+    weighted = gain != nullptr;
+    const int least = least_block(grid.cells);
+    block = arena.take<Block>(n / least * 2 + 3);
+    if (!below) {
+      block[blocks++] = {0, n, false};
+    } else {
+      Block open = {0, 0, false};
+      auto close = [&] {
+        if (open.end > open.begin) block[blocks++] = open;
+        open = {open.end, open.end, false};
+      };
+      for (int k = 0; k < n; k = below[k]) {
+        if (below[k] - k >= least) close();
+        open.inner = open.end > open.begin;
+        open.end = below[k];
+        if (open.end - open.begin >= least) close();
+      }
+      close();
+    }
+    // Chunks: at most about 64 per query beyond one per block, and long enough to be worth their moments.
+    const int longest = larger(larger(1024, 8 * grid.cells), (n + 63) / 64);
+    int count = 0;
+    for (int b = 0; b < blocks; ++b) count += (block[b].end - block[b].begin + longest - 1) / longest;
+    chunk_ = arena.take<Chunk>(count);
+    for (int b = 0; b < blocks; ++b) {
+      const int size = block[b].end - block[b].begin, pieces = (size + longest - 1) / longest;
+      for (int c = 0; c < pieces; ++c) {
+        chunk_[chunks++] = {b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces)};
+      }
+    }
+    row_ = grid.cells * (weighted ? 2 : 1);
+    moments_ = arena.take<Row>(int64_t(chunks) * row_);
+    block_moments_ = arena.take<Row>(int64_t(blocks) * row_);
+    // Coefficients by power, the cells of one power side by side, padded for two-register look-ups.
+    stride_ = round_up(grid.cells, 2 * kLanes<T>);
+    field_ = arena.take<T>(int64_t(blocks) * (weighted ? 2 : 1) * P * stride_);
+    // At most the whole query twice: what lies below, what lies above.
+    low_ = arena.take<Row>(int64_t(blocks) * row_);
+    high_ = arena.take<Row>(int64_t(blocks) * row_);
+  }
+
+  int chunks = 0;
+  int chunk_begin(int c) const { return chunk_[c].begin; }
+  int chunk_end(int c) const { return chunk_[c].end; }
+  int chunk_block(int c) const { return chunk_[c].block; }
+
+  // Add the documents of chunk c at logits u[] to its moments.
+  void deposit(int c, const T* u) {
+    Row* moments = moments_ + int64_t(c) * row_;
+    for (int k = 0; k < row_; ++k) moments[k] = Row{};
+    constexpr int W = kLanes<T>;
+    const int end = chunk_[c].end;
+    for (int k = chunk_[c].begin; k < end; k += W) {
+      Vec<T> x;
+      const Ints<T> cell = grid.locate(load(u + k), x);
+      T xs[W];
+      typename Simd<T>::integer cells[W];
+      store(xs, x);
+      std::memcpy(cells, &cell, sizeof cell);
+      const int lanes = smaller(W, end - k);
+      for (int l = 0; l < lanes; ++l) {
+        const Row p = powers(xs[l]);
+        moments[cells[l]] += p;
+        if (weighted) moments[grid.cells + cells[l]] += p * gain_[k + l];
+      }
+    }
+  }
+
+  // Sum the moments over each block, and over the blocks below and above it. One member.
+  void collect() {
+    for (int64_t k = 0; k < int64_t(blocks) * row_; ++k) block_moments_[k] = Row{};
+    for (int c = 0; c < chunks; ++c) {
+      Row* to = block_moments_ + int64_t(chunk_[c].block) * row_;
+      const Row* from = moments_ + int64_t(c) * row_;
+      for (int k = 0; k < row_; ++k) to[k] += from[k];
+    }
+    for (int k = 0; k < row_; ++k) low_[int64_t(blocks - 1) * row_ + k] = high_[k] = Row{};
+    for (int b = 1; b < blocks; ++b) {
+      const int64_t up = int64_t(b) * row_, down = int64_t(blocks - 1 - b) * row_;
+      for (int k = 0; k < row_; ++k) {
+        high_[up + k] = high_[up - row_ + k] + block_moments_[up - row_ + k];
+        low_[down + k] = low_[down + row_ + k] + block_moments_[down + row_ + k];
+      }
+    }
+  }
+
+  // Field of block b for the label pairs, Σ_below ω σ(offset − (u − u_j)) − Σ_above ω σ(offset − (u_j − u)), by σ = 1/2 + κ and
+  // κ odd. Counts: Σ_below κ(offset + u_j − u) + Σ_above κ(u_j − u − offset); where gains give ω its sign, minus.
+  void solve(int b, const Table& plus, const Table& minus) {
+    const T sign = weighted ? T(-1) : T(1);
+    for (int w = 0; w < (weighted ? 2 : 1); ++w) {
+      const Row* low = low_ + int64_t(b) * row_ + w * grid.cells;
+      const Row* high = high_ + int64_t(b) * row_ + w * grid.cells;
+      const double half = (count(low, grid.cells) - double(sign) * count(high, grid.cells)) / 2;
+      if (plus.offset == 0) {  // one table serves both
+        Row* both = high_ + int64_t(b) * row_ + w * grid.cells;
+        for (int c = 0; c < grid.cells; ++c) both[c] = low[c] + sign * high[c];
+        apply(plus, both, [&](int c, Row f) {
+          f[0] += T(half);
+          put(b, w, c, f);
+        });
+      } else {
+        apply(minus, high, [&](int c, Row f) { put(b, w, c, sign * f); });
+        apply(plus, low, [&](int c, Row f) {
+          f[0] += T(half);
+          put(b, w, c, f + get(b, w, c));
+        });
+      }
+    }
+  }
+  // Field of the only block on itself: Σ_j κ(u_j − u).
+  void solve_self(const Table& table) {
+    apply(table, block_moments_, [&](int c, Row f) { put(0, 0, c, f); });
+  }
+
+  // Value of block b's field at u for the documents from k on: Σ ω κ.
+  PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k) const {
+    Vec<T> x;
+    const Ints<T> cell = grid.locate(u, x);
+    const T* f = field_ + int64_t(b) * (weighted ? 2 : 1) * P * stride_;
+    const Vec<T> counts = horner(f, cell, x);
+    if (!weighted) return counts;
+    return load(gain_ + k) * counts - horner(f + P * stride_, cell, x);
+  }
+
+  // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone. Before solve().
+  double softplus_of_labels(const Table& plus) const {
+    double total = 0;
+    for (int b = 0; b + 1 < blocks; ++b) {
+      const Row* own = block_moments_ + int64_t(b) * row_;
+      const Row* low = low_ + int64_t(b) * row_;
+      if (weighted)
+        total += between<true>(plus, own + grid.cells, low) - between<true>(plus, own, low + grid.cells);
+      else
+        total += between<true>(plus, own, low);
+    }
+    return total;
+  }
+  // Σ_{i<j} ψ(u_i − u_j) of the only block.
+  double psi_of_self(const Table& table) const {
+    const double itself = count(block_moments_, grid.cells) * 0.69314718055994530942;
+    return (between<false>(table, block_moments_, block_moments_) - itself) / 2;
+  }
+
+ private:
+  struct Chunk {
+    int block, begin, end;
+  };
+
+  // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
+  static PILE_INLINE Row powers(T x) {
+    Row p = one_or<1>(x) * one_or<2>(x * x) * one_or<4>(x * x * (x * x));
+    if constexpr (P > 8) {
+      const T x4 = x * x * (x * x);
+      p = p * one_or<8>(x4 * x4);
+    }
+    return p;
+  }
+  template <int kDigit>
+  static PILE_INLINE Row one_or(T x) {
+    typedef typename Simd<T>::integer Mask __attribute__((vector_size(P * sizeof(T))));
+    Mask mask;
+    for (int k = 0; k < P; ++k) mask[k] = k & kDigit ? -1 : 0;
+    return mask ? x - Row{} : T(1) - Row{};
+  }
+  static PILE_INLINE Row row_of(const T* p) {
+    Row row;
+    std::memcpy(&row, p, sizeof row);
+    return row;
+  }
+  static double count(const Row* moments, int cells) {
+    double total = 0;
+    for (int c = 0; c < cells; ++c) total += double(moments[c][0]);
+    return total;
+  }
+
+  // Cells [from, to] of the source are tabulated for target cell c; those before and after are saturated.
+  struct Near {
+    int from, to;
+  };
+  Near near(const Table& table, int c) const {
+    return {smaller(larger(0, c + table.first), grid.cells), smaller(grid.cells - 1, c + table.first + Table::kEntries - 1)};
+  }
+
+  // What source moments do to target cells under κ: `use(c, coefficients of the field at cell c)`.
+  template <class Use>
+  void apply(const Table& table, const Row* source, Use use) const {
+    double before = 0, after = count(source, grid.cells);  // documents in saturated cells
+    Near seen = {0, -1};
+    for (int c = 0; c < grid.cells; ++c) {
+      const Near now = near(table, c);
+      for (; seen.from < now.from; ++seen.from) before += double(source[seen.from][0]);
+      for (; seen.to < now.to; ++seen.to) after -= double(source[seen.to + 1][0]);
+      Row even = {}, odd = {};
+      for (int s = now.from; s <= now.to; ++s) {
+        const auto& matrix = table.kappa[s - c - table.first];
+#pragma GCC unroll 16
+        for (int k = 0; k < P; k += 2) {
+          even += source[s][k] * row_of(matrix[k]);
+          odd += source[s][k + 1] * row_of(matrix[k + 1]);
+        }
+      }
+      even += odd;
+      even[0] += T((after - before) / 2);
+      use(c, even);
+    }
+  }
+
+  // Σ w_i w_j softplus(offset − (u_i − u_j)), or Σ w_i w_j ψ(...) without kLinear, target moments i against source moments j.
+  template <bool kLinear>
+  double between(const Table& table, const Row* target, const Row* source) const {
+    // Saturated: ψ(v) = |v| / 2 with v = offset + h (s − c) + x_j − x_i; sums over source cells of w and of w (h s + x_j).
+    struct Sums {
+      double weight = 0, place = 0;
+      void add(const Row& moments, int cell, double sign) {
+        weight += sign * moments[0];
+        place += sign * (kCell * cell * moments[0] + moments[1]);
+      }
+    };
+    Sums before, after;
+    for (int s = 0; s < grid.cells; ++s) after.add(source[s], s, 1);
+    const Sums all = after;
+    Near seen = {0, -1};
+    double total = 0;
+    for (int c = 0; c < grid.cells; ++c) {
+      const Near now = near(table, c);
+      for (; seen.from < now.from; ++seen.from) before.add(source[seen.from], seen.from, 1);
+      for (; seen.to < now.to; ++seen.to) after.add(source[seen.to + 1], seen.to + 1, -1);
+      Row f = {};
+      for (int s = now.from; s <= now.to; ++s)
+        for (int k = 0; k < P; ++k) f += source[s][k] * row_of(table.psi[s - c - table.first][k]);
+      double value = 0;
+      for (int k = 0; k < P; ++k) value += double(target[c][k]) * double(f[k]);
+      const double w = double(target[c][0]), place = kCell * c * w + double(target[c][1]);
+      auto linear = [&](const Sums& sums) { return ((table.offset * w - place) * sums.weight + w * sums.place) / 2; };
+      total += value + linear(after) - linear(before) + (kLinear ? linear(all) : 0.0);
+    }
+    return total;
+  }
+
+  void put(int b, int w, int c, Row f) {
+    T* to = field_ + ((int64_t(b) * (weighted ? 2 : 1) + w) * P) * stride_ + c;
+    for (int k = 0; k < P; ++k) to[k * stride_] = f[k];
+  }
+  Row get(int b, int w, int c) const {
+    const T* from = field_ + ((int64_t(b) * (weighted ? 2 : 1) + w) * P) * stride_ + c;
+    Row f;
+    for (int k = 0; k < P; ++k) f[k] = from[k * stride_];
+    return f;
+  }
+
+  PILE_INLINE Vec<T> horner(const T* f, Ints<T> cell, Vec<T> x) const {
+    Vec<T> value = {};
+#if !defined(__clang__)
+    if (stride_ == 2 * kLanes<T>) {
+#pragma GCC unroll 16
+      for (int k = P - 1; k >= 0; --k) {
+        const T* row = f + k * stride_;
+        value = value * x + __builtin_shuffle(load(row), load(row + kLanes<T>), cell);
+      }
+      return value;
+    }
+#endif
+    typename Simd<T>::integer cells[kLanes<T>];
+    std::memcpy(cells, &cell, sizeof cell);
+    for (int k = P - 1; k >= 0; --k) {
+      const T* row = f + k * stride_;
+      T lanes[kLanes<T>];
+      for (int l = 0; l < kLanes<T>; ++l) lanes[l] = row[cells[l]];
+      value = value * x + load(lanes);
+    }
+    return value;
+  }
+
+  const T* gain_ = nullptr;
+  Chunk* chunk_ = nullptr;
+  int row_ = 0, stride_ = 0;
+  Row *moments_ = nullptr, *block_moments_ = nullptr, *low_ = nullptr, *high_ = nullptr;
+  T* field_ = nullptr;
+};
+
+}  // namespace PILE_ISA
+}  // namespace pile

@@ -1,0 +1,338 @@
+// The CPU backend for one instruction set: every query of a batch, by a team of threads.
+//
+// A query is worked on in one arena, its documents gathered into plain arrays by falling label, whatever the layout, strides and
+// dtypes it came in; so the kernels below know nothing of them. Short queries go to one thread each, handed out by a counter; a few
+// long ones are worked on by the whole team, one after the other. Either way a query's arithmetic is the same, to the bit.
+#pragma once
+
+#include "ensemble.h"
+#include "job.h"
+
+namespace pile {
+namespace PILE_ISA {
+
+// From this many documents on a team shares a query's work.
+constexpr int kLong = 4096;
+
+template <class T>
+class Run {
+ public:
+  Run(const Job& job, const FieldTable<T, kPowers<T>>* plus, const FieldTable<T, kPowers<T>>* minus)
+      : job_(job), batch_(job.batch), plus_(plus), minus_(minus) {}
+
+  void operator()(const Member& m) {
+    if (m.leads() && job_.loss) {
+      losses_ = m.arena->take<double>(batch_.queries);
+      has_pairs_ = m.arena->take<uint8_t>(batch_.queries);
+      gradient_ = static_cast<T*>(job_.out.gradient);
+      const bool as_computed = batch_.student.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
+      if (gradient_ && !as_computed) gradient_ = m.arena->take<T>(documents());
+    }
+    m.sync();
+    const bool shared = m.size > 1 && share_long_queries(m.size);
+    if (shared) {
+      for (int64_t q = 0; q < batch_.queries; ++q) {
+        if (batch_.length(q) < kLong) continue;
+        query(m, team_, q);
+      }
+      m.sync();
+    }
+    const int64_t grain = larger<int64_t>(1, smaller<int64_t>(64, batch_.queries / (16 * m.size)));
+    const Member alone = {0, 1, m.state, m.arena};
+    Scratch own;
+    for (;;) {
+      const int64_t begin = m.state->next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= batch_.queries) break;
+      for (int64_t q = begin; q < smaller(begin + grain, batch_.queries); ++q)
+        if (!shared || batch_.length(q) < kLong) query(alone, own, q);
+    }
+    m.sync();
+    if (job_.loss) reduce(m);
+    if (job_.out.logits && m.leads())  // documents of no query
+      for (int64_t d = covered(); d < documents(); ++d) static_cast<T*>(job_.out.logits)[d] = T(__builtin_nan(""));
+    if (job_.out.weights && job_.ensemble->granularity == Granularity::document && m.leads())
+      for (int64_t d = covered() * batch_.teachers; d < documents() * batch_.teachers; ++d) static_cast<T*>(job_.out.weights)[d] = 0;
+  }
+
+ private:
+  // What the members working on one query share.
+  struct Scratch {
+    Arena::Mark mark;
+    uint8_t *valid, *scored;  // by slot
+    uint8_t* takes_part;      // by teacher: has a positive prior; nullptr: all have
+    int* counts;              // by piece of slots: valid, scored, scores missing
+    Order order, loss_order;
+    T* target;  // by slot
+    EnsembleQuery<T> ensemble;
+    PairWeights<T> weights;
+    LabelLoss<T> label_loss;
+    DistillLoss<T> distill_loss;
+    int *at, distilled;  // positions that are distilled
+    T *z, *lambda, *distill_z, *distill_s, *slope;
+    bool finite;
+  };
+
+  int64_t documents() const { return batch_.packed() ? batch_.slots : batch_.queries * batch_.slots; }
+  int64_t covered() const { return batch_.queries ? batch_.begin(batch_.queries - 1) + batch_.length(batch_.queries - 1) : 0; }
+
+  bool share_long_queries(int size) const {
+    int64_t count = 0;
+    for (int64_t q = 0; q < batch_.queries; ++q) count += batch_.length(q) >= kLong;
+    return count > 0 && count < 4 * size;
+  }
+
+  void query(const Member& m, Scratch& s, int64_t q) {
+    const int slots = int(batch_.length(q));
+    const Arena::Mark own = m.arena->mark();
+    if (m.leads()) {
+      s.valid = m.arena->take<uint8_t>(slots);
+      s.scored = job_.ensemble ? m.arena->take<uint8_t>(slots) : nullptr;
+      s.counts = m.arena->take<int>(3 * (pieces(slots) + 1));
+      s.target = m.arena->take<T>(slots);
+      s.takes_part = nullptr;
+      if (const View& prior = batch_.prior; prior.data) {
+        s.takes_part = m.arena->take<uint8_t>(batch_.teachers);
+        with_logits(prior, [&](const auto* data) {
+          for (int64_t t = 0; t < batch_.teachers; ++t) s.takes_part[t] = read(data, q * prior.query + t * prior.teacher) > 0;
+        });
+      }
+    }
+    m.sync();
+    scan(m, s, q, slots);
+    m.sync();
+    int valid = 0, scored = 0, missing = 0;
+    for (int p = 0; p < pieces(slots); ++p) {
+      valid += s.counts[3 * p];
+      scored += s.counts[3 * p + 1];
+      missing += s.counts[3 * p + 2];
+    }
+    if (job_.ensemble) run_ensemble(m, s, q, slots, scored, missing > 0);
+    if (job_.loss) run_loss(m, s, q, slots, valid, scored);
+    m.sync();
+    m.arena->release(own);
+  }
+
+  // Which slots hold a document, and which of those a teacher scored.
+  void scan(const Member& m, Scratch& s, int64_t q, int slots) const {
+    const View &mask = batch_.mask, &teacher = batch_.teacher;
+    const int64_t mask_at = q * mask.query, first = batch_.first(q);
+    for (int p = m.rank; p < pieces(slots); p += m.size) {
+      const int begin = p * kPiece, end = smaller(slots, begin + kPiece);
+      int valid = 0, scored = 0, missing = 0;
+      for (int i = begin; i < end; ++i)
+        valid += s.valid[i] = mask.data ? static_cast<const uint8_t*>(mask.data)[mask_at + i * mask.document] != 0 : 1;
+      if (job_.ensemble) {
+        const int teachers = int(batch_.teachers);
+        with_logits(teacher, [&](const auto* data) {
+          for (int i = begin; i < end; ++i) {
+            const int64_t at = q * teacher.query + (first + i) * teacher.document;
+            int present = 0;
+            for (int t = 0; t < teachers; ++t) {
+              const auto value = read(data, at + t * teacher.teacher);
+              present += (value == value) & (!s.takes_part || s.takes_part[t]);
+            }
+            s.scored[i] = s.valid[i] & (present > 0);
+            scored += s.scored[i];
+            missing += s.scored[i] ? teachers - present : 0;
+          }
+        });
+      }
+      s.counts[3 * p] = valid;
+      s.counts[3 * p + 1] = scored;
+      s.counts[3 * p + 2] = missing;
+    }
+  }
+
+  void run_ensemble(const Member& m, Scratch& s, int64_t q, int slots, int scored, bool missing) {
+    const EnsembleOptions& options = *job_.ensemble;
+    const int64_t begin = batch_.begin(q), offset = q * batch_.labels.query + batch_.first(q) * batch_.labels.document;
+    T* trace = job_.out.trace ? static_cast<T*>(job_.out.trace) + q * (options.iterations + 1) : nullptr;
+    T* logits = job_.out.logits ? static_cast<T*>(job_.out.logits) + begin : s.target;
+    T* weights = static_cast<T*>(job_.out.weights);
+    const int64_t teachers = batch_.teachers;
+    const bool by_document = options.granularity == Granularity::document;
+    if (m.leads()) {
+      s.order = order_by_label(batch_.labels, offset, slots, scored < slots ? s.scored : nullptr, *m.arena);
+      s.ensemble.plan(batch_, options, q, s.order, missing, plus_, minus_, *m.arena);
+      if (scored < slots) {
+        for (int i = 0; i < slots; ++i) logits[i] = T(__builtin_nan(""));
+        if (weights && by_document)
+          for (int64_t i = 0; i < slots * teachers; ++i) weights[begin * teachers + i] = 0;
+      }
+    }
+    m.sync();
+    s.ensemble.run(m, trace);
+    for (int p = m.rank; p < pieces(scored); p += m.size) {
+      for (int k = p * kPiece; k < smaller(scored, (p + 1) * kPiece); ++k) {
+        const int slot = s.order.slot[k];
+        logits[slot] = s.ensemble.logits()[k];
+        if (weights && by_document) s.ensemble.document_weights(k, weights + (begin + slot) * teachers);
+      }
+    }
+    if (weights && !by_document && m.leads())
+      for (int64_t t = 0; t < teachers; ++t) weights[q * teachers + t] = s.ensemble.query_weights()[t];
+    m.sync();
+  }
+
+  void run_loss(const Member& m, Scratch& s, int64_t q, int slots, int valid, int scored) {
+    const LossOptions& options = *job_.loss;
+    const int64_t begin = batch_.begin(q), first = batch_.first(q);
+    T* gradient = gradient_ ? gradient_ + begin : nullptr;
+    if (m.leads()) {
+      Arena& arena = *m.arena;
+      const bool same = job_.ensemble && scored == valid;
+      if (same) {
+        s.loss_order = s.order;
+      } else {
+        const View labels = options.alpha < 1 ? batch_.labels : View{};
+        s.loss_order = order_by_label(labels, q * labels.query + first * labels.document, slots, valid < slots ? s.valid : nullptr, arena);
+      }
+      const Order& order = s.loss_order;
+      s.z = arena.take<T>(valid);
+      s.lambda = arena.take<T>(valid);
+      s.finite = true;
+      with_logits(batch_.student, [&](const auto* data) {
+        const int64_t at = q * batch_.student.query + first * batch_.student.document;
+        for (int k = 0; k < valid; ++k) {
+          s.z[k] = T(read(data, at + order.slot[k] * batch_.student.document));
+          s.finite &= s.z[k] - s.z[k] == 0;
+        }
+      });
+      s.distilled = 0;
+      if (options.alpha > 0) {
+        if (!job_.ensemble) {
+          with_logits(batch_.target, [&](const auto* data) {
+            const int64_t at = q * batch_.target.query + first * batch_.target.document;
+            for (int i = 0; i < slots; ++i) s.target[i] = T(read(data, at + i * batch_.target.document));
+          });
+        }
+        s.at = arena.take<int>(valid);
+        s.distill_z = arena.take<T>(valid);
+        s.distill_s = arena.take<T>(valid);
+        s.slope = arena.take<T>(valid);
+        const T per_unit = options.distillation == Distillation::logistic ? T(1 / options.distillation_temperature) : T(1);
+        for (int k = 0; k < valid; ++k) {
+          const T target = s.target[order.slot[k]];
+          if (target != target) continue;
+          s.at[s.distilled] = k;
+          s.distill_z[s.distilled] = s.z[k] * per_unit;
+          s.distill_s[s.distilled++] = target * per_unit;
+        }
+      }
+      if (options.alpha < 1 && order.has_pairs()) {
+        s.weights = pair_weights<T>(order, options.pair_weight, arena);
+        s.label_loss.plan(order, s.weights, 0, options.pairwise);
+      }
+      if (gradient && valid < slots)
+        for (int i = 0; i < slots; ++i) gradient[i] = 0;
+    }
+    m.sync();
+    double loss = 0, label_scale = 0, distill_scale = 0;
+    const bool label_pairs = options.alpha < 1 && s.loss_order.has_pairs(), distill_pairs = s.distilled > 1;
+    if (!s.finite) {
+      loss = __builtin_nan("");
+    } else {
+      if (label_pairs) {
+        label_scale = (1 - options.alpha) / s.weights.total;
+        loss += label_scale * s.label_loss.run(m, s.z, s.lambda);
+      }
+      if (distill_pairs) {
+        const int n = s.distilled;
+        distill_scale = options.alpha / (double(n) * (n - 1) / 2);
+        if (options.distillation == Distillation::mse) {
+          loss += distill_scale * square_loss(m, s.distill_z, s.distill_s, n, s.slope);
+        } else {
+          loss += distill_scale * s.distill_loss.run(m, s.distill_z, s.distill_s, n, options.pairwise, s.slope);
+          distill_scale /= options.distillation_temperature;
+        }
+      }
+    }
+    if (!m.leads()) return;
+    losses_[q] = loss;
+    has_pairs_[q] = label_pairs | distill_pairs;
+    if (!gradient) return;
+    // z is done with: it takes the gradient by position.
+    const int ranked = label_pairs && s.finite ? s.loss_order.labelled : 0;
+    for (int k = 0; k < valid; ++k) s.z[k] = s.finite ? (k < ranked ? T(-label_scale) * s.lambda[k] : T(0)) : T(__builtin_nan(""));
+    if (distill_pairs)
+      for (int d = 0; d < s.distilled; ++d) s.z[s.at[d]] += T(distill_scale) * s.slope[d];
+    for (int k = 0; k < valid; ++k) gradient[s.loss_order.slot[k]] = s.z[k];
+  }
+
+  // The batch's loss, and the gradient in the student's dtype. Queries are added in order, in double.
+  void reduce(const Member& m) const {
+    T* loss = static_cast<T*>(job_.out.loss);
+    double total = 0;
+    int64_t count = 0;
+    for (int64_t q = 0; q < batch_.queries; ++q) {
+      total += losses_[q];
+      count += has_pairs_[q];
+    }
+    const bool mean = job_.loss->reduction == Reduction::mean;
+    const double scale = mean && count > 1 ? 1.0 / double(count) : 1.0;
+    if (m.leads()) {
+      if (job_.loss->reduction == Reduction::none)
+        for (int64_t q = 0; q < batch_.queries; ++q) loss[q] = T(losses_[q]);
+      else
+        *loss = T(total * scale);
+    }
+    if (!gradient_) return;
+    const int64_t all = documents(), used = covered();
+    const int64_t from = all * m.rank / m.size, to = all * (m.rank + 1) / m.size;
+    if (static_cast<void*>(gradient_) == job_.out.gradient) {
+      if (scale != 1)
+        for (int64_t d = from; d < smaller(to, used); ++d) gradient_[d] *= T(scale);
+      for (int64_t d = larger(from, used); d < to; ++d) gradient_[d] = 0;
+    } else {
+      for (int64_t d = from; d < to; ++d)
+        write(job_.out.gradient, batch_.student.dtype, d, d < used ? gradient_[d] * T(scale) : T(0));
+    }
+    m.sync();
+  }
+
+  const Job& job_;
+  const Batch& batch_;
+  const FieldTable<T, kPowers<T>>*plus_, *minus_;
+  double* losses_ = nullptr;
+  uint8_t* has_pairs_ = nullptr;
+  T* gradient_ = nullptr;
+  Scratch team_;
+};
+
+// No more threads than the work keeps busy for some 20 microseconds each.
+inline int useful_threads(const Job& job) {
+  const Batch& batch = job.batch;
+  const double documents = double(batch.packed() ? batch.slots : batch.queries * batch.slots);
+  const double length = documents / larger<int64_t>(1, batch.queries);
+  if (batch.queries == 1 && length < kLong) return 1;
+  const double passes = job.ensemble ? double(job.ensemble->iterations) + 2 : 2;
+  const double nanoseconds = documents * passes * (2 + double(batch.teachers) / 2 + smaller(length, 256.0) / 32);
+  return int(larger(1.0, smaller(double(job.threads), nanoseconds / 20000)));
+}
+
+template <class T>
+void run_as(const Job& job) {
+  using Table = FieldTable<T, kPowers<T>>;
+  static const Table centred(0);
+  const Table *plus = &centred, *minus = &centred;
+  const double offset = job.ensemble ? job.ensemble->margin / job.ensemble->temperature : 0;
+  Table* owned[2] = {};
+  if (offset != 0) {
+    plus = owned[0] = new Table(offset);
+    minus = owned[1] = new Table(-offset);
+  }
+  Run<T> run(job, plus, minus);
+  struct Release {
+    Table** owned;
+    ~Release() {
+      delete owned[0];
+      delete owned[1];
+    }
+  } release{owned};
+  run_team(useful_threads(job), [](const Member& m, void* run) { (*static_cast<Run<T>*>(run))(m); }, &run);
+}
+
+void run(const Job& job) { job.wide ? run_as<double>(job) : run_as<float>(job); }
+
+}  // namespace PILE_ISA
+}  // namespace pile

@@ -1,0 +1,2 @@
+#define PILE_ISA avx2
+#include "kernels.h"

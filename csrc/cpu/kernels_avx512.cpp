@@ -1,0 +1,2 @@
+#define PILE_ISA avx512
+#include "kernels.h"

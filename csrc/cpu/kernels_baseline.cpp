@@ -1,0 +1,2 @@
+#define PILE_ISA baseline
+#include "kernels.h"

@@ -1,0 +1,321 @@
+// The student's loss of one query with its gradient: label pairs (R), distillation pairs (D), each by the direct or the
+// linear-time sum. All members of a team call the same methods on one shared object; the leader plans, all compute.
+#pragma once
+
+#include <new>
+
+#include "field_sums.h"
+
+namespace pile {
+namespace PILE_ISA {
+
+// Float logits are summed with degree 8 tables, double ones with degree 16.
+template <class T>
+constexpr int kPowers = sizeof(T) == 4 ? 8 : 16;
+
+// Element-wise work on positions is handed out in pieces of this many.
+constexpr int kPiece = 4096;
+PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
+
+template <class T>
+PILE_INLINE void find_range(const T* u, int n, T& low, T& high) {
+  constexpr int W = kLanes<T>;
+  Vec<T> lows = splat<T>(u[0]), highs = lows;
+  int k = 0;
+  for (; k + W <= n; k += W) {
+    lows = vmin(load(u + k), lows);
+    highs = vmax(load(u + k), highs);
+  }
+  low = lows[0];
+  high = highs[0];
+  for (int l = 1; l < W; ++l) {
+    low = smaller(low, T(lows[l]));
+    high = larger(high, T(highs[l]));
+  }
+  for (; k < n; ++k) {
+    low = smaller(low, u[k]);
+    high = larger(high, u[k]);
+  }
+}
+
+// Which sum is faster. Costs in rough nanoseconds, measured (docs/performance.md): a pair, a document, a product of two cells.
+struct PairCosts {
+  double pair, document, product;
+};
+template <class T>
+PILE_INLINE bool direct_is_faster(PairSum how, const Grid<T>& grid, double pairs, int n, double blocks, PairCosts cost) {
+  if (grid.cells == 0 || how == PairSum::direct) return true;
+  if (how == PairSum::chebyshev) return false;
+  return pairs * cost.pair < n * cost.document + blocks * grid.cells * grid.cells * cost.product;
+}
+
+// Cost model of the losses' sums.
+template <class T>
+constexpr PairCosts kLossCosts = sizeof(T) == 4 ? PairCosts{0.20, 8, 40} : PairCosts{0.9, 20, 120};
+
+// The label pairs at logits u: λ, and the sum of their losses.
+template <class T>
+class LabelLoss {
+ public:
+  using Fields = FieldSums<double, kPowers<T>>;
+  using Table = FieldTable<double, kPowers<T>>;
+
+  void plan(const Order& order, const PairWeights<T>& weights, double offset, PairSum how) {
+    order_ = &order;
+    weights_ = &weights;
+    offset_ = offset;
+    how_ = how;
+  }
+
+  // λ to lambda[0, labelled) (nullptr: not wanted). Returns Σ_P ω softplus(offset − (u_i − u_j)) to every member.
+  double run(const Member& m, const T* u, T* lambda) {
+    const int n = order_->labelled;
+    if (m.leads()) {
+      mark_ = m.arena->mark();
+      prepare(u, lambda, n, *m.arena);
+    }
+    m.sync();
+    lambda = lambda_;
+    for (int p = m.rank; p < pieces(n); p += m.size) {
+      const int end = smaller(n, (p + 1) * kPiece);
+      for (int k = p * kPiece; k < end; k += kLanes<T>) {
+        store(lambda + k, Vec<T>{}, end - k);
+        if (exponentials_) near_.set(k, load(u + k), end - k);
+      }
+      if (!direct_)
+        for (int k = p * kPiece; k < end; ++k) wide_u_[k] = double(u[k]);
+    }
+    m.sync();
+    if (direct_) {
+      dispatch(u, [&](auto pairs) { all_pairs<T>(m, pairs, n, lambda, totals_); });
+      if (m.leads()) result_ = pair_total(totals_, n);
+    } else {
+      for (int c = m.rank; c < fields_.chunks; c += m.size) fields_.deposit(c, wide_u_);
+      m.sync();
+      if (m.leads()) {
+        fields_.collect();
+        result_ = fields_.softplus_of_labels(*plus_);
+      }
+      m.sync();
+      for (int b = m.rank; b < fields_.blocks; b += m.size) {
+        fields_.solve(b, *plus_, *minus_);
+        totals_[b] = 0;
+        const auto& block = fields_.block[b];
+        if (block.inner) {
+          dispatch(u, [&](auto pairs) {
+            pair_block<T>(pairs, block.begin, block.end, block.begin, block.end, lambda);
+            totals_[b] = pairs.total;
+          });
+        }
+      }
+      m.sync();
+      if (m.leads())
+        for (int b = 0; b < fields_.blocks; ++b) result_ += totals_[b];
+      for (int c = m.rank; c < fields_.chunks; c += m.size) {
+        const int b = fields_.chunk_block(c), end = fields_.chunk_end(c);
+        for (int k = fields_.chunk_begin(c); k < end; k += kLanes<double>) {
+          const Vec<double> field = fields_.evaluate(b, load(wide_u_ + k), k);
+          for (int l = 0; l < smaller(kLanes<double>, end - k); ++l) lambda[k + l] += T(field[l]);
+        }
+      }
+    }
+    m.sync();
+    const double result = result_;
+    m.sync();
+    if (m.leads()) m.arena->release(mark_);
+    return result;
+  }
+
+ private:
+  void prepare(const T* u, T* lambda, int n, Arena& arena) {
+    lambda_ = lambda ? lambda : arena.take<T>(n);
+    T low, high;
+    find_range(u, n, low, high);
+    const auto grid = Grid<double>::over(low, high, n);
+    const double groups_at_most = larger(1.0, double(n) / Fields::least_block(grid.cells) * 2);
+    direct_ = direct_is_faster(how_, grid, double(n) * n / 2, n, smaller(groups_at_most, double(count_groups(n))), kLossCosts<T>);
+    bool inner = false;
+    if (direct_) {
+      totals_ = arena.take<double>(kPairTotals);
+    } else {
+      wide_u_ = arena.take<double>(n);
+      const double* gain = nullptr;
+      if (weights_->gain) {
+        double* wide = arena.take<double>(n);
+        for (int k = 0; k < n; ++k) wide[k] = double(weights_->gain[k]);
+        gain = wide;
+      }
+      fields_ = Fields();
+      fields_.plan(grid, n, order_->below, gain, arena);
+      totals_ = arena.take<double>(fields_.blocks);
+      plus_ = table(offset_, arena);
+      minus_ = offset_ == 0 ? plus_ : table(-offset_, arena);
+      for (int b = 0; b < fields_.blocks; ++b) inner |= fields_.block[b].inner;
+    }
+    exponentials_ = direct_ || inner;
+    if (exponentials_) near_.plan(low, high, T(offset_), n, arena);
+  }
+  int count_groups(int n) const {
+    int groups = 0;
+    for (int k = 0; k < n && groups < 64; k = order_->below[k]) ++groups;
+    return groups < 64 ? groups : n;
+  }
+  static const Table* table(double offset, Arena& arena) {
+    if (offset == 0) {
+      static const Table centred(0);
+      return &centred;
+    }
+    return new (arena.take<Table>(1)) Table(offset);
+  }
+  template <class F>
+  void dispatch(const T* u, F run) const {
+    if (weights_->gain)
+      near_.wide ? run(pairs<true, true>(u)) : run(pairs<true, false>(u));
+    else
+      near_.wide ? run(pairs<false, true>(u)) : run(pairs<false, false>(u));
+  }
+  template <bool kWeighted, bool kWide>
+  LabelPairs<T, kWeighted, kWide, true> pairs(const T* u) const {
+    return {u, near_.up, near_.down, weights_->gain, T(offset_), T(__builtin_exp(-offset_)), T(__builtin_exp(offset_)), order_->below};
+  }
+
+  const Order* order_ = nullptr;
+  const PairWeights<T>* weights_ = nullptr;
+  double offset_ = 0;
+  PairSum how_ = PairSum::automatic;
+  bool direct_ = true, exponentials_ = true;
+  Exponentials<T> near_;
+  Fields fields_;
+  const Table *plus_ = nullptr, *minus_ = nullptr;
+  double *wide_u_ = nullptr, *totals_ = nullptr;
+  T* lambda_ = nullptr;
+  double result_ = 0;
+  Arena::Mark mark_ = {};
+};
+
+// The distillation pairs of logits z against targets s, both already divided by the temperature.
+template <class T>
+class DistillLoss {
+ public:
+  using Fields = FieldSums<double, kPowers<T>>;
+  using Table = FieldTable<double, kPowers<T>>;
+
+  // Σ_j σ(z_i − z_j) − σ(s_i − s_j) to slope[0, n). Returns the sum of the pairs' cross entropies to every member.
+  double run(const Member& m, const T* z, const T* s, int n, PairSum how, T* slope) {
+    if (m.leads()) {
+      mark_ = m.arena->mark();
+      prepare(z, s, n, how, *m.arena);
+    }
+    m.sync();
+    for (int p = m.rank; p < pieces(n); p += m.size) {
+      const int end = smaller(n, (p + 1) * kPiece);
+      if (direct_) {
+        for (int k = p * kPiece; k < end; k += kLanes<T>) {
+          store(slope + k, Vec<T>{}, end - k);
+          near_z_.set(k, load(z + k), end - k);
+          near_s_.set(k, load(s + k), end - k);
+        }
+      } else {
+        for (int k = p * kPiece; k < end; ++k) {
+          wide_z_[k] = double(z[k]);
+          wide_s_[k] = double(s[k]);
+        }
+      }
+    }
+    m.sync();
+    if (direct_) {
+      if (near_z_.wide || near_s_.wide)
+        all_pairs<T>(m, DistillPairs<T, true>{z, nullptr, nullptr, s, nullptr, nullptr}, n, slope, totals_);
+      else
+        all_pairs<T>(m, DistillPairs<T, false>{z, near_z_.up, near_z_.down, s, near_s_.up, near_s_.down}, n, slope, totals_);
+      if (m.leads()) result_ = pair_total(totals_, n);
+    } else {
+      static const Table table(0);
+      for (int c = m.rank; c < of_z_.chunks; c += m.size) of_z_.deposit(c, wide_z_);
+      for (int c = m.rank; c < of_s_.chunks; c += m.size) of_s_.deposit(c, wide_s_);
+      m.sync();
+      if (m.rank == 0) {
+        of_z_.collect();
+        of_z_.solve_self(table);
+      }
+      if (m.rank == m.size - 1) {
+        of_s_.collect();
+        of_s_.solve_self(table);
+      }
+      m.sync();
+      // log 2cosh(dz/2) − (σ(ds) − 1/2) dz per pair; the second term sums to −Σ_i z_i Σ_j κ(s_j − s_i), z about its middle.
+      for (int c = m.rank; c < pieces(n); c += m.size) {
+        const int end = smaller(n, (c + 1) * kPiece);
+        double cross = 0;
+        for (int k = c * kPiece; k < end; k += kLanes<double>) {
+          const Vec<double> of_z = of_z_.evaluate(0, load(wide_z_ + k), k), of_s = of_s_.evaluate(0, load(wide_s_ + k), k);
+          for (int l = 0; l < smaller(kLanes<double>, end - k); ++l) {
+            slope[k + l] = T(of_s[l] - of_z[l]);
+            cross += (wide_z_[k + l] - middle_) * of_s[l];
+          }
+        }
+        totals_[c] = cross;
+      }
+      m.sync();
+      if (m.leads()) {
+        result_ = of_z_.psi_of_self(table);
+        for (int c = 0; c < pieces(n); ++c) result_ += totals_[c];
+      }
+    }
+    m.sync();
+    const double result = result_;
+    m.sync();
+    if (m.leads()) m.arena->release(mark_);
+    return result;
+  }
+
+ private:
+  void prepare(const T* z, const T* s, int n, PairSum how, Arena& arena) {
+    T low_z, high_z, low_s, high_s;
+    find_range(z, n, low_z, high_z);
+    find_range(s, n, low_s, high_s);
+    const auto grid_z = Grid<double>::over(low_z, high_z, n), grid_s = Grid<double>::over(low_s, high_s, n);
+    const auto& larger_grid = grid_z.cells == 0 || grid_z.cells > grid_s.cells ? grid_z : grid_s;
+    direct_ = grid_s.cells == 0 || direct_is_faster(how, larger_grid, double(n) * n, 2 * n, 2, kLossCosts<T>);
+    middle_ = (double(low_z) + double(high_z)) / 2;
+    if (direct_) {
+      near_z_.plan(low_z, high_z, 0, n, arena);
+      near_s_.plan(low_s, high_s, 0, n, arena);
+      totals_ = arena.take<double>(kPairTotals);
+      return;
+    }
+    wide_z_ = arena.take<double>(n);
+    wide_s_ = arena.take<double>(n);
+    totals_ = arena.take<double>(pieces(n));
+    of_z_ = Fields();
+    of_s_ = Fields();
+    of_z_.plan(grid_z, n, nullptr, nullptr, arena);
+    of_s_.plan(grid_s, n, nullptr, nullptr, arena);
+  }
+
+  bool direct_ = true;
+  Exponentials<T> near_z_, near_s_;
+  Fields of_z_, of_s_;
+  double *wide_z_ = nullptr, *wide_s_ = nullptr, *totals_ = nullptr;
+  double middle_ = 0, result_ = 0;
+  Arena::Mark mark_ = {};
+};
+
+// Σ_{i<j} ((z_i − z_j) − (s_i − s_j))² = n Σ (d_i − mean)², d = z − s. Slope: its derivative.
+template <class T>
+double square_loss(const Member& m, const T* z, const T* s, int n, T* slope) {
+  double result = 0;
+  double mean = 0;
+  for (int k = 0; k < n; ++k) mean += double(z[k]) - double(s[k]);
+  mean /= n;
+  for (int k = 0; k < n; ++k) {
+    const double d = double(z[k]) - double(s[k]) - mean;
+    result += d * d;
+    if (m.leads()) slope[k] = T(2 * n * d);
+  }
+  m.sync();
+  return n * result;
+}
+
+}  // namespace PILE_ISA
+}  // namespace pile

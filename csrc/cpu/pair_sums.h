@@ -1,0 +1,247 @@
+// Direct pair sums, O(n²): every pair of rows i and columns j > i once, its value added to i and subtracted from j.
+//
+// One tile is R rows by one vector of columns. The rows' values are broadcast and stay in registers, the columns stream
+// from L1; a row's sum is reduced once per row, a column's sum is updated once per R rows. Nothing n×n exists.
+//
+// Per vector of pairs: σ for the ensemble is 1 multiply-add, 1 reciprocal (AVX-512: estimate + 2 multiply-adds) and 2
+// additions, 6 instructions for 16 float pairs; the logistic loss takes about 22, the distillation loss about 35. Bytes do
+// not matter: a query's columns fit L1. What limits it is the issue rate of the two multiply-add pipes.
+#pragma once
+
+#include "order.h"
+
+namespace pile {
+namespace PILE_ISA {
+
+// σ and log-terms of a pair need exp(u_i − u_j). Within ±kNarrow of the query's middle it is a product of two numbers
+// computed once per document; wider spreads take an exponential per pair.
+template <class T>
+constexpr T kNarrow = T(sizeof(T) == 4 ? 40 : 340);
+
+// What a document's logit looks like to the pair operators: e^{u − middle} and its inverse, or u itself where `wide`.
+template <class T>
+struct Exponentials {
+  T* up = nullptr;    // e^{u − c}
+  T* down = nullptr;  // e^{c − u}
+  T middle = 0;
+  bool wide = false;
+
+  void plan(T low, T high, T offset, int n, Arena& arena) {
+    middle = (low + high) / 2;
+    wide = !(high - low + (offset < 0 ? -offset : offset) <= 2 * kNarrow<T>);
+    if (wide) return;
+    up = arena.take<T>(n);
+    down = arena.take<T>(n);
+  }
+  PILE_INLINE void set(int k, Vec<T> u, int lanes) {
+    if (wide) return;
+    const Vec<T> e = vexp<T>(vmin(u - middle, splat<T>(2 * kNarrow<T>)));
+    store(up + k, e, lanes);
+    store(down + k, T(1) / e, lanes);
+  }
+};
+
+// Σ_below ω σ(offset − (u_i − u_j)) − Σ_above ω σ(offset − (u_j − u_i)): λ of the label pairs. With kLoss also
+// Σ_P ω softplus(offset − (u_i − u_j)).
+template <class T, bool kWeighted, bool kWide, bool kLoss>
+struct LabelPairs {
+  static constexpr int kRows = kLoss ? 2 : 4;
+  const T *u, *up, *down, *gain;
+  T offset, factor, inverse_factor;  // e^{∓offset}
+  const int* below;
+  double total = 0;
+  Vec<T> loss = {};
+
+  struct Row {
+    Vec<T> u, up, down, gain;
+  };
+  PILE_INLINE int first(int i) const { return below[i]; }
+  PILE_INLINE Row row(int i) const {
+    Row r;
+    r.u = splat<T>(u[i] - offset);
+    if (!kWide) r.up = splat<T>(up[i] * factor);
+    if (!kWide && kLoss) r.down = splat<T>(down[i] * inverse_factor);
+    if (kWeighted) r.gain = splat<T>(gain[i]);
+    return r;
+  }
+  template <bool kMasked>
+  PILE_INLINE Vec<T> pair(const Row& r, int j, Ints<T> mask) {
+    Vec<T> p, value;
+    if (!kLoss) {
+      // y = e^{(u_i − offset) − u_j}
+      const Vec<T> y = kWide ? vexp<T>(vmin(r.u - load(u + j), splat<T>(2 * kNarrow<T>))) : r.up * load(down + j);
+      p = reciprocal<T>(T(1) + y);
+    } else {
+      const Vec<T> x = r.u - load(u + j);
+      const Vec<T> t = kWide ? vexp<T>(-vabs<T>(x)) : vmin(r.up * load(down + j), r.down * load(up + j));
+      const Vec<T> q = reciprocal<T>(T(1) + t);
+      p = x > T(0) ? t * q : q;
+      value = vmax(-x, Vec<T>{}) + vlog1p<T>(t);
+    }
+    if (kWeighted) {
+      const Vec<T> omega = r.gain - load(gain + j);
+      p = p * omega;
+      if (kLoss) value = value * omega;
+    }
+    if (kMasked) p = mask ? p : Vec<T>{};
+    if (kLoss) loss += kMasked ? (mask ? value : Vec<T>{}) : value;
+    return p;
+  }
+  PILE_INLINE void flush() {
+    if (!kLoss) return;
+    total += double(sum<T>(loss));
+    loss = Vec<T>{};
+  }
+};
+
+// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over all pairs, and the sum of their cross entropies
+// BCE = log(1 + e^{−|dz|}) + |dz| · (what σ(ds) puts on the side that the sign of dz rules out): no cancellation.
+template <class T, bool kWide>
+struct DistillPairs {
+  static constexpr int kRows = 2;
+  const T *z, *z_up, *z_down, *s, *s_up, *s_down;
+  double total = 0;
+  Vec<T> loss = {};
+
+  struct Row {
+    Vec<T> z, z_up, z_down, s, s_up, s_down;
+  };
+  PILE_INLINE int first(int i) const { return i + 1; }
+  PILE_INLINE Row row(int i) const {
+    Row r;
+    r.z = splat<T>(z[i]);
+    r.s = splat<T>(s[i]);
+    if (!kWide) {
+      r.z_up = splat<T>(z_up[i]);
+      r.z_down = splat<T>(z_down[i]);
+      r.s_up = splat<T>(s_up[i]);
+      r.s_down = splat<T>(s_down[i]);
+    }
+    return r;
+  }
+  template <bool kMasked>
+  PILE_INLINE Vec<T> pair(const Row& r, int j, Ints<T> mask) {
+    const Vec<T> dz = r.z - load(z + j), ds = r.s - load(s + j);
+    const Vec<T> tz = kWide ? vexp<T>(-vabs<T>(dz)) : vmin(r.z_up * load(z_down + j), r.z_down * load(z_up + j));
+    const Vec<T> ts = kWide ? vexp<T>(-vabs<T>(ds)) : vmin(r.s_up * load(s_down + j), r.s_down * load(s_up + j));
+    const Vec<T> qz = reciprocal<T>(T(1) + tz), qs = reciprocal<T>(T(1) + ts);
+    const Vec<T> pz = dz > T(0) ? qz : tz * qz;
+    const Vec<T> ps = ds > T(0) ? qs : ts * qs;
+    const Vec<T> wrong = (dz > T(0)) == (ds > T(0)) ? ts * qs : qs;
+    Vec<T> slope = pz - ps;
+    const Vec<T> value = vlog1p<T>(tz) + vabs<T>(dz) * wrong;
+    if (kMasked) slope = mask ? slope : Vec<T>{};
+    loss += kMasked ? (mask ? value : Vec<T>{}) : value;
+    return slope;
+  }
+  PILE_INLINE void flush() {
+    total += double(sum<T>(loss));
+    loss = Vec<T>{};
+  }
+};
+
+// R rows from i against the columns [begin, end) that follow them.
+template <class T, int R, class Pairs>
+PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, T* out) {
+  typename Pairs::Row row[R];
+  Vec<T> acc[R];
+  int first[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    row[r] = pairs.row(i + r);
+    acc[r] = Vec<T>{};
+    first[r] = larger(pairs.first(i + r), begin);
+  }
+  constexpr int W = kLanes<T>;
+  int j = round_down(first[0], W);
+  const int full = smaller(round_up(first[R - 1], W), end);
+  auto masked = [&](int j) {
+    const Ints<T> column = iota<T>() + typename Simd<T>::integer(j);
+    Vec<T> tile = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Ints<T> mask = (column >= typename Simd<T>::integer(first[r])) & (column < typename Simd<T>::integer(end));
+      const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
+      acc[r] += value;
+      tile += value;
+    }
+    store(out + j, load(out + j) - tile);
+  };
+  for (; j < full; j += W) masked(j);
+  for (; j + W <= end; j += W) {
+    Vec<T> tile = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> value = pairs.template pair<false>(row[r], j, Ints<T>{});
+      acc[r] += value;
+      tile += value;
+    }
+    store(out + j, load(out + j) - tile);
+  }
+  if (j < end) masked(j);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) out[i + r] += sum<T>(acc[r]);
+  pairs.flush();
+}
+
+// Rows [row_begin, row_end) against the columns [begin, end). `out` is added to.
+template <class T, class Pairs>
+void pair_block(Pairs& pairs, int row_begin, int row_end, int begin, int end, T* out) {
+  constexpr int R = Pairs::kRows;
+  int i = row_begin;
+  for (; i + R <= row_end && pairs.first(i) < end; i += R) pair_rows<T, R>(pairs, i, begin, end, out);
+  for (; i < row_end && pairs.first(i) < end; ++i) pair_rows<T, 1>(pairs, i, begin, end, out);
+}
+
+// All pairs of [0, n), by the whole team. From kTournament documents on the square is cut into blocks that meet like the
+// players of a round-robin tournament: within a round no two blocks share a document, so the sums have one fixed order
+// whoever computes them. `Pairs` is copied per member; the caller adds up `total` over `totals` (see pair_total).
+constexpr int kTournament = 2048;
+constexpr int kPlayers = 16;
+
+template <class T, class Pairs>
+void all_pairs(const Member& m, Pairs pairs, int n, T* out, double* totals) {
+  if (n < kTournament) {
+    if (m.leads()) {
+      pair_block<T>(pairs, 0, n, 0, n, out);
+      if (totals) totals[0] = pairs.total;
+    }
+    m.sync();
+    return;
+  }
+  const int width = round_up((n + kPlayers - 1) / kPlayers, 64);
+  auto meet = [&](int a, int b, int game) {
+    if (a > b) {
+      const int swap = a;
+      a = b;
+      b = swap;
+    }
+    pairs.total = 0;
+    pair_block<T>(pairs, smaller(a * width, n), smaller((a + 1) * width, n), smaller(b * width, n), smaller((b + 1) * width, n), out);
+    if (totals) totals[game] = pairs.total;
+  };
+  for (int a = m.rank; a < kPlayers; a += m.size) meet(a, a, a);
+  m.sync();
+  for (int round = 0; round < kPlayers - 1; ++round) {
+    // The circle method: the last player sits still, the others rotate.
+    for (int game = m.rank; game < kPlayers / 2; game += m.size) {
+      const int number = kPlayers + round * (kPlayers / 2) + game;
+      if (game == 0)
+        meet(kPlayers - 1, round, number);
+      else
+        meet((round + game) % (kPlayers - 1), (round - game + kPlayers - 1) % (kPlayers - 1), number);
+    }
+    m.sync();
+  }
+}
+
+// Room for the partial totals of all_pairs, and their sum in a fixed order.
+constexpr int kPairTotals = kPlayers + (kPlayers - 1) * (kPlayers / 2);
+PILE_INLINE double pair_total(const double* totals, int n) {
+  double total = 0;
+  for (int k = 0; k < (n < kTournament ? 1 : kPairTotals); ++k) total += totals[k];
+  return total;
+}
+
+}  // namespace PILE_ISA
+}  // namespace pile

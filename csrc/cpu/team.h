@@ -1,0 +1,74 @@
+// Threads and memory: a team runs one function on several threads, which meet at barriers and own an arena each.
+//
+// Not OpenMP: PyTorch's wheels carry an OpenMP runtime of their own, and two runtimes in one process spin against each other.
+// Results never depend on the team's size: work is cut by the problem, not by the number of threads.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace pile {
+
+// A bump allocator. Memory is uninitialised, aligned to 64 bytes, and lives until reset().
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  ~Arena();
+
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take_bytes(count * static_cast<int64_t>(sizeof(T))));
+  }
+  // Forget everything taken since `mark()`; blocks stay for the next query.
+  struct Mark {
+    int block;
+    int64_t used;
+  };
+  Mark mark() const { return {current_, current_ < 0 ? 0 : used_}; }
+  void release(Mark mark);
+  // Give large blocks back, between calls.
+  void trim();
+
+ private:
+  static constexpr int kMaxBlocks = 48;
+  void* take_bytes(int64_t bytes);
+  void* blocks_[kMaxBlocks] = {};
+  int64_t sizes_[kMaxBlocks] = {};
+  int count_ = 0, current_ = -1;
+  int64_t used_ = 0;
+};
+
+struct TeamState {
+  std::atomic<int> arrived{0};
+  std::atomic<int> round{0};
+  std::atomic<bool> failed{false};
+  std::atomic<int64_t> next{0};  // work counter of the phase that hands out queries
+};
+
+// Thrown at a barrier when another member failed.
+struct TeamFailed {};
+
+// One thread's view of its team.
+struct Member {
+  int rank;
+  int size;
+  TeamState* state;
+  Arena* arena;
+
+  bool leads() const { return rank == 0; }
+  // All members wait for each other.
+  void sync() const {
+    if (size > 1) wait();
+  }
+
+ private:
+  void wait() const;
+};
+
+// Run `function(member, context)` on `threads` threads, the caller among them; returns when all are done.
+// Falls back to the caller alone where another call has the threads. Throws std::bad_alloc.
+void run_team(int threads, void (*function)(const Member&, void*), void* context);
+
+}  // namespace pile

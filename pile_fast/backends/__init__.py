@@ -1,0 +1,71 @@
+"""The backends: who computes an op, by what rule, and why one cannot.
+
+A backend is a module of this package with
+
+- `DEVICES`: the device types it serves;
+- `unavailable() -> str`: "" if it works here, else the reason and the fix;
+- `ensemble(batch, options, return_weights, return_trace) -> (logits, weights, trace)`;
+- `pair_loss(batch, options, with_gradient) -> (loss, gradient)`: the student's loss against `batch.target_logits`;
+- `pile_loss(batch, ensemble_options, loss_options, with_gradient) -> (loss, gradient)`: ensemble and loss in one.
+
+Outputs a caller did not ask for are empty tensors. A gradient has the student's dtype and is that of the reduced loss
+(for reduction "none": of each query's own loss). A backend knows nothing of autograd.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+from pile_fast.backends import cpp, torch_reference
+
+# In order of preference, per device type.
+_ORDER = {"cpu": ("cpp", "torch")}
+_ORDER_ELSEWHERE = ("torch",)
+_MODULES = {"cpp": cpp, "torch": torch_reference}
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend works here; if not, `reason` says why and what to do about it."""
+
+    available: bool
+    reason: str
+    devices: tuple[str, ...]
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module."""
+    return _MODULES[name]
+
+
+def available_backends() -> dict[str, BackendStatus]:
+    """Every backend, whether it works on this machine, and if not why.
+
+    >>> import pile_fast
+    >>> pile_fast.available_backends()["torch"].available
+    True
+    """
+    return {
+        name: BackendStatus(not module.unavailable(), module.unavailable(), module.DEVICES) for name, module in _MODULES.items()
+    }
+
+
+def select(name: str, device_type: str) -> str:
+    """The backend's name for a request ("auto" or a name) and a device type.
+
+    Raises:
+        ValueError: no backend of that name.
+        RuntimeError: the backend asked for cannot serve; the message says why and what to do.
+    """
+    if name == "auto":
+        for candidate in _ORDER.get(device_type, _ORDER_ELSEWHERE):
+            if not _MODULES[candidate].unavailable():
+                return candidate
+    if name not in _MODULES:
+        raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, _MODULES))}, got {name!r}")
+    backend = _MODULES[name]
+    if reason := backend.unavailable():
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    if backend.DEVICES and device_type not in backend.DEVICES:
+        raise RuntimeError(f"backend {name!r} serves {', '.join(backend.DEVICES)} tensors, got {device_type}; use backend='auto'")
+    return name

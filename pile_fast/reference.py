@@ -1,0 +1,239 @@
+"""PILE in plain PyTorch: readable, any float dtype, O(n²) memory. The ground truth every kernel is tested against.
+
+Everything here works on padded tensors, (Q, N) and (Q, N, M), with a boolean `valid` (Q, N) that says which slots hold a
+document (`pile_fast.batch.PaddedView` brings packed lists into this form). The functions are differentiable by plain
+autograd. docs/algorithm.md has the formulas; the symbols below are its symbols.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pile_fast.options import EnsembleOptions, LossOptions
+
+# Query granularity with missing scores divides by the share of the weight that a document's teachers hold; bounded below,
+# or one document scored by an abandoned teacher alone would outvote its query.
+MIN_SHARE = 2.0**-10
+
+
+def present_teachers(teacher_logits: Tensor, valid: Tensor, prior: Tensor | None = None) -> Tensor:
+    """(Q, N, M) bool: the teacher scored this document, the slot holds a document and the teacher's prior is positive."""
+    present = valid.unsqueeze(-1) & ~teacher_logits.isnan()
+    if prior is not None:
+        present = present & (prior > 0).unsqueeze(-2)
+    return present
+
+
+def calibrate(teacher_logits: Tensor, present: Tensor, normalize: str) -> Tensor:
+    """Teachers' logits on a common scale, per query and teacher over its present documents.
+
+    Args:
+        teacher_logits: (Q, N, M), float.
+        present: (Q, N, M) bool, see `present_teachers`.
+        normalize: "zscore" (mean 0, population standard deviation 1; a constant teacher becomes 0), "center" or "none".
+
+    Returns:
+        (Q, N, M); 0 where a teacher is not present.
+    """
+    t = torch.where(present, teacher_logits, 0.0)
+    if normalize == "none":
+        return t
+    count = present.sum(1, keepdim=True).clamp(min=1)
+    centered = torch.where(present, t - t.sum(1, keepdim=True) / count, 0.0)
+    if normalize == "center" or t.shape[1] == 0:
+        return centered
+    deviation = (centered.square().sum(1, keepdim=True) / count).sqrt()
+    # By its extremes, not by its deviation: the rounding of a constant's mean must not be blown up to unit scale.
+    highest = torch.where(present, t, -torch.inf).amax(1, keepdim=True)
+    lowest = torch.where(present, t, torch.inf).amin(1, keepdim=True)
+    return torch.where(highest > lowest, centered / torch.where(highest > lowest, deviation, 1.0), 0.0)
+
+
+def preference_pairs(labels: Tensor, labelled: Tensor, pair_weight: str, dtype: torch.dtype) -> Tensor:
+    """(Q, N, N) weights ω_ij of the pairs P: positive where i and j are labelled and y_i > y_j, else 0."""
+    # Not below float32, and exactly for integers: labels are compared as they are.
+    exact = labels.dtype is torch.float64 or dtype is torch.float64 or not labels.is_floating_point()
+    labels = labels.to(torch.float64 if exact else torch.float32)
+    y = torch.where(labelled, labels, 0)
+    above = (y.unsqueeze(2) > y.unsqueeze(1)) & labelled.unsqueeze(2) & labelled.unsqueeze(1)
+    if pair_weight == "none":
+        return above.to(dtype)
+    gain = y if pair_weight == "label_gap" else torch.exp2(y)
+    return torch.where(above, gain.unsqueeze(2) - gain.unsqueeze(1), 0).to(dtype)
+
+
+class Ensemble(NamedTuple):
+    logits: Tensor  # (Q, N), NaN where no teacher scored the document
+    weights: Tensor  # (Q, N, M) or (Q, M)
+    trace: Tensor  # (Q, iterations + 1)
+
+
+def ensemble(
+    teacher_logits: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    options: EnsembleOptions,
+    prior: Tensor | None = None,
+    return_trace: bool = False,
+) -> Ensemble:
+    """The label-supervised ensemble: `iterations` exponentiated-gradient steps on the teachers' weights.
+
+    Args:
+        teacher_logits: (Q, N, M), float32 or float64; NaN = not scored.
+        labels: (Q, N), any real dtype; NaN = unlabelled.
+        valid: (Q, N) bool.
+        options: see `pile_fast.options.EnsembleOptions`.
+        prior: (M,) or (Q, M) weights to start from; None = uniform.
+        return_trace: also the pairwise label loss before each iteration and after the last; else an empty trace.
+    """
+    dtype = teacher_logits.dtype
+    present = present_teachers(teacher_logits, valid, prior)
+    t = calibrate(teacher_logits, present, options.normalize)
+    scored = present.any(-1)
+    labelled = scored & ~labels.isnan()
+    omega = preference_pairs(labels, labelled, options.pair_weight, dtype)
+    k = omega.sum(2) + omega.sum(1)
+    total = omega.sum((1, 2))
+    trace = []
+
+    log_prior = t.new_zeros(1) if prior is None else prior.to(dtype).clamp(min=0).log()
+    by_document = options.granularity == "document"
+    # The exponents add up over the iterations: one number a_i per document, or one b_m per teacher.
+    exponent = t.new_zeros(t.shape[:2] if by_document else (t.shape[0], t.shape[2]))
+
+    def document_weights() -> Tensor:
+        energy = log_prior.unsqueeze(-2) + (exponent.unsqueeze(-1) * t if by_document else exponent.unsqueeze(1))
+        return softmax_or_zero(energy, present)
+
+    def query_weights() -> Tensor:
+        return softmax_or_zero(log_prior + exponent, present.any(1))
+
+    def label_loss(s: Tensor) -> Tensor:
+        difference = s.unsqueeze(2) - s.unsqueeze(1)
+        loss = omega * F.softplus((options.margin - difference) / options.temperature)
+        return loss.sum((1, 2)) / torch.where(total > 0, total, 1.0)
+
+    for _ in range(options.iterations):
+        s = (document_weights() * t).sum(-1)
+        if return_trace:
+            trace.append(label_loss(s))
+        difference = s.unsqueeze(2) - s.unsqueeze(1)
+        p = omega * torch.sigmoid((options.margin - difference) / options.temperature)
+        direction = p.sum(2) - p.sum(1)  # λ
+        if by_document:
+            exponent = exponent + options.step_size * direction / torch.where(k > 0, k, 1.0)
+        else:
+            # ds_i/dw_m = (t_im − s_i) / share_i, share_i what the teachers present at i hold of the query's weight. Without
+            # missing scores this is Σ_i λ_i t_im up to a constant that the normalisation removes.
+            share = torch.where(present, query_weights().unsqueeze(1), 0.0).sum(-1).clamp(min=MIN_SHARE)
+            pull = torch.where(present, (direction / share).unsqueeze(-1) * (t - s.unsqueeze(-1)), 0.0).sum(1)
+            exponent = exponent + options.step_size * pull / torch.where(total > 0, total, 1.0).unsqueeze(-1)
+
+    weights = document_weights()
+    s = (weights * t).sum(-1)
+    if return_trace:
+        trace.append(label_loss(s))
+    return Ensemble(
+        torch.where(scored, s, torch.nan),
+        weights if by_document else query_weights(),
+        torch.stack(trace, 1) if trace else t.new_zeros((t.shape[0], 0)),
+    )
+
+
+def softmax_or_zero(energy: Tensor, present: Tensor) -> Tensor:
+    """Softmax over the teachers that are present; all zeros where none is."""
+    weights = torch.where(present, energy, -torch.inf).softmax(-1)
+    return torch.where(present, weights, 0.0)
+
+
+class PairLoss(NamedTuple):
+    loss: Tensor  # (Q,), 0 for a query without pairs
+    has_pairs: Tensor  # (Q,) bool: some term in use has a pair
+
+
+def pair_loss(
+    student_logits: Tensor, target_logits: Tensor | None, labels: Tensor | None, valid: Tensor, options: LossOptions
+) -> PairLoss:
+    """The student's loss per query, alpha · D + (1 − alpha) · R, before any reduction over queries.
+
+    Args:
+        student_logits: (Q, N), float32 or float64.
+        target_logits: (Q, N), the logits to distil, NaN = none; may be None when alpha is 0.
+        labels: (Q, N), NaN = unlabelled; may be None when alpha is 1.
+        valid: (Q, N) bool.
+        options: see `pile_fast.options.LossOptions`.
+    """
+    z = torch.where(valid, student_logits, 0.0)
+    dz = z.unsqueeze(2) - z.unsqueeze(1)
+    loss = z.new_zeros(z.shape[0])
+    has_pairs = torch.zeros(z.shape[0], dtype=torch.bool, device=z.device)
+    if options.alpha > 0:
+        pairs, ds = _distillation_pairs(target_logits, valid)
+        if options.distillation == "mse":
+            value = (dz - ds).square()
+        else:
+            tau = options.distillation_temperature
+            value = F.binary_cross_entropy_with_logits(dz / tau, torch.sigmoid(ds / tau), reduction="none")
+        count = pairs.sum((1, 2))
+        loss = loss + options.alpha * torch.where(pairs, value, 0.0).sum((1, 2)) / count.clamp(min=1)
+        has_pairs = has_pairs | (count > 0)
+    if options.alpha < 1:
+        omega = preference_pairs(labels, valid & ~labels.isnan(), options.pair_weight, z.dtype)
+        total = omega.sum((1, 2))
+        value = torch.where(omega > 0, omega * F.softplus(-dz), 0.0).sum((1, 2))
+        loss = loss + (1 - options.alpha) * value / torch.where(total > 0, total, 1.0)
+        has_pairs = has_pairs | (total > 0)
+    poison = _poison(student_logits, valid).squeeze(1)
+    return PairLoss(loss * (1 + poison) + z.sum(1) * poison, has_pairs)
+
+
+def pair_loss_gradient(
+    student_logits: Tensor, target_logits: Tensor | None, labels: Tensor | None, valid: Tensor, options: LossOptions
+) -> Tensor:
+    """(Q, N): what autograd gives for `pair_loss(...).loss.sum()`, written out.
+
+    For the "torch" backend: a registered op's implementation runs where autograd does not record.
+    """
+    z = torch.where(valid, student_logits, 0.0)
+    dz = z.unsqueeze(2) - z.unsqueeze(1)
+    gradient = torch.zeros_like(z)
+    if options.alpha > 0:
+        pairs, ds = _distillation_pairs(target_logits, valid)
+        if options.distillation == "mse":
+            slope = 2 * (dz - ds)
+        else:
+            tau = options.distillation_temperature
+            slope = (torch.sigmoid(dz / tau) - torch.sigmoid(ds / tau)) / tau
+        slope = torch.where(pairs, slope, 0.0)
+        gradient = gradient + options.alpha * (slope.sum(2) - slope.sum(1)) / pairs.sum((1, 2)).clamp(min=1).unsqueeze(1)
+    if options.alpha < 1:
+        omega = preference_pairs(labels, valid & ~labels.isnan(), options.pair_weight, z.dtype)
+        total = omega.sum((1, 2)).unsqueeze(1)
+        slope = torch.where(omega > 0, -omega * torch.sigmoid(-dz), 0.0)
+        gradient = gradient + (1 - options.alpha) * (slope.sum(2) - slope.sum(1)) / torch.where(total > 0, total, 1.0)
+    return torch.where(valid, gradient + _poison(student_logits, valid), 0.0)
+
+
+def _distillation_pairs(target_logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, N, N) bool, the pairs i < j that have both targets, and their s_i − s_j."""
+    used = valid & ~target_logits.isnan()
+    s = torch.where(used, target_logits, 0.0)
+    return (used.unsqueeze(2) & used.unsqueeze(1)).triu(1), s.unsqueeze(2) - s.unsqueeze(1)
+
+
+def _poison(student_logits: Tensor, valid: Tensor) -> Tensor:
+    """(Q, 1): NaN for a query with a student logit that is not finite, else 0. Such a logit is never hidden and never
+    touches another query."""
+    return torch.where((valid & ~student_logits.isfinite()).any(1, keepdim=True), torch.nan, 0.0)
+
+
+def reduce(per_query: PairLoss, reduction: str) -> Tensor:
+    """"none" (Q,), "sum" (), or "mean" () over the queries that have a pair; without any, a 0 connected to the graph."""
+    if reduction == "none":
+        return per_query.loss
+    total = per_query.loss.sum()
+    return total if reduction == "sum" else total / per_query.has_pairs.sum().clamp(min=1)
