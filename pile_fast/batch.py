@@ -74,52 +74,40 @@ class RankingBatch:
         self.prior = prior
         self.packed = packed = cu_seqlens is not None
 
-        # The first tensor given fixes shape and device; the others are held against it.
-        rank = 1 if packed else 2
-        shape = device = None
-        for name, tensor, frozen in (
-            ("student_logits", student_logits, False),
-            ("teacher_logits", teacher_logits, True),
-            ("target_logits", target_logits, True),
-        ):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dtype not in LOGIT_DTYPES:
-                raise TypeError(f"{name}: expected a floating dtype (float32, float64, bfloat16, float16), got {tensor.dtype}")
-            if frozen and tensor.requires_grad:
-                raise ValueError(f"{name}: requires grad, but only student_logits carries a gradient; pass {name}.detach()")
-            own = tensor.shape
-            if name == "teacher_logits":
-                if len(own) != rank + 1:
-                    raise ValueError(f"{name}: {self._wanted(rank, teachers=True)}, got {tuple(own)}")
-                if own[-1] == 0:
-                    raise ValueError(f"{name}: expected at least one teacher, got {tuple(own)}")
-                own = own[:-1]
-            elif len(own) != rank:
-                raise ValueError(f"{name}: {self._wanted(rank)}, got {tuple(own)}")
+        # The student, else the teachers, fix shape and device; the others are held against them.
+        shape = device = first = None
+        if student_logits is not None:
+            self._check_logits("student_logits", student_logits, packed)
+            shape, device, first = student_logits.shape, student_logits.device, "student_logits"
+        if teacher_logits is not None:
+            self._check_logits("teacher_logits", teacher_logits, packed, teachers=True)
+            own = teacher_logits.shape[:-1]
             if shape is None:
-                shape, device, first = own, tensor.device, name
-            elif own != shape:
-                letters = "D" if packed else "Q, N"
-                tail = ", M" if name == "teacher_logits" else "," if packed else ""
-                wanted = ", ".join(map(str, shape)) + tail
-                raise ValueError(f"{name}: expected ({letters}{tail}) = ({wanted}) like {first}, got {tuple(tensor.shape)}")
-            elif tensor.device != device:
-                raise ValueError(f"{name}: expected device {device} like {first}, got {tensor.device}")
+                shape, device, first = own, teacher_logits.device, "teacher_logits"
+            elif own != shape or teacher_logits.device != device:
+                self._mismatch("teacher_logits", teacher_logits, shape, device, first)
+        if target_logits is not None:
+            self._check_logits("target_logits", target_logits, packed)
+            if target_logits.requires_grad:
+                self._refuse_grad("target_logits")
+            if target_logits.shape != shape or target_logits.device != device:
+                self._mismatch("target_logits", target_logits, shape, device, first)
+        if shape is None:
+            raise TypeError("student_logits: expected a torch.Tensor, got None")
         self.device = device
 
         if labels is not None:
-            self._same("labels", labels, shape, device, LABEL_DTYPES, "a real dtype", first)
+            if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
+                self._wrong_type("labels", labels, "a real dtype")
             if labels.requires_grad:
-                raise ValueError("labels: requires grad, but only student_logits carries a gradient; pass labels.detach()")
+                self._refuse_grad("labels")
+            if labels.shape != shape or labels.device != device:
+                self._mismatch("labels", labels, shape, device, first)
         if packed:
             if mask is not None:
                 raise ValueError("mask: only the padded layout takes a mask; with cu_seqlens leave it None")
             if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INDEX_DTYPES:
-                given = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-                raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {given}")
+                self._wrong_type("cu_seqlens", cu_seqlens, "torch.int32 or torch.int64")
             if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
                 raise ValueError(f"cu_seqlens: expected (Q + 1,), got {tuple(cu_seqlens.shape)}")
             if cu_seqlens.device != device:
@@ -128,34 +116,49 @@ class RankingBatch:
         else:
             self.num_queries = shape[0]
             if mask is not None:
-                self._same("mask", mask, shape, device, (torch.bool,), "torch.bool", first)
+                if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+                    self._wrong_type("mask", mask, "torch.bool")
+                if mask.shape != shape or mask.device != device:
+                    self._mismatch("mask", mask, shape, device, first)
         if prior is not None:
             self._check_prior(prior, device, first)
 
-    @staticmethod
-    def _wanted(rank: int, teachers: bool = False) -> str:
-        if rank == 1:
-            return f"expected {'(D, M)' if teachers else '(D,)'} with cu_seqlens (packed)"
-        return f"expected {'(Q, N, M)' if teachers else '(Q, N)'} (padded; pass cu_seqlens for packed lists)"
+    def _check_logits(self, name: str, tensor, packed: bool, teachers: bool = False) -> None:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in LOGIT_DTYPES:
+            self._wrong_type(name, tensor, "a floating dtype (float32, float64, bfloat16, float16)")
+        if teachers and tensor.requires_grad:
+            self._refuse_grad(name)
+        shape = tensor.shape
+        if len(shape) != (1 if packed else 2) + teachers:
+            letters = ("(D, M)" if teachers else "(D,)") if packed else ("(Q, N, M)" if teachers else "(Q, N)")
+            layout = "packed: cu_seqlens is given" if packed else "padded; pass cu_seqlens for packed lists"
+            raise ValueError(f"{name}: expected {letters} ({layout}), got {tuple(shape)}")
+        if teachers and shape[-1] == 0:
+            raise ValueError(f"{name}: expected at least one teacher, got {tuple(shape)}")
 
     @staticmethod
-    def _same(name, tensor, shape, device, dtypes, wanted, first) -> None:
+    def _wrong_type(name: str, tensor, wanted: str) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected {tuple(shape)} like {first}, got {tuple(tensor.shape)}")
+        raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+
+    @staticmethod
+    def _refuse_grad(name: str) -> None:
+        raise ValueError(f"{name}: requires grad, but only student_logits carries a gradient; pass {name}.detach()")
+
+    @staticmethod
+    def _mismatch(name: str, tensor: Tensor, shape: torch.Size, device: torch.device, first: str) -> None:
         if tensor.device != device:
             raise ValueError(f"{name}: expected device {device} like {first}, got {tensor.device}")
+        letters, numbers = ("D", "Q, N")[len(shape) - 1], ", ".join(map(str, shape))
+        tail = ", M" if name == "teacher_logits" else "," if len(shape) == 1 else ""
+        raise ValueError(f"{name}: expected ({letters}{tail}) = ({numbers}{tail}) like {first}, got {tuple(tensor.shape)}")
 
     def _check_prior(self, prior: Tensor, device: torch.device, first: str) -> None:
-        if not isinstance(prior, Tensor):
-            raise TypeError(f"prior: expected a torch.Tensor, got {type(prior).__name__}")
-        if prior.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"prior: expected a floating dtype, got {prior.dtype}")
+        if not isinstance(prior, Tensor) or prior.dtype not in LOGIT_DTYPES:
+            self._wrong_type("prior", prior, "a floating dtype")
         if prior.requires_grad:
-            raise ValueError("prior: requires grad, but only student_logits carries a gradient; pass prior.detach()")
+            self._refuse_grad("prior")
         teachers = self.teacher_logits.shape[-1]
         if tuple(prior.shape) not in ((teachers,), (self.num_queries, teachers)):
             raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pile_fast.batch import PaddedView, RankingBatch, compute_dtype
 from pile_fast.functional import pairwise_logistic_loss, pile_ensemble
-from pile_fast.options import NORMALIZATIONS, _choice, _number
+from pile_fast.options import NORMALIZATIONS, choice, number
 from pile_fast.reference import calibrate, present_teachers, softmax_or_zero
 
 # A backend that forms pairs explicitly needs memory for this many at once.
@@ -51,7 +51,7 @@ class _Teachers:
     def __init__(
         self, teacher_logits, labels, mask, cu_seqlens, normalize, *, prior=None, student_logits=None, needs=""
     ):
-        _choice("normalize", normalize, NORMALIZATIONS)
+        choice("normalize", normalize, NORMALIZATIONS)
         given = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
         for name in ("teacher_logits", needs):
             if name and given[name] is None:
@@ -163,8 +163,8 @@ def best_teacher_ensemble(
     >>> best_teacher_ensemble(teachers, torch.tensor([[2, 1, 0]])).weights
     tensor([1., 0.])
     """
-    _choice("selection", selection, ("global", "query"))
-    temperature = _number("temperature", temperature, low=0.0, open_low=True)
+    choice("selection", selection, ("global", "query"))
+    temperature = number("temperature", temperature, low=0.0, open_low=True)
     teachers = _Teachers(teacher_logits, labels, mask, cu_seqlens, normalize, needs="labels")
     loss, here = _label_losses(teachers, temperature), teachers.here
     if selection == "global":
@@ -236,7 +236,7 @@ def rrf_ensemble(
     >>> rrf_ensemble(teachers, normalize="none", k=1).logits.mul(60).round()  # 1/2 + 1/3, 1/3 + 1/4, 1/4 + 1/2
     tensor([[50., 35., 45.]])
     """
-    k = _number("k", k, low=0.0)
+    k = number("k", k, low=0.0)
     teachers = _Teachers(teacher_logits, labels, mask, cu_seqlens, normalize, prior=prior)
     keys = torch.where(teachers.present, -teachers.raw, torch.inf).transpose(1, 2).contiguous()
     ascending = keys.sort(-1).values
@@ -287,7 +287,7 @@ def ca_mkd_ensemble(
     >>> ca_mkd_ensemble(teachers, torch.tensor([[1, 0]])).weights  # sigmoid(2)
     tensor([[0.8808, 0.1192]])
     """
-    temperature = _number("temperature", temperature, low=0.0, open_low=True)
+    temperature = number("temperature", temperature, low=0.0, open_low=True)
     teachers = _Teachers(teacher_logits, labels, mask, cu_seqlens, normalize, needs="labels")
     weights = _complement(softmax_or_zero(_label_losses(teachers, temperature), teachers.here), teachers)
     return Ensemble(teachers.combine(weights), weights)
@@ -329,7 +329,7 @@ def ebkd_ensemble(
     >>> ebkd_ensemble(teachers, normalize="none").weights
     tensor([[1., 0.]])
     """
-    temperature = _number("temperature", temperature, low=0.0, open_low=True)
+    temperature = number("temperature", temperature, low=0.0, open_low=True)
     teachers = _Teachers(teacher_logits, labels, mask, cu_seqlens, normalize)
     p = softmax_or_zero((teachers.logits / temperature).transpose(1, 2), teachers.present.transpose(1, 2))
     scored = teachers.present.sum(1)
@@ -381,8 +381,8 @@ def ae_kd_ensemble(
     >>> ae_kd_ensemble(teachers, student_logits=student).weights
     tensor([[0.5000, 0.5000]])
     """
-    temperature = _number("temperature", temperature, low=0.0, open_low=True)
-    max_weight = _number("max_weight", max_weight, low=0.0, high=1.0, open_low=True)
+    temperature = number("temperature", temperature, low=0.0, open_low=True)
+    max_weight = number("max_weight", max_weight, low=0.0, high=1.0, open_low=True)
     teachers = _Teachers(
         teacher_logits, labels, mask, cu_seqlens, normalize, student_logits=student_logits, needs="student_logits"
     )
@@ -507,11 +507,11 @@ class StackingEnsemble:
     """
 
     def __init__(self, *, normalize: str = "zscore", C: float = 1.0, pairs_per_query: int = 200):
-        _choice("normalize", normalize, NORMALIZATIONS)
+        choice("normalize", normalize, NORMALIZATIONS)
         if isinstance(pairs_per_query, bool) or not isinstance(pairs_per_query, int) or pairs_per_query < 1:
             raise ValueError(f"pairs_per_query: expected an int >= 1, got {pairs_per_query!r}")
         self.normalize = normalize
-        self.C = _number("C", C, low=0.0, open_low=True)
+        self.C = number("C", C, low=0.0, open_low=True)
         self.pairs_per_query = pairs_per_query
         self.weights: Tensor | None = None
 

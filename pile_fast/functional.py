@@ -96,10 +96,11 @@ def pile_ensemble(
     ([[0, 1, 2]], 0)
     """
     options = ensemble_options(iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise)
+    if teacher_logits is None or labels is None:
+        raise _missing(teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(
-        teacher_logits=_required("teacher_logits", teacher_logits), labels=_required("labels", labels),
-        mask=mask, cu_seqlens=cu_seqlens, prior=prior,
-    )  # fmt: skip
+        teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior
+    )
     logits, weights, trace = autograd.ensemble(
         batch, options, return_weights, return_trace, select(backend, batch.device.type)
     )
@@ -152,10 +153,11 @@ def pairwise_distillation_loss(
     9.0
     """
     options = loss_options(1.0, _kind(kind), temperature, None, reduction, pairwise)
+    if student_logits is None or target_logits is None:
+        raise _missing(student_logits=student_logits, target_logits=target_logits)
     batch = RankingBatch(
-        student_logits=_required("student_logits", student_logits),
-        target_logits=_required("target_logits", target_logits), mask=mask, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens
+    )
     return autograd.pair_loss(batch, options, select(backend, batch.device.type))
 
 
@@ -199,10 +201,11 @@ def pairwise_logistic_loss(
     0.6931
     """
     options = loss_options(0.0, "logistic", 1.0, pair_weight, reduction, pairwise)
+    if student_logits is None or labels is None:
+        raise _missing(student_logits=student_logits, labels=labels)
     batch = RankingBatch(
-        student_logits=_required("student_logits", student_logits), labels=_required("labels", labels),
-        mask=mask, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens
+    )
     return autograd.pair_loss(batch, options, select(backend, batch.device.type))
 
 
@@ -265,18 +268,18 @@ def pile_loss(
     """
     options = ensemble_options(iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise)
     loss = loss_options(alpha, distillation, distillation_temperature, pair_weight, reduction, pairwise)
+    if student_logits is None or teacher_logits is None or labels is None:
+        raise _missing(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(
-        student_logits=_required("student_logits", student_logits),
-        teacher_logits=_required("teacher_logits", teacher_logits), labels=_required("labels", labels),
-        mask=mask, cu_seqlens=cu_seqlens, prior=prior,
+        student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
+        prior=prior,
     )  # fmt: skip
     return autograd.pile_loss(batch, options, loss, select(backend, batch.device.type))
 
 
-def _required(name: str, value):
-    if value is None:
-        raise TypeError(f"{name}: expected a torch.Tensor, got None")
-    return value
+def _missing(**tensors) -> TypeError:
+    name = next(name for name, tensor in tensors.items() if tensor is None)
+    return TypeError(f"{name}: expected a torch.Tensor, got None")
 
 
 def _kind(kind):

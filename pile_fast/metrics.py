@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pile_fast.batch import RankingBatch, check_cu_seqlens
-from pile_fast.options import REDUCTIONS, _choice
+from pile_fast.options import REDUCTIONS, choice
 
 
 class PairCounts(NamedTuple):
@@ -138,8 +138,8 @@ def ndcg(
     0.5869
     """
     _check_ranked(k, empty, reduction)
-    _choice("gain", gain, ("exponential", "linear"))
-    _choice("ties", ties, ("stable", "average"))
+    choice("gain", gain, ("exponential", "linear"))
+    choice("ties", ties, ("stable", "average"))
     lists = _Lists(scores, labels, mask, cu_seqlens)
     if bool((lists.labels < 0).any()):
         raise ValueError("labels: ndcg needs labels >= 0, got a negative one")
@@ -345,8 +345,8 @@ def pnr(
     >>> pnr(scores, labels).item()  # 2 + 2 pairs right, 1 + 0 wrong
     4.0
     """
-    _choice("average", average, ("micro", "macro", "none"))
-    _choice("ties", ties, ("exclude", "negative", "half"))
+    choice("average", average, ("micro", "macro", "none"))
+    choice("ties", ties, ("exclude", "negative", "half"))
     if isinstance(zero_division, bool) or not isinstance(zero_division, (int, float)):
         raise TypeError(f"zero_division: expected a number, got {type(zero_division).__name__}")
     counts = pair_counts(scores, labels, mask=mask, cu_seqlens=cu_seqlens)
@@ -394,8 +394,8 @@ def opa(
     >>> opa(torch.tensor([[3.0, 1.0, 2.0, 1.0]]), torch.tensor([[2, 1, 0, 0]])).item()  # 3 right, 1 wrong, 1 tied
     0.6
     """
-    _choice("ties", ties, ("negative", "half", "exclude"))
-    _choice("reduction", reduction, REDUCTIONS)
+    choice("ties", ties, ("negative", "half", "exclude"))
+    choice("reduction", reduction, REDUCTIONS)
     right, wrong, tied = (count.double() for count in pair_counts(scores, labels, mask=mask, cu_seqlens=cu_seqlens))
     pairs = right + wrong if ties == "exclude" else right + wrong + tied
     return _reduce((right + tied / 2 if ties == "half" else right) / pairs, reduction)
@@ -406,8 +406,8 @@ def _check_ranked(k, empty, reduction) -> None:
         raise TypeError(f"k: expected an int or None, got {type(k).__name__}")
     if k is not None and k < 1:
         raise ValueError(f"k: expected an int >= 1 or None, got {k}")
-    _choice("empty", empty, ("zero", "one", "skip"))
-    _choice("reduction", reduction, REDUCTIONS)
+    choice("empty", empty, ("zero", "one", "skip"))
+    choice("reduction", reduction, REDUCTIONS)
 
 
 def _ranked(lists: _Lists, values: Tensor, has_relevant: Tensor, empty: str, reduction: str) -> Tensor:

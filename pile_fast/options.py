@@ -46,7 +46,7 @@ class LossOptions(NamedTuple):
     pairwise: str
 
 
-def _number(name: str, value, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
+def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
@@ -58,7 +58,7 @@ def _number(name: str, value, *, low: float = -math.inf, high: float = math.inf,
     return float(value)
 
 
-def _choice(name: str, value, choices):
+def choice(name: str, value, choices):
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return "none" if value is None else value
@@ -89,18 +89,18 @@ def ensemble_options(
         raise TypeError(f"iterations: expected an int, got {type(iterations).__name__}")
     if iterations < 0:
         raise ValueError(f"iterations: expected an int >= 0, got {iterations}")
-    _choice("granularity", granularity, GRANULARITIES)
+    choice("granularity", granularity, GRANULARITIES)
     if step_size is None:
         step_size = DEFAULT_STEP_SIZE[granularity]
     return EnsembleOptions(
         iterations,
-        _number("step_size", step_size, low=0.0),
+        number("step_size", step_size, low=0.0),
         granularity,
-        _choice("normalize", normalize, NORMALIZATIONS),
-        _number("temperature", temperature, low=0.0, open_low=True),
-        _number("margin", margin),
-        _choice("pair_weight", pair_weight, PAIR_WEIGHTS),
-        _choice("pairwise", pairwise, PAIR_SUMS),
+        choice("normalize", normalize, NORMALIZATIONS),
+        number("temperature", temperature, low=0.0, open_low=True),
+        number("margin", margin),
+        choice("pair_weight", pair_weight, PAIR_WEIGHTS),
+        choice("pairwise", pairwise, PAIR_SUMS),
     )
 
 
@@ -108,10 +108,10 @@ def ensemble_options(
 def loss_options(alpha, distillation, distillation_temperature, pair_weight, reduction, pairwise) -> LossOptions:
     """Validate the options of the student's loss."""
     return LossOptions(
-        _number("alpha", alpha, low=0.0, high=1.0),
-        _choice("distillation", distillation, DISTILLATIONS),
-        _number("distillation_temperature", distillation_temperature, low=0.0, open_low=True),
-        _choice("pair_weight", pair_weight, PAIR_WEIGHTS),
-        _choice("reduction", reduction, REDUCTIONS),
-        _choice("pairwise", pairwise, PAIR_SUMS),
+        number("alpha", alpha, low=0.0, high=1.0),
+        choice("distillation", distillation, DISTILLATIONS),
+        number("distillation_temperature", distillation_temperature, low=0.0, open_low=True),
+        choice("pair_weight", pair_weight, PAIR_WEIGHTS),
+        choice("reduction", reduction, REDUCTIONS),
+        choice("pairwise", pairwise, PAIR_SUMS),
     )

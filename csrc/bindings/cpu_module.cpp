@@ -14,26 +14,40 @@ int64_t integer(PyObject* tuple, Py_ssize_t index) {
   return value;
 }
 
-// (address, dtype, stride per query, per document, per teacher), or None.
-pile::View view(PyObject* item) {
+// What the strides of a tensor count, in order.
+enum Axis { query, document, teacher };
+
+// (address, dtype, strides), or None. The last axes of `axes` are the tensor's: a packed tensor has no query axis.
+template <int N>
+pile::View view(PyObject* views, Py_ssize_t index, const Axis (&axes)[N]) {
+  PyObject* item = PyTuple_GET_ITEM(views, index);
   pile::View v;
   if (item == Py_None) return v;
+  if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(item, 2))) throw py::type_error("_cpu.run: malformed view");
   v.data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(item, 0)));
   v.dtype = static_cast<pile::DType>(integer(item, 1));
-  v.query = integer(item, 2);
-  v.document = integer(item, 3);
-  v.teacher = integer(item, 4);
+  PyObject* strides = PyTuple_GET_ITEM(item, 2);
+  const Py_ssize_t rank = PyTuple_GET_SIZE(strides);
+  for (Py_ssize_t k = 0; k < rank && k < N; ++k) {
+    const int64_t stride = integer(strides, rank - 1 - k);
+    switch (axes[N - 1 - k]) {
+      case query: v.query = stride; break;
+      case document: v.document = stride; break;
+      case teacher: v.teacher = stride; break;
+    }
+  }
   return v;
 }
 
 void* address(PyObject* tuple, Py_ssize_t index) { return reinterpret_cast<void*>(static_cast<uintptr_t>(integer(tuple, index))); }
 
-// False: cu_seqlens does not start at 0, decreases, or runs past the documents.
+// False: cu_seqlens does not start at 0, decreases, or runs past the documents; or a query is too long to count in 31 bits.
 bool offsets_fit(const pile::Batch& batch) {
-  if (!batch.packed()) return true;
+  constexpr int64_t kLongest = 2147483647;
+  if (!batch.packed()) return batch.slots <= kLongest;
   if (batch.first(0) != 0) return false;
   for (int64_t q = 0; q < batch.queries; ++q)
-    if (batch.length(q) < 0) return false;
+    if (batch.length(q) < 0 || batch.length(q) > kLongest) return false;
   const int64_t end = batch.queries ? batch.begin(batch.queries - 1) + batch.length(batch.queries - 1) : 0;
   return end <= batch.slots;
 }
@@ -48,9 +62,13 @@ bool run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble
   job.batch.queries = integer(s, 0);
   job.batch.slots = integer(s, 1);
   job.batch.teachers = integer(s, 2);
-  pile::View* fields[] = {&job.batch.student, &job.batch.teacher, &job.batch.target, &job.batch.labels,
-                          &job.batch.mask,    &job.batch.cu_seqlens, &job.batch.prior};
-  for (int i = 0; i < 7; ++i) *fields[i] = view(PyTuple_GET_ITEM(v, i));
+  job.batch.student = view(v, 0, {query, document});
+  job.batch.teacher = view(v, 1, {query, document, teacher});
+  job.batch.target = view(v, 2, {query, document});
+  job.batch.labels = view(v, 3, {query, document});
+  job.batch.mask = view(v, 4, {query, document});
+  job.batch.cu_seqlens = view(v, 5, {document});
+  job.batch.prior = view(v, 6, {query, teacher});
   job.out.logits = address(o, 0);
   job.out.weights = address(o, 1);
   job.out.trace = address(o, 2);
@@ -83,7 +101,7 @@ PYBIND11_MODULE(_cpu, m) {
                                  static_cast<pile::PairWeight>(pair_weight), static_cast<pile::Reduction>(reduction),
                                  static_cast<pile::PairSum>(pairwise)};
       }));
-  m.def("run", &run, "Run one call; False if cu_seqlens does not fit.");
+  m.def("run", &run, "Run one call; False if cu_seqlens does not fit or a query is too long.");
   m.def("instruction_set", &pile::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &pile::instruction_sets, "Those this processor and this build have, best first.");
   m.def("set_instruction_set", &pile::set_instruction_set, "Use another one; False if it is not there.");

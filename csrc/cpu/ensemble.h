@@ -4,8 +4,8 @@
 // tilted mean s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so that
 // every exponent is <= 0 and differences of close teachers are exact.
 //
-// One iteration reads the calibrated teachers once: tilt (M exponentials per document) and deposit in one pass; then the pair
-// sums; then the update. Bytes per document and iteration: 4 M + 28 (float32). Operations per document and iteration: 12 M
+// One iteration reads the calibrated teachers once: update, tilt (M exponentials per document) and deposit in one pass; then the
+// pair sums. Bytes per document and iteration: 4 M + 28 (float32). Operations per document and iteration: 12 M
 // for the exponentials, 12 to deposit, 20 to locate and evaluate; for direct sums 6/16 n (AVX-512). What limits it is instruction issue
 // while a query's teachers fit L2, the memory behind L2 from there on.
 //
@@ -20,6 +20,9 @@ namespace PILE_ISA {
 // Cost model of one iteration's sum.
 template <class T>
 constexpr PairCosts kEnsembleCosts = sizeof(T) == 4 ? PairCosts{0.06, 3, 6} : PairCosts{0.3, 8, 40};
+
+// Documents that go through update, tilt and deposit together: their exponents and logits stay in L1.
+constexpr int kStretch = 512;
 
 constexpr double kMinShare = 0x1p-10;  // see pile_fast/reference.py
 
@@ -51,7 +54,6 @@ class EnsembleQuery {
     u_ = arena.take<T>(n_);
     low_ = arena.take<T>(n_);
     high_ = arena.take<T>(n_);
-    lambda_ = arena.take<T>(n_);
     partial_ = arena.take<Stats>(int64_t(pieces(n_)) * teachers_);
     bounds_ = arena.take<T>(2 * pieces(n_));
     total_ = arena.take<Stats>(teachers_);
@@ -360,12 +362,18 @@ class EnsembleQuery {
       fields_.plan(grid, n, order_->below, weights_.gain, arena);
       for (int b = 0; b < fields_.blocks; ++b) inner |= fields_.block[b].inner;
     }
-    if (inner) near_.plan(low, high, offset_, n, arena);
+    if (inner) {
+      near_.plan(low, high, offset_, n, arena);
+      sums_ = PairOutput<T>::take(n, arena);
+    }
     if (!by_document_) {
       pull_pieces_ = direct_ ? pieces(n) : fields_.chunks;
       pull_ = arena.take<T>(int64_t(pull_pieces_) * teachers_ * kLanes<T>);
     }
-    if (trace) label_loss_.plan(*order_, weights_, double(offset_), options_->pairwise);
+    if (trace) {
+      label_loss_.plan(*order_, weights_, double(offset_), options_->pairwise);
+      traced_ = arena.take<T>(n);
+    }
   }
 
   void iterate_direct(const Member& m, T* trace, int64_t it) {
@@ -375,11 +383,11 @@ class EnsembleQuery {
       const Vec<T> u = tilt(k) * per_unit;
       store(u_ + k, u, lanes);
       near_.set(k, u, lanes);
-      store(lambda_ + k, Vec<T>{}, lanes);
+      sums_.clear(k, lanes);
     });
     m.sync();
     if (trace) trace_loss(m, trace + it, 1);
-    with_label_pairs([&](auto pairs) { all_pairs<T>(m, pairs, n, lambda_, nullptr); });
+    with_label_pairs([&](auto pairs) { all_pairs<T>(m, pairs, n, sums_, nullptr); });
     for (int p = m.rank; p < pieces(n); p += m.size) update(p, p * kPiece, smaller(n, (p + 1) * kPiece), -1);
     finish_update(m);
   }
@@ -387,12 +395,14 @@ class EnsembleQuery {
   void iterate_fields(const Member& m, T* trace, int64_t it) {
     const T per_unit = T(1 / options_->temperature);
     for (int c = m.rank; c < fields_.chunks; c += m.size) {
-      const int end = fields_.chunk_end(c);
-      for (int k = fields_.chunk_begin(c); k < end; k += kLanes<T>) {
-        const Vec<T> u = tilt(k) * per_unit;
-        store(u_ + k, u, end - k);
+      fields_.clear(c);
+      for (int begin = fields_.chunk_begin(c); begin < fields_.chunk_end(c); begin += kStretch) {
+        const int end = smaller(begin + kStretch, fields_.chunk_end(c));
+        // The last iteration's update, here where its documents are read anyway.
+        if (by_document_ && it > 0) update(c, begin, end, fields_.chunk_block(c));
+        for (int k = begin; k < end; k += kLanes<T>) store(u_ + k, tilt(k) * per_unit, end - k);
+        fields_.deposit(c, begin, end, u_);
       }
-      fields_.deposit(c, u_);
     }
     m.sync();
     if (trace) trace_loss(m, trace + it, 1);
@@ -403,12 +413,13 @@ class EnsembleQuery {
       const auto& block = fields_.block[b];
       if (!block.inner) continue;
       for (int k = block.begin; k < block.end; k += kLanes<T>) {
-        store(lambda_ + k, Vec<T>{}, block.end - k);
+        sums_.clear(k, block.end - k);
         near_.set(k, load(u_ + k), block.end - k);
       }
-      with_label_pairs([&](auto pairs) { pair_block<T>(pairs, block.begin, block.end, block.begin, block.end, lambda_); });
+      with_label_pairs([&](auto pairs) { pair_block<T>(pairs, block.begin, block.end, block.begin, block.end, sums_); });
     }
     m.sync();
+    if (by_document_ && it + 1 < options_->iterations) return;
     for (int c = m.rank; c < fields_.chunks; c += m.size)
       update(c, fields_.chunk_begin(c), fields_.chunk_end(c), fields_.chunk_block(c));
     finish_update(m);
@@ -425,7 +436,7 @@ class EnsembleQuery {
       const int lanes = smaller(kLanes<T>, end - k);
       const Vec<T> u = load(u_ + k);
       Vec<T> lambda = block >= 0 ? fields_.evaluate(block, u, k) : Vec<T>{};
-      if (add) lambda += load(lambda_ + k);
+      if (add) lambda += sums_.value(k);
       if (by_document_) {
         store(a_ + k, load(a_ + k) + step * (lambda * load(weights_.inverse + k)), lanes);
         continue;
@@ -467,12 +478,10 @@ class EnsembleQuery {
 
   // The label loss at u_ * scale.
   void trace_loss(const Member& m, T* to, T scale) {
-    for_pieces(m, order_->labelled, [&](int k, int lanes) { store(lambda_ + k, load(u_ + k) * scale, lanes); });
+    for_pieces(m, order_->labelled, [&](int k, int lanes) { store(traced_ + k, load(u_ + k) * scale, lanes); });
     m.sync();
-    const double loss = label_loss_.run(m, lambda_, nullptr);
+    const double loss = label_loss_.run(m, traced_, nullptr);
     if (m.leads()) *to = T(loss / weights_.total);
-    for_pieces(m, order_->labelled, [&](int k, int lanes) { store(lambda_ + k, Vec<T>{}, lanes); });
-    m.sync();
   }
 
   template <class F>
@@ -498,13 +507,14 @@ class EnsembleQuery {
   PairWeights<T> weights_;
   T offset_ = 0;
   T *t_ = nullptr;                                                // [M][row_], calibrated; NaN = missing
-  T *a_ = nullptr, *u_ = nullptr, *lambda_ = nullptr;             // exponents; logits / temperature; λ
+  T *a_ = nullptr, *u_ = nullptr, *traced_ = nullptr;             // exponents; logits / temperature
   T *low_ = nullptr, *high_ = nullptr;                            // each document's lowest and highest teacher
   T *energy_ = nullptr, *weight_ = nullptr, *scale_ = nullptr;    // by teacher
   T *bounds_ = nullptr, *pull_ = nullptr;
   double* mean_ = nullptr;
   Stats *partial_ = nullptr, *total_ = nullptr;
   Exponentials<T> near_;
+  PairOutput<T> sums_;
   Fields fields_;
   LabelLoss<T> label_loss_;
 };

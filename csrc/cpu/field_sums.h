@@ -115,17 +115,23 @@ class FieldSums {
   }
 
   int chunks = 0;
+  // Add all documents of chunk c at logits u[].
+  void deposit(int c, const T* u) {
+    clear(c);
+    deposit(c, chunk_[c].begin, chunk_[c].end, u);
+  }
   int chunk_begin(int c) const { return chunk_[c].begin; }
   int chunk_end(int c) const { return chunk_[c].end; }
   int chunk_block(int c) const { return chunk_[c].block; }
 
-  // Add the documents of chunk c at logits u[] to its moments.
-  void deposit(int c, const T* u) {
+  void clear(int c) {
+    for (int k = 0; k < row_; ++k) moments_[int64_t(c) * row_ + k] = Row{};
+  }
+  // Add the documents [begin, end) of chunk c at logits u[] to its moments.
+  void deposit(int c, int begin, int end, const T* u) {
     Row* moments = moments_ + int64_t(c) * row_;
-    for (int k = 0; k < row_; ++k) moments[k] = Row{};
     constexpr int W = kLanes<T>;
-    const int end = chunk_[c].end;
-    for (int k = chunk_[c].begin; k < end; k += W) {
+    for (int k = begin; k < end; k += W) {
       Vec<T> x;
       const Ints<T> cell = grid.locate(load(u + k), x);
       T xs[W];

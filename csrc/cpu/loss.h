@@ -72,23 +72,26 @@ class LabelLoss {
     const int n = order_->labelled;
     if (m.leads()) {
       mark_ = m.arena->mark();
-      prepare(u, lambda, n, *m.arena);
+      prepare(u, n, *m.arena);
     }
     m.sync();
-    lambda = lambda_;
     for (int p = m.rank; p < pieces(n); p += m.size) {
       const int end = smaller(n, (p + 1) * kPiece);
-      for (int k = p * kPiece; k < end; k += kLanes<T>) {
-        store(lambda + k, Vec<T>{}, end - k);
-        if (exponentials_) near_.set(k, load(u + k), end - k);
+      for (int k = p * kPiece; exponentials_ && k < end; k += kLanes<T>) {
+        sums_.clear(k, end - k);
+        near_.set(k, load(u + k), end - k);
       }
       if (!direct_)
         for (int k = p * kPiece; k < end; ++k) wide_u_[k] = double(u[k]);
     }
     m.sync();
     if (direct_) {
-      dispatch(u, [&](auto pairs) { all_pairs<T>(m, pairs, n, lambda, totals_); });
+      dispatch(u, [&](auto pairs) { all_pairs<T>(m, pairs, n, sums_, totals_); });
       if (m.leads()) result_ = pair_total(totals_, n);
+      for (int p = m.rank; lambda && p < pieces(n); p += m.size) {
+        const int end = smaller(n, (p + 1) * kPiece);
+        for (int k = p * kPiece; k < end; k += kLanes<T>) store(lambda + k, sums_.value(k), end - k);
+      }
     } else {
       for (int c = m.rank; c < fields_.chunks; c += m.size) fields_.deposit(c, wide_u_);
       m.sync();
@@ -103,7 +106,7 @@ class LabelLoss {
         const auto& block = fields_.block[b];
         if (block.inner) {
           dispatch(u, [&](auto pairs) {
-            pair_block<T>(pairs, block.begin, block.end, block.begin, block.end, lambda);
+            pair_block<T>(pairs, block.begin, block.end, block.begin, block.end, sums_);
             totals_[b] = pairs.total;
           });
         }
@@ -111,11 +114,13 @@ class LabelLoss {
       m.sync();
       if (m.leads())
         for (int b = 0; b < fields_.blocks; ++b) result_ += totals_[b];
-      for (int c = m.rank; c < fields_.chunks; c += m.size) {
+      for (int c = m.rank; lambda && c < fields_.chunks; c += m.size) {
         const int b = fields_.chunk_block(c), end = fields_.chunk_end(c);
+        const bool inner = fields_.block[b].inner;
         for (int k = fields_.chunk_begin(c); k < end; k += kLanes<double>) {
           const Vec<double> field = fields_.evaluate(b, load(wide_u_ + k), k);
-          for (int l = 0; l < smaller(kLanes<double>, end - k); ++l) lambda[k + l] += T(field[l]);
+          for (int l = k; l < smaller(k + kLanes<double>, end); ++l)
+            lambda[l] = T(field[l - k]) + (inner ? sums_.rows[l] - sums_.columns[l] : T(0));
         }
       }
     }
@@ -127,8 +132,7 @@ class LabelLoss {
   }
 
  private:
-  void prepare(const T* u, T* lambda, int n, Arena& arena) {
-    lambda_ = lambda ? lambda : arena.take<T>(n);
+  void prepare(const T* u, int n, Arena& arena) {
     T low, high;
     find_range(u, n, low, high);
     const auto grid = Grid<double>::over(low, high, n);
@@ -153,7 +157,9 @@ class LabelLoss {
       for (int b = 0; b < fields_.blocks; ++b) inner |= fields_.block[b].inner;
     }
     exponentials_ = direct_ || inner;
-    if (exponentials_) near_.plan(low, high, T(offset_), n, arena);
+    if (!exponentials_) return;
+    near_.plan(low, high, T(offset_), n, arena);
+    sums_ = PairOutput<T>::take(n, arena);
   }
   int count_groups(int n) const {
     int groups = 0;
@@ -188,7 +194,7 @@ class LabelLoss {
   Fields fields_;
   const Table *plus_ = nullptr, *minus_ = nullptr;
   double *wide_u_ = nullptr, *totals_ = nullptr;
-  T* lambda_ = nullptr;
+  PairOutput<T> sums_;
   double result_ = 0;
   Arena::Mark mark_ = {};
 };
@@ -211,7 +217,7 @@ class DistillLoss {
       const int end = smaller(n, (p + 1) * kPiece);
       if (direct_) {
         for (int k = p * kPiece; k < end; k += kLanes<T>) {
-          store(slope + k, Vec<T>{}, end - k);
+          sums_.clear(k, end - k);
           near_z_.set(k, load(z + k), end - k);
           near_s_.set(k, load(s + k), end - k);
         }
@@ -225,10 +231,14 @@ class DistillLoss {
     m.sync();
     if (direct_) {
       if (near_z_.wide || near_s_.wide)
-        all_pairs<T>(m, DistillPairs<T, true>{z, nullptr, nullptr, s, nullptr, nullptr}, n, slope, totals_);
+        all_pairs<T>(m, DistillPairs<T, true>{z, nullptr, nullptr, s, nullptr, nullptr}, n, sums_, totals_);
       else
-        all_pairs<T>(m, DistillPairs<T, false>{z, near_z_.up, near_z_.down, s, near_s_.up, near_s_.down}, n, slope, totals_);
+        all_pairs<T>(m, DistillPairs<T, false>{z, near_z_.up, near_z_.down, s, near_s_.up, near_s_.down}, n, sums_, totals_);
       if (m.leads()) result_ = pair_total(totals_, n);
+      for (int p = m.rank; p < pieces(n); p += m.size) {
+        const int end = smaller(n, (p + 1) * kPiece);
+        for (int k = p * kPiece; k < end; k += kLanes<T>) store(slope + k, sums_.value(k), end - k);
+      }
     } else {
       static const Table table(0);
       for (int c = m.rank; c < of_z_.chunks; c += m.size) of_z_.deposit(c, wide_z_);
@@ -281,6 +291,7 @@ class DistillLoss {
     if (direct_) {
       near_z_.plan(low_z, high_z, 0, n, arena);
       near_s_.plan(low_s, high_s, 0, n, arena);
+      sums_ = PairOutput<T>::take(n, arena);
       totals_ = arena.take<double>(kPairTotals);
       return;
     }
@@ -297,6 +308,7 @@ class DistillLoss {
   Exponentials<T> near_z_, near_s_;
   Fields of_z_, of_s_;
   double *wide_z_ = nullptr, *wide_s_ = nullptr, *totals_ = nullptr;
+  PairOutput<T> sums_;
   double middle_ = 0, result_ = 0;
   Arena::Mark mark_ = {};
 };

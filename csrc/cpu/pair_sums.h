@@ -140,9 +140,23 @@ struct DistillPairs {
   }
 };
 
+// Where the values go: a document's pairs as a row are added to rows[], those as a column to columns[]; the result is their
+// difference. Two arrays, because a scalar store to one that vectors are loaded from stalls those loads.
+template <class T>
+struct PairOutput {
+  T *rows = nullptr, *columns = nullptr;
+
+  static PairOutput take(int n, Arena& arena) { return {arena.take<T>(n), arena.take<T>(n)}; }
+  PILE_INLINE void clear(int k, int lanes) const {
+    store(rows + k, Vec<T>{}, lanes);
+    store(columns + k, Vec<T>{}, lanes);
+  }
+  PILE_INLINE Vec<T> value(int k) const { return load(rows + k) - load(columns + k); }
+};
+
 // R rows from i against the columns [begin, end) that follow them.
 template <class T, int R, class Pairs>
-PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, T* out) {
+PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T> out) {
   typename Pairs::Row row[R];
   Vec<T> acc[R];
   int first[R];
@@ -165,7 +179,7 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, T* out) {
       acc[r] += value;
       tile += value;
     }
-    store(out + j, load(out + j) - tile);
+    store(out.columns + j, load(out.columns + j) + tile);
   };
   for (; j < full; j += W) masked(j);
   for (; j + W <= end; j += W) {
@@ -176,17 +190,17 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, T* out) {
       acc[r] += value;
       tile += value;
     }
-    store(out + j, load(out + j) - tile);
+    store(out.columns + j, load(out.columns + j) + tile);
   }
   if (j < end) masked(j);
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) out[i + r] += sum<T>(acc[r]);
+  for (int r = 0; r < R; ++r) out.rows[i + r] += sum<T>(acc[r]);
   pairs.flush();
 }
 
-// Rows [row_begin, row_end) against the columns [begin, end). `out` is added to.
+// Rows [row_begin, row_end) against the columns [begin, end).
 template <class T, class Pairs>
-void pair_block(Pairs& pairs, int row_begin, int row_end, int begin, int end, T* out) {
+void pair_block(Pairs& pairs, int row_begin, int row_end, int begin, int end, PairOutput<T> out) {
   constexpr int R = Pairs::kRows;
   int i = row_begin;
   for (; i + R <= row_end && pairs.first(i) < end; i += R) pair_rows<T, R>(pairs, i, begin, end, out);
@@ -200,7 +214,7 @@ constexpr int kTournament = 2048;
 constexpr int kPlayers = 16;
 
 template <class T, class Pairs>
-void all_pairs(const Member& m, Pairs pairs, int n, T* out, double* totals) {
+void all_pairs(const Member& m, Pairs pairs, int n, PairOutput<T> out, double* totals) {
   if (n < kTournament) {
     if (m.leads()) {
       pair_block<T>(pairs, 0, n, 0, n, out);

@@ -76,59 +76,47 @@ def ensemble(
 
 
 def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(batch.student_logits, batch.target_logits)
-    return _loss(batch, None, options, with_gradient, dtype)
+    return _loss(batch, None, options, with_gradient, compute_dtype(batch.student_logits, batch.target_logits))
 
 
 def pile_loss(
     batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(batch.student_logits, batch.teacher_logits)
     native = _ensemble_options(ensemble_options) if loss_options.alpha > 0 else None
-    return _loss(batch, native, loss_options, with_gradient, dtype)
+    return _loss(batch, native, loss_options, with_gradient, compute_dtype(batch.student_logits, batch.teacher_logits))
 
 
 def _loss(batch, native_ensemble, options, with_gradient, dtype) -> tuple[Tensor, Tensor]:
     student = batch.student_logits
     loss = torch.empty((batch.num_queries,) if options.reduction == "none" else (), dtype=dtype)
-    gradient = torch.empty(student.shape if with_gradient else 0, dtype=student.dtype)
-    outputs = (0, 0, 0, loss.data_ptr(), gradient.data_ptr() if with_gradient else 0)
+    if with_gradient:
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        outputs = (0, 0, 0, loss.data_ptr(), gradient.data_ptr())
+    else:
+        gradient = student.new_empty(0)
+        outputs = (0, 0, 0, loss.data_ptr(), 0)
     _run(batch, native_ensemble, _loss_options(options), outputs, dtype)
     return loss, gradient
 
 
 def _run(batch, native_ensemble, native_loss, outputs, dtype) -> None:
-    student, teachers, target = batch.student_logits, batch.teacher_logits, batch.target_logits
-    slots = (student if student is not None else teachers).shape[0 if batch.packed else 1]
-    if slots >= 2**31 and not batch.packed:
-        raise ValueError(f"a query may have at most 2^31 - 1 documents, got {slots}")
+    student, teachers, target, labels = batch.student_logits, batch.teacher_logits, batch.target_logits, batch.labels
+    mask, cu_seqlens, prior = batch.mask, batch.cu_seqlens, batch.prior
+    slots = (teachers if student is None else student).shape[0 if batch.packed else 1]
+    # (address, dtype, strides) each; the extension tells the layouts apart by the number of strides.
     views = (
-        _view(student, batch.packed),
-        _view(teachers, batch.packed),
-        _view(target, batch.packed),
-        _view(batch.labels, batch.packed),
-        _view(batch.mask, batch.packed),
-        _view(batch.cu_seqlens, True),
-        None if batch.prior is None else _prior_view(batch.prior),
+        None if student is None else (student.data_ptr(), _DTYPES[student.dtype], student.stride()),
+        None if teachers is None else (teachers.data_ptr(), _DTYPES[teachers.dtype], teachers.stride()),
+        None if target is None else (target.data_ptr(), _DTYPES[target.dtype], target.stride()),
+        None if labels is None else (labels.data_ptr(), _DTYPES[labels.dtype], labels.stride()),
+        None if mask is None else (mask.data_ptr(), _DTYPES[mask.dtype], mask.stride()),
+        None if cu_seqlens is None else (cu_seqlens.data_ptr(), _DTYPES[cu_seqlens.dtype], cu_seqlens.stride()),
+        None if prior is None else (prior.data_ptr(), _DTYPES[prior.dtype], prior.stride()),
     )
     sizes = (batch.num_queries, slots, 0 if teachers is None else teachers.shape[-1])
     if not _cpu.run(sizes, views, native_ensemble, native_loss, outputs, dtype is torch.float64, torch.get_num_threads()):
-        check_cu_seqlens(batch.cu_seqlens, slots)
-
-
-def _view(tensor: Tensor | None, packed: bool):
-    """(address, dtype, stride per query, per document, per teacher)."""
-    if tensor is None:
-        return None
-    stride = tensor.stride()
-    if packed:
-        stride = (0, *stride)
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *(stride if len(stride) == 3 else (*stride, 0)))
-
-
-def _prior_view(prior: Tensor):
-    stride = prior.stride()
-    return (prior.data_ptr(), _DTYPES[prior.dtype], stride[0] if len(stride) == 2 else 0, 0, stride[-1])
+        check_cu_seqlens(cu_seqlens, slots)
+        raise ValueError(f"expected at most 2^31 - 1 documents per query, got {slots}")
 
 
 @functools.lru_cache(maxsize=256)
