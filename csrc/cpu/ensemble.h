@@ -17,9 +17,9 @@
 namespace pile {
 namespace PILE_ISA {
 
-// Cost model of one iteration's sum.
+// Of one iteration.
 template <class T>
-constexpr PairCosts kEnsembleCosts = sizeof(T) == 4 ? PairCosts{0.06, 3, 6} : PairCosts{0.3, 8, 40};
+constexpr PairCosts kEnsembleCosts = sizeof(T) == 4 ? PairCosts{0.021, 0.5, 4.5} : PairCosts{0.0885, 18, 20};
 
 // Documents that go through update, tilt and deposit together: their exponents and logits stay in L1.
 constexpr int kStretch = 512;

@@ -100,11 +100,16 @@ class FieldSums {
     for (int b = 0; b < blocks; ++b) {
       const int size = block[b].end - block[b].begin, pieces = (size + longest - 1) / longest;
       for (int c = 0; c < pieces; ++c) {
-        chunk_[chunks++] = {b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces)};
+        chunk_[chunks++] = {b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces), 0};
       }
     }
     row_ = grid.cells * (weighted ? 2 : 1);
-    moments_ = arena.take<Row>(int64_t(chunks) * row_);
+    int64_t rows = 0;
+    for (int c = 0; c < chunks; ++c) {
+      chunk_[c].moments = rows;
+      rows += copies(c) * row_;
+    }
+    moments_ = arena.take<Row>(rows);
     block_moments_ = arena.take<Row>(int64_t(blocks) * row_);
     // Coefficients by power, the cells of one power side by side, padded for two-register look-ups.
     stride_ = round_up(grid.cells, 2 * kLanes<T>);
@@ -125,11 +130,12 @@ class FieldSums {
   int chunk_block(int c) const { return chunk_[c].block; }
 
   void clear(int c) {
-    for (int k = 0; k < row_; ++k) moments_[int64_t(c) * row_ + k] = Row{};
+    for (int k = 0; k < copies(c) * row_; ++k) moments(c)[k] = Row{};
   }
   // Add the documents [begin, end) of chunk c at logits u[] to its moments.
   void deposit(int c, int begin, int end, const T* u) {
-    Row* moments = moments_ + int64_t(c) * row_;
+    Row* const base = moments(c);
+    const int other = copies(c) > 1 ? row_ : 0;
     constexpr int W = kLanes<T>;
     for (int k = begin; k < end; k += W) {
       Vec<T> x;
@@ -141,8 +147,9 @@ class FieldSums {
       const int lanes = smaller(W, end - k);
       for (int l = 0; l < lanes; ++l) {
         const Row p = powers(xs[l]);
-        moments[cells[l]] += p;
-        if (weighted) moments[grid.cells + cells[l]] += p * gain_[k + l];
+        Row* const to = base + (l % kCopies) * other + cells[l];
+        *to += p;
+        if (weighted) to[grid.cells] += p * gain_[k + l];
       }
     }
   }
@@ -152,8 +159,8 @@ class FieldSums {
     for (int64_t k = 0; k < int64_t(blocks) * row_; ++k) block_moments_[k] = Row{};
     for (int c = 0; c < chunks; ++c) {
       Row* to = block_moments_ + int64_t(chunk_[c].block) * row_;
-      const Row* from = moments_ + int64_t(c) * row_;
-      for (int k = 0; k < row_; ++k) to[k] += from[k];
+      for (int copy = 0; copy < copies(c); ++copy)
+        for (int k = 0; k < row_; ++k) to[k] += moments(c)[copy * row_ + k];
     }
     for (int k = 0; k < row_; ++k) low_[int64_t(blocks - 1) * row_ + k] = high_[k] = Row{};
     for (int b = 1; b < blocks; ++b) {
@@ -226,7 +233,14 @@ class FieldSums {
  private:
   struct Chunk {
     int block, begin, end;
+    int64_t moments;  // its first row in moments_
   };
+
+  // Neighbouring documents mostly lie in the same few cells, and each sum would wait for the last one's store. A long chunk with
+  // few cells spreads them over copies.
+  static constexpr int kCopies = 4;
+  int copies(int c) const { return row_ <= 32 && chunk_[c].end - chunk_[c].begin >= 256 ? kCopies : 1; }
+  Row* moments(int c) const { return moments_ + chunk_[c].moments; }
 
   // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
   static PILE_INLINE Row powers(T x) {

@@ -187,45 +187,23 @@ class Run {
         const View labels = options.alpha < 1 ? batch_.labels : View{};
         s.loss_order = order_by_label(labels, q * labels.query + first * labels.document, slots, valid < slots ? s.valid : nullptr, arena);
       }
-      const Order& order = s.loss_order;
       s.z = arena.take<T>(valid);
       s.lambda = arena.take<T>(valid);
-      s.finite = true;
-      with_logits(batch_.student, [&](const auto* data) {
-        const int64_t at = q * batch_.student.query + first * batch_.student.document;
-        for (int k = 0; k < valid; ++k) {
-          s.z[k] = T(read(data, at + order.slot[k] * batch_.student.document));
-          s.finite &= s.z[k] - s.z[k] == 0;
-        }
-      });
-      s.distilled = 0;
       if (options.alpha > 0) {
-        if (!job_.ensemble) {
-          with_logits(batch_.target, [&](const auto* data) {
-            const int64_t at = q * batch_.target.query + first * batch_.target.document;
-            for (int i = 0; i < slots; ++i) s.target[i] = T(read(data, at + i * batch_.target.document));
-          });
-        }
         s.at = arena.take<int>(valid);
         s.distill_z = arena.take<T>(valid);
         s.distill_s = arena.take<T>(valid);
         s.slope = arena.take<T>(valid);
-        const T per_unit = options.distillation == Distillation::logistic ? T(1 / options.distillation_temperature) : T(1);
-        for (int k = 0; k < valid; ++k) {
-          const T target = s.target[order.slot[k]];
-          if (target != target) continue;
-          s.at[s.distilled] = k;
-          s.distill_z[s.distilled] = s.z[k] * per_unit;
-          s.distill_s[s.distilled++] = target * per_unit;
-        }
       }
-      if (options.alpha < 1 && order.has_pairs()) {
-        s.weights = pair_weights<T>(order, options.pair_weight, arena);
-        s.label_loss.plan(order, s.weights, 0, options.pairwise);
+      if (options.alpha < 1 && s.loss_order.has_pairs()) {
+        s.weights = pair_weights<T>(s.loss_order, options.pair_weight, arena);
+        s.label_loss.plan(s.loss_order, s.weights, 0, options.pairwise);
       }
-      if (gradient && valid < slots)
-        for (int i = 0; i < slots; ++i) gradient[i] = 0;
     }
+    m.sync();
+    for (int p = m.rank; p < pieces(valid); p += m.size) gather_logits(s, q, p, valid);
+    m.sync();
+    if (m.leads()) join_pieces(s, valid);
     m.sync();
     double loss = 0, label_scale = 0, distill_scale = 0;
     const bool label_pairs = options.alpha < 1 && s.loss_order.has_pairs(), distill_pairs = s.distilled > 1;
@@ -247,16 +225,76 @@ class Run {
         }
       }
     }
-    if (!m.leads()) return;
-    losses_[q] = loss;
-    has_pairs_[q] = label_pairs | distill_pairs;
+    if (m.leads()) {
+      losses_[q] = loss;
+      has_pairs_[q] = label_pairs | distill_pairs;
+      if (gradient && distill_pairs && s.distilled < valid) {  // the slope by position, from the back
+        for (int k = valid - 1, d = s.distilled - 1; k >= 0; --k) s.slope[k] = d >= 0 && s.at[d] == k ? s.slope[d--] : T(0);
+      }
+    }
     if (!gradient) return;
-    // z is done with: it takes the gradient by position.
-    const int ranked = label_pairs && s.finite ? s.loss_order.labelled : 0;
-    for (int k = 0; k < valid; ++k) s.z[k] = s.finite ? (k < ranked ? T(-label_scale) * s.lambda[k] : T(0)) : T(__builtin_nan(""));
-    if (distill_pairs)
-      for (int d = 0; d < s.distilled; ++d) s.z[s.at[d]] += T(distill_scale) * s.slope[d];
-    for (int k = 0; k < valid; ++k) gradient[s.loss_order.slot[k]] = s.z[k];
+    for (int p = m.rank; valid < slots && p < pieces(slots); p += m.size)
+      for (int i = p * kPiece; i < smaller(slots, (p + 1) * kPiece); ++i)
+        if (!s.valid[i]) gradient[i] = 0;
+    m.sync();
+    const int ranked = label_pairs ? s.loss_order.labelled : 0;
+    for (int p = m.rank; p < pieces(valid); p += m.size) {
+      for (int k = p * kPiece; k < smaller(valid, (p + 1) * kPiece); ++k) {
+        T g = k < ranked ? T(-label_scale) * s.lambda[k] : T(0);
+        if (distill_pairs) g += T(distill_scale) * s.slope[k];
+        gradient[s.loss_order.slot[k]] = s.finite ? g : T(__builtin_nan(""));
+      }
+    }
+  }
+
+  // A piece of the student's logits by position, and of the pairs (logit, target) of documents with a target.
+  void gather_logits(Scratch& s, int64_t q, int piece, int valid) const {
+    const LossOptions& options = *job_.loss;
+    const int64_t first = batch_.first(q);
+    const int begin = piece * kPiece, end = smaller(valid, begin + kPiece);
+    const int* slot = s.loss_order.slot;
+    bool finite = true;
+    with_logits(batch_.student, [&](const auto* data) {
+      const int64_t at = q * batch_.student.query + first * batch_.student.document;
+      for (int k = begin; k < end; ++k) {
+        s.z[k] = T(read(data, at + slot[k] * batch_.student.document));
+        finite &= s.z[k] - s.z[k] == 0;
+      }
+    });
+    int to = begin;
+    if (options.alpha > 0) {
+      if (!job_.ensemble) {
+        with_logits(batch_.target, [&](const auto* data) {
+          const int64_t at = q * batch_.target.query + first * batch_.target.document;
+          for (int k = begin; k < end; ++k) s.target[slot[k]] = T(read(data, at + slot[k] * batch_.target.document));
+        });
+      }
+      const T per_unit = options.distillation == Distillation::logistic ? T(1 / options.distillation_temperature) : T(1);
+      for (int k = begin; k < end; ++k) {
+        const T target = s.target[slot[k]];
+        s.at[to] = k;
+        s.distill_z[to] = s.z[k] * per_unit;
+        s.distill_s[to] = target * per_unit;
+        to += target == target;
+      }
+    }
+    s.counts[3 * piece] = finite;
+    s.counts[3 * piece + 1] = to - begin;
+  }
+
+  void join_pieces(Scratch& s, int valid) const {
+    s.finite = true;
+    s.distilled = 0;
+    for (int p = 0; p < pieces(valid); ++p) {
+      const int from = p * kPiece, count = s.counts[3 * p + 1];
+      s.finite &= s.counts[3 * p] != 0;
+      if (from != s.distilled) {
+        std::memmove(s.at + s.distilled, s.at + from, count * sizeof(int));
+        std::memmove(s.distill_z + s.distilled, s.distill_z + from, count * sizeof(T));
+        std::memmove(s.distill_s + s.distilled, s.distill_s + from, count * sizeof(T));
+      }
+      s.distilled += count;
+    }
   }
 
   // The batch's loss, and the gradient in the student's dtype. Queries are added in order, in double.

@@ -38,7 +38,8 @@ PILE_INLINE void find_range(const T* u, int n, T& low, T& high) {
   }
 }
 
-// Which sum is faster. Costs in rough nanoseconds, measured (docs/performance.md): a pair, a document, a product of two cells.
+// Which sum is faster. Costs in nanoseconds, fitted to the crossovers measured in docs/performance.md: a pair, a document, and what
+// one cell does to another. A cost model, not a length: the number of cells and of label groups differs from query to query.
 struct PairCosts {
   double pair, document, product;
 };
@@ -49,9 +50,10 @@ PILE_INLINE bool direct_is_faster(PairSum how, const Grid<T>& grid, double pairs
   return pairs * cost.pair < n * cost.document + blocks * grid.cells * grid.cells * cost.product;
 }
 
-// Cost model of the losses' sums.
 template <class T>
-constexpr PairCosts kLossCosts = sizeof(T) == 4 ? PairCosts{0.20, 8, 40} : PairCosts{0.9, 20, 120};
+constexpr PairCosts kLabelCosts = sizeof(T) == 4 ? PairCosts{0.15, 1, 18} : PairCosts{0.53, 35, 40};
+template <class T>
+constexpr PairCosts kDistillCosts = sizeof(T) == 4 ? PairCosts{0.264, 1, 3} : PairCosts{0.79, 28, 20};
 
 // The label pairs at logits u: λ, and the sum of their losses.
 template <class T>
@@ -137,7 +139,7 @@ class LabelLoss {
     find_range(u, n, low, high);
     const auto grid = Grid<double>::over(low, high, n);
     const double groups_at_most = larger(1.0, double(n) / Fields::least_block(grid.cells) * 2);
-    direct_ = direct_is_faster(how_, grid, double(n) * n / 2, n, smaller(groups_at_most, double(count_groups(n))), kLossCosts<T>);
+    direct_ = direct_is_faster(how_, grid, double(n) * n / 2, n, smaller(groups_at_most, double(count_groups(n))), kLabelCosts<T>);
     bool inner = false;
     if (direct_) {
       totals_ = arena.take<double>(kPairTotals);
@@ -286,7 +288,7 @@ class DistillLoss {
     find_range(s, n, low_s, high_s);
     const auto grid_z = Grid<double>::over(low_z, high_z, n), grid_s = Grid<double>::over(low_s, high_s, n);
     const auto& larger_grid = grid_z.cells == 0 || grid_z.cells > grid_s.cells ? grid_z : grid_s;
-    direct_ = grid_s.cells == 0 || direct_is_faster(how, larger_grid, double(n) * n, 2 * n, 2, kLossCosts<T>);
+    direct_ = grid_s.cells == 0 || direct_is_faster(how, larger_grid, double(n) * n / 2, n, 2, kDistillCosts<T>);
     middle_ = (double(low_z) + double(high_z)) / 2;
     if (direct_) {
       near_z_.plan(low_z, high_z, 0, n, arena);

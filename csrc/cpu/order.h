@@ -19,18 +19,29 @@ struct Order {
 
 constexpr int kMaxGrades = 16;
 
+// A label's bits, the same for 0 and -0, so that equal labels have equal keys.
+PILE_INLINE int64_t label_key(double label) {
+  const double canonical = label + 0.0;
+  int64_t key;
+  std::memcpy(&key, &canonical, 8);
+  return key;
+}
+
 // Stable counting sort where the labels are a few grades (nearly always). False if there are more than kMaxGrades.
 inline bool sort_grades(const double* label, const int* slot, int n, Order& order, Arena& arena) {
   double value[kMaxGrades];
-  int count[kMaxGrades], rank[kMaxGrades], start[kMaxGrades];
+  int64_t key[kMaxGrades];
+  int count[kMaxGrades], start[kMaxGrades];
   int grades = 0;
   uint8_t* grade = arena.take<uint8_t>(n);
   for (int i = 0; i < n; ++i) {
+    const int64_t own = label_key(label[i]);
     int hit = -1;
-    for (int g = 0; g < grades; ++g) hit = value[g] == label[i] ? g : hit;  // no early exit: grades are unpredictable
+    for (int g = 0; g < grades; ++g) hit = key[g] == own ? g : hit;  // no early exit: grades are unpredictable
     if (hit < 0) {
       if (grades == kMaxGrades) return false;
       value[grades] = label[i];
+      key[grades] = own;
       count[grades] = 0;
       hit = grades++;
     }
@@ -38,20 +49,13 @@ inline bool sort_grades(const double* label, const int* slot, int n, Order& orde
     ++count[hit];
   }
   for (int g = 0; g < grades; ++g) {
-    rank[g] = 0;
     start[g] = 0;
-    for (int o = 0; o < grades; ++o) {
-      if (value[o] > value[g]) {
-        ++rank[g];
-        start[g] += count[o];
-      }
-    }
+    for (int o = 0; o < grades; ++o) start[g] += value[o] > value[g] ? count[o] : 0;
   }
   for (int g = 0; g < grades; ++g) {
-    for (int k = start[g]; k < start[g] + count[g]; ++k) {
-      order.label[k] = value[g];
-      order.below[k] = start[g] + count[g];
-    }
+    const int end = start[g] + count[g];
+    for (int k = start[g]; k < end; ++k) order.label[k] = value[g];
+    for (int k = start[g]; k < end; ++k) order.below[k] = end;
   }
   for (int i = 0; i < n; ++i) order.slot[start[grade[i]]++] = slot[i];
   return true;
@@ -64,9 +68,7 @@ inline void sort_any(const double* label, const int* slot, int n, Order& order, 
   int* item = arena.take<int>(n);
   int* other_item = arena.take<int>(n);
   for (int i = 0; i < n; ++i) {
-    const double canonical = label[i] + 0.0;  // -0 is 0
-    int64_t word;
-    std::memcpy(&word, &canonical, 8);
+    const int64_t word = label_key(label[i]);
     const uint64_t rising = uint64_t(word) ^ (uint64_t(word >> 63) | (uint64_t(1) << 63));
     key[i] = ~rising;
     item[i] = i;

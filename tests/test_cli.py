@@ -1,0 +1,152 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pile_fast
+from pile_fast.cli import demo, main
+from pile_fast.data import find_data
+from pile_fast.students import FeatureRanker
+
+
+@pytest.fixture(scope="session")
+def mq2008_folder():
+    folder = find_data("mq2008")
+    if folder is None or not (folder / "mq2008").is_dir():
+        pytest.skip("needs the MQ2008 files: set PILE_FAST_DATA to the folder that holds mq2008/ and mq2008_agg/")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny networks: on a busy machine their threads would mostly wait for each other. The demo sets it, and stays."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_data_around(tmp_path, monkeypatch):
+    monkeypatch.delenv("PILE_FAST_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def last_line(text):
+    """The error, which must be one line without a stack trace."""
+    assert text.count("\n") == 1 and "Traceback" not in text
+    return text.strip()
+
+
+def test_python_m_tells_versions_and_backends():
+    result = subprocess.run([sys.executable, "-m", "pile_fast"], capture_output=True, text=True, check=True)
+    lines = dict(line.split(None, 1) for line in result.stdout.splitlines() if not line.startswith("backend"))
+    assert lines["pile_fast"] == pile_fast.__version__ and lines["python"].startswith(sys.version.split()[0])
+    assert {"torch", "transformers", "threads", "devices"} <= lines.keys()
+    backends = [line for line in result.stdout.splitlines() if line.startswith("backend")]
+    for line, (name, status) in zip(backends, pile_fast.available_backends().items(), strict=True):
+        assert name in line and ("works" in line if status.available else status.reason in line)
+
+
+def test_info_imports_no_optional_library():
+    code = (
+        "import sys; from pile_fast.cli import main; main(['info']);"
+        "sys.exit(bool({'transformers', 'rich', 'matplotlib', 'sklearn', 'datasets'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required: command"),
+        (["train"], "invalid choice: 'train'"),
+        (["demo", "--fold", "6"], "argument --fold: invalid choice: 6"),
+        (["demo", "--epochs", "0"], "argument --epochs: expected a whole number >= 1, got '0'"),
+        (["demo", "--seed", "-1"], "argument --seed: expected a whole number >= 0, got '-1'"),
+        (["demo", "--what"], "unrecognized arguments: --what"),
+    ],
+)
+def test_wrong_command_line_is_one_line_and_exit_code_2(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in last_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demo", "--help"], ["info", "--help"]])
+def test_help_and_version(capsys, arguments):
+    assert main(arguments) == 0
+    assert capsys.readouterr().out
+
+
+def test_data_folder_without_the_files_names_the_missing_one(capsys, tmp_path):
+    (tmp_path / "here").mkdir()
+    assert main(["demo", "--data", "here"]) == 1
+    assert (
+        last_line(capsys.readouterr().err) == "pile-fast: error: here/mq2008/S1.txt: no such file, nor with .xz or .gz"
+    )
+    assert main(["demo", "--data", "nowhere"]) == 1
+    assert last_line(capsys.readouterr().err) == "pile-fast: error: data folder nowhere does not exist"
+
+
+def test_broken_data_file_is_one_line(capsys, tmp_path):
+    (tmp_path / "mq2008").mkdir()
+    (tmp_path / "mq2008_agg").mkdir()
+    for name in ("mq2008/S2.txt", "mq2008/S3.txt", "mq2008/S4.txt", "mq2008/S5.txt", "mq2008_agg/mq2008_teachers.csv"):
+        (tmp_path / name).touch()
+    (tmp_path / "mq2008/S1.txt").write_text("1 qid:1 1:1\n1 qid:1 one:1\n")
+    assert main(["demo", "--data", str(tmp_path)]) == 1
+    assert f"{tmp_path}/mq2008/S1.txt:2: expected a feature" in last_line(capsys.readouterr().err)
+
+
+def test_unwritable_output_is_refused_before_any_work(capsys, tmp_path, monkeypatch):
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(demo, "_load", lambda *args: pytest.fail("data was read"))
+    assert main(["demo", "--output", "taken/below"]) == 1
+    assert last_line(capsys.readouterr().err).startswith("pile-fast: error: --output taken/below: cannot write there: ")
+
+
+def test_missing_extra_names_the_install_command(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["demo"]) == 1
+    assert last_line(capsys.readouterr().err) == "pile-fast: error: the demo needs rich: pip install 'pile_fast[train]'"
+
+
+def check_demo(capsys, output, teachers):
+    out = capsys.readouterr().out
+    report = json.loads((output / "metrics.json").read_text())
+    kinds = [row["kind"] for row in report["rows"]]
+    assert (
+        kinds.count("teacher") == teachers
+        and kinds.count("baseline") == 1
+        and kinds.count("student") == len(demo.STUDENTS)
+    )
+    for row in report["rows"]:
+        assert f"{row['name']}{' *' if row['sees_labels'] else ''} " in out
+        assert 0 < row["quality"]["ndcg@10"] <= 1
+    assert {row["name"] for row in report["rows"] if row["sees_labels"]} == {
+        "best ensemble",
+        "ca_mkd ensemble",
+        "pile ensemble",
+    }
+    assert (output / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert isinstance(FeatureRanker.from_pretrained(output / "student"), FeatureRanker)
+    return out, report
+
+
+def test_demo_on_generated_data_says_so_first_and_writes_everything(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "find_data", lambda *args: None)  # a checkout may have data/ of its own
+    assert main(["demo", "--epochs", "1"]) == 0
+    out, report = check_demo(capsys, tmp_path / "runs/demo", teachers=6)
+    assert "GENERATED" in out.splitlines()[0] and "GENERATED" in report["data"]
+    assert report["test_queries"] == 80
+
+
+def test_demo_on_mq2008(capsys, tmp_path, mq2008_folder):
+    assert (
+        main(["demo", "--data", str(mq2008_folder), "--output", str(tmp_path / "out"), "--epochs", "1", "--fold", "2"])
+        == 0
+    )
+    out, report = check_demo(capsys, tmp_path / "out", teachers=23)
+    assert out.startswith("MQ2008 in ") and report["test_queries"] == 157 and report["fold"] == 2
