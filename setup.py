@@ -21,7 +21,18 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "pile_fast/__init__.py").read_text()).group(1)
 PACKAGES = ["pile_fast", "pile_fast.backends", "pile_fast.cli", "pile_fast.data", "pile_fast.kernels"]
 
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Icsrc/include"]
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Icsrc/include",
+]
 X86 = platform.machine() in ("x86_64", "AMD64")
 INSTRUCTION_SETS = {"baseline": []}
 if X86:

@@ -129,7 +129,8 @@ def _pair_loss(batch, options, with_gradient, backend):
     return backends.load(backend).pair_loss(batch, options, with_gradient)
 
 
-def _pile_loss(batch, ensemble_options, options, with_gradient, backend):
+def _pile_loss(batch, options, with_gradient, backend):
+    ensemble_options, options = options
     if torch.compiler.is_compiling():
         return torch.ops.pile_fast.pile_loss(
             batch.student_logits, batch.teacher_logits, batch.labels, batch.mask, batch.cu_seqlens, batch.prior,
@@ -139,11 +140,11 @@ def _pile_loss(batch, ensemble_options, options, with_gradient, backend):
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradient was computed with it. `run(*arguments, with_gradient, backend)` gives both."""
+    """A loss whose gradient was computed with it. `run(batch, options, with_gradient, backend)` gives both."""
 
     @staticmethod
-    def forward(ctx, student_logits, run, backend, batch, *options):
-        loss, gradient = run(batch, *options, True, backend)
+    def forward(ctx, student_logits, run, batch, options, backend):
+        loss, gradient = run(batch, options, True, backend)
         ctx.save_for_backward(gradient, student_logits, batch.cu_seqlens)
         return loss
 
@@ -157,7 +158,7 @@ class _Loss(torch.autograd.Function):
             gradient = gradient.to(student_logits.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _OnceDifferentiable.apply(gradient, student_logits)
-        return (gradient, *(None,) * (len(ctx.needs_input_grad) - 1))
+        return gradient, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -187,12 +188,12 @@ def _per_document(per_query: Tensor, cu_seqlens: Tensor, like: Tensor) -> Tensor
 def pair_loss(batch: RankingBatch, options: LossOptions, backend: str) -> Tensor:
     """The student's loss against `batch.target_logits` and `batch.labels`."""
     if batch.student_logits.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(batch.student_logits, _pair_loss, backend, batch, options)
+        return _Loss.apply(batch.student_logits, _pair_loss, batch, options, backend)
     return _pair_loss(batch, options, False, backend)[0]
 
 
 def pile_loss(batch: RankingBatch, ensemble_options: EnsembleOptions, options: LossOptions, backend: str) -> Tensor:
     """The student's loss against the PILE ensemble of `batch.teacher_logits`."""
     if batch.student_logits.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(batch.student_logits, _pile_loss, backend, batch, ensemble_options, options)
-    return _pile_loss(batch, ensemble_options, options, False, backend)[0]
+        return _Loss.apply(batch.student_logits, _pile_loss, batch, (ensemble_options, options), backend)
+    return _pile_loss(batch, (ensemble_options, options), False, backend)[0]

@@ -33,7 +33,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 class RankingBatch:
-    """Checked tensors of one call. Build it, then read `num_queries`, `packed` and the tensors.
+    """Checked tensors of one call. Build it, then read `num_queries`, `packed`, `dtype` (of the arithmetic: float64 if any logits
+    are, else float32) and the tensors.
 
     Args:
         student_logits: (Q, N) or (D,), float; the only tensor that may carry a gradient.
@@ -51,7 +52,7 @@ class RankingBatch:
 
     __slots__ = (
         "student_logits", "teacher_logits", "target_logits", "labels", "mask", "cu_seqlens", "prior",
-        "packed", "num_queries", "device",
+        "packed", "num_queries", "dtype",
     )  # fmt: skip
 
     def __init__(
@@ -76,26 +77,29 @@ class RankingBatch:
 
         # The student, else the teachers, fix shape and device; the others are held against them.
         shape = device = first = None
+        wide = False
         if student_logits is not None:
             self._check_logits("student_logits", student_logits, packed)
             shape, device, first = student_logits.shape, student_logits.device, "student_logits"
+            wide = student_logits.dtype is torch.float64
         if teacher_logits is not None:
             self._check_logits("teacher_logits", teacher_logits, packed, teachers=True)
             own = teacher_logits.shape[:-1]
+            wide = wide or teacher_logits.dtype is torch.float64
             if shape is None:
                 shape, device, first = own, teacher_logits.device, "teacher_logits"
             elif own != shape or teacher_logits.device != device:
                 self._mismatch("teacher_logits", teacher_logits, shape, device, first)
         if target_logits is not None:
             self._check_logits("target_logits", target_logits, packed)
+            wide = wide or target_logits.dtype is torch.float64
             if target_logits.requires_grad:
                 self._refuse_grad("target_logits")
             if target_logits.shape != shape or target_logits.device != device:
                 self._mismatch("target_logits", target_logits, shape, device, first)
+        self.dtype = torch.float64 if wide else torch.float32
         if shape is None:
             raise TypeError("student_logits: expected a torch.Tensor, got None")
-        self.device = device
-
         if labels is not None:
             if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
                 self._wrong_type("labels", labels, "a real dtype")
@@ -194,7 +198,9 @@ class PaddedView:
         self.packed = batch.packed
         some = next(t for t in (batch.student_logits, batch.teacher_logits, batch.target_logits) if t is not None)
         if not self.packed:
-            self.valid = batch.mask if batch.mask is not None else torch.ones(some.shape[:2], dtype=torch.bool, device=some.device)
+            self.valid = (
+                batch.mask if batch.mask is not None else torch.ones(some.shape[:2], dtype=torch.bool, device=some.device)
+            )
             return
         self.documents = some.shape[0]
         check_cu_seqlens(batch.cu_seqlens, self.documents)

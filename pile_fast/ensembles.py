@@ -48,9 +48,7 @@ class Ensemble(NamedTuple):
 class _Teachers:
     """Checked and calibrated teachers of one call as (Q, N, M), and the way back to the caller's layout."""
 
-    def __init__(
-        self, teacher_logits, labels, mask, cu_seqlens, normalize, *, prior=None, student_logits=None, needs=""
-    ):
+    def __init__(self, teacher_logits, labels, mask, cu_seqlens, normalize, *, prior=None, student_logits=None, needs=""):
         choice("normalize", normalize, NORMALIZATIONS)
         given = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
         for name in ("teacher_logits", needs):

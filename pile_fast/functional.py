@@ -98,12 +98,8 @@ def pile_ensemble(
     options = ensemble_options(iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise)
     if teacher_logits is None or labels is None:
         raise _missing(teacher_logits=teacher_logits, labels=labels)
-    batch = RankingBatch(
-        teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior
-    )
-    logits, weights, trace = autograd.ensemble(
-        batch, options, return_weights, return_trace, select(backend, batch.device.type)
-    )
+    batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior)
+    logits, weights, trace = autograd.ensemble(batch, options, return_weights, return_trace, select(backend, teacher_logits))
     return PILEEnsemble(logits, weights if return_weights else None, trace if return_trace else None)
 
 
@@ -155,10 +151,8 @@ def pairwise_distillation_loss(
     options = loss_options(1.0, _kind(kind), temperature, None, reduction, pairwise)
     if student_logits is None or target_logits is None:
         raise _missing(student_logits=student_logits, target_logits=target_logits)
-    batch = RankingBatch(
-        student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens
-    )
-    return autograd.pair_loss(batch, options, select(backend, batch.device.type))
+    batch = RankingBatch(student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens)
+    return autograd.pair_loss(batch, options, select(backend, student_logits))
 
 
 def pairwise_logistic_loss(
@@ -203,10 +197,8 @@ def pairwise_logistic_loss(
     options = loss_options(0.0, "logistic", 1.0, pair_weight, reduction, pairwise)
     if student_logits is None or labels is None:
         raise _missing(student_logits=student_logits, labels=labels)
-    batch = RankingBatch(
-        student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens
-    )
-    return autograd.pair_loss(batch, options, select(backend, batch.device.type))
+    batch = RankingBatch(student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
+    return autograd.pair_loss(batch, options, select(backend, student_logits))
 
 
 def pile_loss(
@@ -274,7 +266,7 @@ def pile_loss(
         student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
         prior=prior,
     )  # fmt: skip
-    return autograd.pile_loss(batch, options, loss, select(backend, batch.device.type))
+    return autograd.pile_loss(batch, options, loss, select(backend, student_logits))
 
 
 def _missing(**tensors) -> TypeError:

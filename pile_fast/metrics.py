@@ -248,9 +248,7 @@ def average_precision(
     return _ranked(lists, lists.per_query(precision) / total, total > 0, empty, reduction)
 
 
-def pair_counts(
-    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> PairCounts:
+def pair_counts(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> PairCounts:
     """Count, per query, the pairs with y_i > y_j that the scores order rightly, wrongly, or not at all. O(n log n).
 
     Args:

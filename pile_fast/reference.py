@@ -232,7 +232,7 @@ def _poison(student_logits: Tensor, valid: Tensor) -> Tensor:
 
 
 def reduce(per_query: PairLoss, reduction: str) -> Tensor:
-    """"none" (Q,), "sum" (), or "mean" () over the queries that have a pair; without any, a 0 connected to the graph."""
+    """ "none" (Q,), "sum" (), or "mean" () over the queries that have a pair; without any, a 0 connected to the graph."""
     if reduction == "none":
         return per_query.loss
     total = per_query.loss.sum()

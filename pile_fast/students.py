@@ -51,18 +51,14 @@ class FeatureRanker(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(
-            module, nn.Linear
-        ):  # PyTorch's own, not the library's normal(0, 0.02), which starts all logits at 0
+        if isinstance(module, nn.Linear):  # PyTorch's own, not the library's normal(0, 0.02), which starts all logits at 0
             module.reset_parameters()
 
     @torch.no_grad()
     def fit_standardization(self, features: Tensor) -> FeatureRanker:
         """Take mean and deviation from the training documents' features (D, F); a constant feature becomes 0."""
         if features.dim() != 2 or features.shape[1] != self.config.num_features or features.shape[0] == 0:
-            raise ValueError(
-                f"features: expected (D, F) = (D, {self.config.num_features}), D > 0, got {tuple(features.shape)}"
-            )
+            raise ValueError(f"features: expected (D, F) = (D, {self.config.num_features}), D > 0, got {tuple(features.shape)}")
         features = features.to(torch.float64)
         deviation = features.std(0, correction=0)
         # By its extremes: the rounding of a constant's mean must not be blown up to unit scale.

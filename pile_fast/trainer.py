@@ -105,7 +105,6 @@ class PileTrainer(Trainer):
             return loss, None, None
         lengths = inputs["cu_seqlens"].diff().to(logits.device)
         logits, labels = (
-            torch.nn.utils.rnn.pad_sequence(x.float().split(lengths.tolist()), batch_first=True)
-            for x in (logits, labels)
+            torch.nn.utils.rnn.pad_sequence(x.float().split(lengths.tolist()), batch_first=True) for x in (logits, labels)
         )
         return loss, logits, (labels, lengths)

@@ -83,9 +83,7 @@ def test_help_and_version(capsys, arguments):
 def test_data_folder_without_the_files_names_the_missing_one(capsys, tmp_path):
     (tmp_path / "here").mkdir()
     assert main(["demo", "--data", "here"]) == 1
-    assert (
-        last_line(capsys.readouterr().err) == "pile-fast: error: here/mq2008/S1.txt: no such file, nor with .xz or .gz"
-    )
+    assert last_line(capsys.readouterr().err) == "pile-fast: error: here/mq2008/S1.txt: no such file, nor with .xz or .gz"
     assert main(["demo", "--data", "nowhere"]) == 1
     assert last_line(capsys.readouterr().err) == "pile-fast: error: data folder nowhere does not exist"
 
@@ -117,11 +115,7 @@ def check_demo(capsys, output, teachers):
     out = capsys.readouterr().out
     report = json.loads((output / "metrics.json").read_text())
     kinds = [row["kind"] for row in report["rows"]]
-    assert (
-        kinds.count("teacher") == teachers
-        and kinds.count("baseline") == 1
-        and kinds.count("student") == len(demo.STUDENTS)
-    )
+    assert kinds.count("teacher") == teachers and kinds.count("baseline") == 1 and kinds.count("student") == len(demo.STUDENTS)
     for row in report["rows"]:
         assert f"{row['name']}{' *' if row['sees_labels'] else ''} " in out
         assert 0 < row["quality"]["ndcg@10"] <= 1
@@ -144,9 +138,6 @@ def test_demo_on_generated_data_says_so_first_and_writes_everything(capsys, tmp_
 
 
 def test_demo_on_mq2008(capsys, tmp_path, mq2008_folder):
-    assert (
-        main(["demo", "--data", str(mq2008_folder), "--output", str(tmp_path / "out"), "--epochs", "1", "--fold", "2"])
-        == 0
-    )
+    assert main(["demo", "--data", str(mq2008_folder), "--output", str(tmp_path / "out"), "--epochs", "1", "--fold", "2"]) == 0
     out, report = check_demo(capsys, tmp_path / "out", teachers=23)
     assert out.startswith("MQ2008 in ") and report["test_queries"] == 157 and report["fold"] == 2

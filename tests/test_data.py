@@ -86,9 +86,7 @@ def test_letor_broken_line_names_file_line_and_reason(tmp_path, line, reason):
 
 @pytest.mark.parametrize("name", ["cut.txt.xz", "cut.txt.gz", "junk.txt.xz", "junk.txt.gz", "latin.txt"])
 def test_letor_damaged_file_is_named(tmp_path, name):
-    whole = (lzma if name.endswith("xz") else gzip).compress(
-        "".join(f"1 qid:{i} 1:{i}\n" for i in range(2000)).encode()
-    )
+    whole = (lzma if name.endswith("xz") else gzip).compress("".join(f"1 qid:{i} 1:{i}\n" for i in range(2000)).encode())
     content = {"cut": whole[:-30], "junk": b"not compressed", "latin": b"1 qid:1 1:1 # caf\xe9\n"}[name.split(".")[0]]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: damaged file"):
@@ -121,9 +119,7 @@ def test_folds_rotate_the_parts_and_share_no_query():
     wanted = ["S1S2S3/S4/S5", "S2S3S4/S5/S1", "S3S4S5/S1/S2", "S4S5S1/S2/S3", "S5S1S2/S3/S4"]
     for number, parts in enumerate(wanted, 1):
         fold = lists.fold(number)
-        assert [set(part.parts) for part in fold] == [
-            {p[i : i + 2] for i in range(0, len(p), 2)} for p in parts.split("/")
-        ]
+        assert [set(part.parts) for part in fold] == [{p[i : i + 2] for i in range(0, len(p), 2)} for p in parts.split("/")]
         assert sum(len(part) for part in fold) == len({q for part in fold for q in part.query_ids}) == 50
 
 
@@ -142,9 +138,7 @@ def test_lists_errors_name_the_argument():
 def test_an_ensemble_can_take_the_teachers_place():
     lists = make_synthetic(5)
     fixed = lists.with_teachers(lists.teacher_logits.nanmean(1), ["mean"])
-    assert (
-        isinstance(fixed, RankedLists) and fixed[0]["teacher_logits"].shape[1] == 1 and fixed.teacher_names == ("mean",)
-    )
+    assert isinstance(fixed, RankedLists) and fixed[0]["teacher_logits"].shape[1] == 1 and fixed.teacher_names == ("mean",)
 
 
 # -- the generator

@@ -95,9 +95,7 @@ def test_packed_is_padded(name):
 @every_ensemble
 def test_padding_changes_nothing(name):
     t, labels, student, mask = batch()
-    wide = [
-        torch.cat([x, torch.full_like(x[:, :5], v)], 1) for x, v in ((t, 1e30), (labels, 9), (student, NAN), (mask, 0))
-    ]
+    wide = [torch.cat([x, torch.full_like(x[:, :5], v)], 1) for x, v in ((t, 1e30), (labels, 9), (student, NAN), (mask, 0))]
     narrow, wider = call(name, t, labels, student, mask=mask), call(name, *wide[:3], mask=wide[3])
     close(wider.logits[:, :9], narrow.logits)
     assert wider.logits[:, 9:].isnan().all()
@@ -209,9 +207,7 @@ def test_a_teacher_alone_is_the_ensemble(name):
     if name in ("rrf", "stacking"):
         pytest.skip("not an average of the teachers' logits")
     t, labels, student, mask = batch()
-    close(
-        call(name, t[..., :1], labels, student, mask=mask, normalize="none").logits, torch.where(mask, t[..., 0], NAN)
-    )
+    close(call(name, t[..., :1], labels, student, mask=mask, normalize="none").logits, torch.where(mask, t[..., 0], NAN))
 
 
 @every_ensemble
@@ -293,9 +289,7 @@ def test_label_losses(at_once, monkeypatch):
     monkeypatch.setattr(ensembles, "PAIRS_AT_ONCE", at_once)
     t, labels, _, mask = batch(3)
     teachers = ensembles._Teachers(t, labels, mask, None, "none")
-    wanted = [
-        [label_loss(t[q, mask[q], m].numpy() / 2, labels[q, mask[q]].numpy()) for m in range(4)] for q in range(7)
-    ]
+    wanted = [[label_loss(t[q, mask[q], m].numpy() / 2, labels[q, mask[q]].numpy()) for m in range(4)] for q in range(7)]
     close(ensembles._label_losses(teachers, 2.0), torch.tensor(wanted))
 
 
@@ -317,9 +311,7 @@ def test_best_teacher():
 def test_best_teacher_missing_at_a_document(selection):
     """The next best stands in; a teacher that says nothing is worse than a right and better than a wrong one."""
     t = torch.tensor([[[3.0, 0.0, -3.0], [NAN, 0.0, -2.0], [1.0, 0.0, -1.0], [NAN, NAN, 7.0]]])
-    out = ensembles.best_teacher_ensemble(
-        t, torch.tensor([[2.0, 1.0, 0.0, NAN]]), normalize="none", selection=selection
-    )
+    out = ensembles.best_teacher_ensemble(t, torch.tensor([[2.0, 1.0, 0.0, NAN]]), normalize="none", selection=selection)
     close(out.logits, torch.tensor([[3.0, 0.0, 1.0, 7.0]]))
     close(out.weights.view(3), torch.tensor([1.0, 0.0, 0.0]))
 

@@ -67,9 +67,7 @@ def train(*args, **kwargs):
 def test_accumulated_small_batches_take_the_same_steps_as_large_ones(tmp_path, alpha, steps):
     loss = pile_fast.PILELoss(alpha=alpha, reduction="none", backend="torch")
     large, large_losses = train(tmp_path, loss, max_steps=steps)
-    small, small_losses = train(
-        tmp_path, loss, max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=4
-    )
+    small, small_losses = train(tmp_path, loss, max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=4)
     start = weights(student())
     assert (large - start).abs().max() > 1e-2
     torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-6)
@@ -104,9 +102,7 @@ def test_default_loss_is_pile(tmp_path):
 
 
 def test_a_loss_that_is_reduced_already_is_refused_with_the_fix(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"loss: expected the queries' losses \(Q,\) = \(32,\), got \(\).*reduction='none'"
-    ):
+    with pytest.raises(ValueError, match=r"loss: expected the queries' losses \(Q,\) = \(32,\), got \(\).*reduction='none'"):
         train(tmp_path, pile_fast.PILELoss())
 
 

@@ -493,8 +493,7 @@ class EnsembleQuery {
   }
   template <bool kWeighted, bool kWide>
   LabelPairs<T, kWeighted, kWide, false> label_pairs() const {
-    const double offset = double(offset_);
-    return {u_, near_.up, near_.down, weights_.gain, offset_, T(__builtin_exp(-offset)), T(__builtin_exp(offset)), order_->below};
+    return {u_, near_, weights_.gain, order_->below};
   }
 
   const Batch* batch_ = nullptr;

@@ -184,7 +184,7 @@ class LabelLoss {
   }
   template <bool kWeighted, bool kWide>
   LabelPairs<T, kWeighted, kWide, true> pairs(const T* u) const {
-    return {u, near_.up, near_.down, weights_->gain, T(offset_), T(__builtin_exp(-offset_)), T(__builtin_exp(offset_)), order_->below};
+    return {u, near_, weights_->gain, order_->below};
   }
 
   const Order* order_ = nullptr;

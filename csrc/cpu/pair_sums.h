@@ -24,10 +24,14 @@ struct Exponentials {
   T* up = nullptr;    // e^{u − c}
   T* down = nullptr;  // e^{c − u}
   T middle = 0;
+  T offset = 0, offset_down = 1, offset_up = 1;  // of the label pairs, e^{−offset}, e^{offset}
   bool wide = false;
 
-  void plan(T low, T high, T offset, int n, Arena& arena) {
+  void plan(T low, T high, T pair_offset, int n, Arena& arena) {
     middle = (low + high) / 2;
+    offset = pair_offset;
+    offset_down = T(__builtin_exp(double(-offset)));
+    offset_up = T(__builtin_exp(double(offset)));
     wide = !(high - low + (offset < 0 ? -offset : offset) <= 2 * kNarrow<T>);
     if (wide) return;
     up = arena.take<T>(n);
@@ -46,8 +50,9 @@ struct Exponentials {
 template <class T, bool kWeighted, bool kWide, bool kLoss>
 struct LabelPairs {
   static constexpr int kRows = kLoss ? 2 : 4;
-  const T *u, *up, *down, *gain;
-  T offset, factor, inverse_factor;  // e^{∓offset}
+  const T* u;
+  Exponentials<T> near;
+  const T* gain;
   const int* below;
   double total = 0;
   Vec<T> loss = {};
@@ -58,9 +63,9 @@ struct LabelPairs {
   PILE_INLINE int first(int i) const { return below[i]; }
   PILE_INLINE Row row(int i) const {
     Row r;
-    r.u = splat<T>(u[i] - offset);
-    if (!kWide) r.up = splat<T>(up[i] * factor);
-    if (!kWide && kLoss) r.down = splat<T>(down[i] * inverse_factor);
+    r.u = splat<T>(u[i] - near.offset);
+    if (!kWide) r.up = splat<T>(near.up[i] * near.offset_down);
+    if (!kWide && kLoss) r.down = splat<T>(near.down[i] * near.offset_up);
     if (kWeighted) r.gain = splat<T>(gain[i]);
     return r;
   }
@@ -69,11 +74,11 @@ struct LabelPairs {
     Vec<T> p, value;
     if (!kLoss) {
       // y = e^{(u_i − offset) − u_j}
-      const Vec<T> y = kWide ? vexp<T>(vmin(r.u - load(u + j), splat<T>(2 * kNarrow<T>))) : r.up * load(down + j);
+      const Vec<T> y = kWide ? vexp<T>(vmin(r.u - load(u + j), splat<T>(2 * kNarrow<T>))) : r.up * load(near.down + j);
       p = reciprocal<T>(T(1) + y);
     } else {
       const Vec<T> x = r.u - load(u + j);
-      const Vec<T> t = kWide ? vexp<T>(-vabs<T>(x)) : vmin(r.up * load(down + j), r.down * load(up + j));
+      const Vec<T> t = kWide ? vexp<T>(-vabs<T>(x)) : vmin(r.up * load(near.down + j), r.down * load(near.up + j));
       const Vec<T> q = reciprocal<T>(T(1) + t);
       p = x > T(0) ? t * q : q;
       value = vmax(-x, Vec<T>{}) + vlog1p<T>(t);

@@ -17,6 +17,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+from torch import Tensor
+
 from pile_fast.backends import cpp, torch_reference
 
 # In order of preference, per device type.
@@ -50,13 +52,14 @@ def available_backends() -> dict[str, BackendStatus]:
     }
 
 
-def select(name: str, device_type: str) -> str:
-    """The backend's name for a request ("auto" or a name) and a device type.
+def select(name: str, tensor: Tensor) -> str:
+    """The backend's name for a request ("auto" or a name) and the tensors it has to serve, one of which is given.
 
     Raises:
         ValueError: no backend of that name.
         RuntimeError: the backend asked for cannot serve; the message says why and what to do.
     """
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
     if name == "auto":
         for candidate in _ORDER.get(device_type, _ORDER_ELSEWHERE):
             if not _MODULES[candidate].unavailable():
@@ -67,5 +70,7 @@ def select(name: str, device_type: str) -> str:
     if reason := backend.unavailable():
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if backend.DEVICES and device_type not in backend.DEVICES:
-        raise RuntimeError(f"backend {name!r} serves {', '.join(backend.DEVICES)} tensors, got {device_type}; use backend='auto'")
+        raise RuntimeError(
+            f"backend {name!r} serves {', '.join(backend.DEVICES)} tensors, got {device_type}; use backend='auto'"
+        )
     return name

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pile_fast.batch import RankingBatch, check_cu_seqlens, compute_dtype
+from pile_fast.batch import RankingBatch, check_cu_seqlens
 from pile_fast.options import (
     DISTILLATIONS,
     GRANULARITIES,
@@ -55,7 +55,7 @@ def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     teachers = batch.teacher_logits
-    dtype = compute_dtype(teachers)
+    dtype = batch.dtype
     logits = torch.empty(teachers.shape[:-1], dtype=dtype)
     if not return_weights:
         weights = torch.empty(0, dtype=dtype)
@@ -71,35 +71,35 @@ def ensemble(
         0,
         0,
     )
-    _run(batch, _ensemble_options(options), None, outputs, dtype)
+    _run(batch, _ensemble_options(options), None, outputs)
     return logits, weights, trace
 
 
 def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    return _loss(batch, None, options, with_gradient, compute_dtype(batch.student_logits, batch.target_logits))
+    return _loss(batch, None, options, with_gradient)
 
 
 def pile_loss(
     batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     native = _ensemble_options(ensemble_options) if loss_options.alpha > 0 else None
-    return _loss(batch, native, loss_options, with_gradient, compute_dtype(batch.student_logits, batch.teacher_logits))
+    return _loss(batch, native, loss_options, with_gradient)
 
 
-def _loss(batch, native_ensemble, options, with_gradient, dtype) -> tuple[Tensor, Tensor]:
+def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tensor]:
     student = batch.student_logits
-    loss = torch.empty((batch.num_queries,) if options.reduction == "none" else (), dtype=dtype)
+    loss = student.new_empty((batch.num_queries,) if options.reduction == "none" else (), dtype=batch.dtype)
     if with_gradient:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
         outputs = (0, 0, 0, loss.data_ptr(), gradient.data_ptr())
     else:
         gradient = student.new_empty(0)
         outputs = (0, 0, 0, loss.data_ptr(), 0)
-    _run(batch, native_ensemble, _loss_options(options), outputs, dtype)
+    _run(batch, native_ensemble, _loss_options(options), outputs)
     return loss, gradient
 
 
-def _run(batch, native_ensemble, native_loss, outputs, dtype) -> None:
+def _run(batch, native_ensemble, native_loss, outputs) -> None:
     student, teachers, target, labels = batch.student_logits, batch.teacher_logits, batch.target_logits, batch.labels
     mask, cu_seqlens, prior = batch.mask, batch.cu_seqlens, batch.prior
     slots = (teachers if student is None else student).shape[0 if batch.packed else 1]
@@ -114,7 +114,7 @@ def _run(batch, native_ensemble, native_loss, outputs, dtype) -> None:
         None if prior is None else (prior.data_ptr(), _DTYPES[prior.dtype], prior.stride()),
     )
     sizes = (batch.num_queries, slots, 0 if teachers is None else teachers.shape[-1])
-    if not _cpu.run(sizes, views, native_ensemble, native_loss, outputs, dtype is torch.float64, torch.get_num_threads()):
+    if not _cpu.run(sizes, views, native_ensemble, native_loss, outputs, batch.dtype is torch.float64, torch.get_num_threads()):
         check_cu_seqlens(cu_seqlens, slots)
         raise ValueError(f"expected at most 2^31 - 1 documents per query, got {slots}")
 

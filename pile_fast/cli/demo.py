@@ -48,9 +48,7 @@ def add_parser(commands) -> None:
         description="Ensembles MQ2008's real TREC systems, distils students from them and compares all on held-out "
         "queries. Without MQ2008 it runs on generated data.",
     )
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder with mq2008/ and mq2008_agg/ (default: $PILE_FAST_DATA, data/)"
-    )
+    parser.add_argument("--data", metavar="DIR", help="folder with mq2008/ and mq2008_agg/ (default: $PILE_FAST_DATA, data/)")
     parser.add_argument("--output", metavar="DIR", default="runs/demo", help="where results go (default: %(default)s)")
     parser.add_argument("--fold", type=int, choices=range(1, 6), default=1, help="LETOR fold (default: %(default)s)")
     parser.add_argument("--epochs", type=_whole_number(1), default=15, help="per student (default: %(default)s)")
@@ -138,9 +136,7 @@ def _row(kind: str, name: str, scores: Tensor, lists: RankedLists, sees_labels: 
 
     scores = scores.nan_to_num(nan=-math.inf)  # what nobody scored comes last
     quality = ranking_quality(scores, lists.labels, cu_seqlens=lists.cu_seqlens)
-    return Row(
-        kind, name, sees_labels, {name: value if math.isfinite(value) else None for name, value in quality.items()}
-    )
+    return Row(kind, name, sees_labels, {name: value if math.isfinite(value) else None for name, value in quality.items()})
 
 
 def _teachers(test: RankedLists) -> list[Row]:
@@ -163,9 +159,7 @@ def _ensembles(train: RankedLists, test: RankedLists) -> Iterator[Row]:
             yield _row("ensemble", f"{name} ensemble", logits, test, sees_labels=name in NEEDS_LABELS)
 
 
-def _students(
-    train: RankedLists, validation: RankedLists, args: argparse.Namespace
-) -> Iterator[tuple[str, torch.nn.Module]]:
+def _students(train: RankedLists, validation: RankedLists, args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module]]:
     """Train one student per loss, alike in all else; each at its best epoch on the validation queries."""
     import rich.console
     import rich.progress

@@ -49,9 +49,7 @@ class RankedLists:
             if given != wanted:
                 raise ValueError(f"{name}: expected {wanted}, got {given}")
         if documents != int(self.cu_seqlens[-1]):
-            raise ValueError(
-                f"cu_seqlens: expected the last entry to be D = {documents}, got {int(self.cu_seqlens[-1])}"
-            )
+            raise ValueError(f"cu_seqlens: expected the last entry to be D = {documents}, got {int(self.cu_seqlens[-1])}")
 
     def __len__(self) -> int:
         return len(self.query_ids)

@@ -30,9 +30,7 @@ UNCLEAR_SYSTEMS = (1, 17)
 HIGH_COVERAGE_SYSTEMS = (6, 8, 9, 10, 11, 14, 15, 22)
 
 
-def load_mq2008(
-    folder: str | os.PathLike, *, systems: Iterable[int] | None = None, missing: str = "nan"
-) -> RankedLists:
+def load_mq2008(folder: str | os.PathLike, *, systems: Iterable[int] | None = None, missing: str = "nan") -> RankedLists:
     """MQ2008's 784 queries (15,211 documents) with the real systems as teachers.
 
     A teacher's logit is the system's value divided by its largest in the query: the values are positions in lists of

@@ -52,9 +52,7 @@ def make_synthetic(
     features = rng.standard_normal((total, num_features))
 
     relevance = features @ rng.standard_normal(num_features) / num_features**0.5
-    relevance += (
-        0.7 * np.tanh(2 * features[:, 0] * features[:, 1]) + 0.5 * np.abs(features[:, 2]) - 0.5 * features[:, 3] ** 2
-    )
+    relevance += 0.7 * np.tanh(2 * features[:, 0] * features[:, 1]) + 0.5 * np.abs(features[:, 2]) - 0.5 * features[:, 3] ** 2
     relevance = (relevance - relevance.mean()) / relevance.std()
     observed = relevance + 0.4 * rng.standard_normal(total)
     labels = np.digitize(observed, np.quantile(observed, _GRADE_QUANTILES))

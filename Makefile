@@ -1,0 +1,42 @@
+# `make demo` and `make test` set everything up themselves, in .venv; the second run starts in seconds.
+# A CPU machine can be spared PyTorch's CUDA download where an index offers a CPU build: make TORCH="torch==2.13.0+cpu" PIP_FLAGS="--extra-index-url ..."
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: setup demo test test-fast sanitize bench lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_FLAGS) "$(TORCH)"
+	@touch $@
+
+# Rebuilt when a native source or the dependencies change; Python files are used in place.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/pile-fast demo
+
+test: setup lint
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
+sanitize: setup
+	$(BIN)/python tests/sanitize.py
+
+bench: setup
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf build *.egg-info pile_fast/*.so .pytest_cache .hypothesis .ruff_cache
