@@ -33,8 +33,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 class RankingBatch:
-    """Checked tensors of one call. Build it, then read `num_queries`, `packed`, `dtype` (of the arithmetic: float64 if any logits
-    are, else float32) and the tensors.
+    """Checked tensors of one call. Build it, then read the tensors, `num_queries`, `packed` and `dtype` (of the arithmetic:
+    float64 if any logits are, else float32).
 
     Args:
         student_logits: (Q, N) or (D,), float; the only tensor that may carry a gradient.

@@ -119,7 +119,7 @@ def pairwise_distillation_loss(
 
     Per query, the mean over all pairs of documents that have a target of
 
-    .. math:: \operatorname{BCE}\left(\sigma\left(\tfrac{z_i - z_j}{\tau}\right), \sigma\left(\tfrac{s_i - s_j}{\tau}\right)\right)
+    .. math:: \operatorname{BCE}\left(\sigma\left((z_i - z_j) / \tau\right), \sigma\left((s_i - s_j) / \tau\right)\right)
               \quad\text{or}\quad \left((z_i - z_j) - (s_i - s_j)\right)^2
 
     for kind "logistic" (soft RankNet, Burges et al., ICML 2005) and "mse" (MarginMSE over all pairs, Hofstätter et al.,

@@ -12,8 +12,8 @@ from pile_fast.options import ensemble_options, loss_options
 class PILELoss(torch.nn.Module):
     r"""PILE as a drop-in loss: ensemble the teachers under label supervision, distil the ensemble into the student.
 
-    A module around `pile_fast.pile_loss`: same options, same defaults, checked when the module is built. `prior` (M,) is kept as
-    a buffer and follows the module to its device.
+    A module around `pile_fast.pile_loss`: same options, same defaults, checked when the module is built. `prior` (M,) is kept
+    as a buffer and follows the module to its device.
 
     Call it with ``(student_logits, teacher_logits, labels, mask=None, cu_seqlens=None)``, student first; shapes, results and
     errors are those of `pile_fast.pile_loss`.

@@ -7,16 +7,7 @@ import torch
 
 import pile_fast
 from pile_fast.cli import demo, main
-from pile_fast.data import find_data
 from pile_fast.students import FeatureRanker
-
-
-@pytest.fixture(scope="session")
-def mq2008_folder():
-    folder = find_data("mq2008")
-    if folder is None or not (folder / "mq2008").is_dir():
-        pytest.skip("needs the MQ2008 files: set PILE_FAST_DATA to the folder that holds mq2008/ and mq2008_agg/")
-    return folder
 
 
 @pytest.fixture(autouse=True)

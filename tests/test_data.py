@@ -19,14 +19,6 @@ LINES = """\
 
 
 @pytest.fixture(scope="session")
-def mq2008_folder():
-    folder = find_data("mq2008")
-    if folder is None or not (folder / "mq2008").is_dir():
-        pytest.skip("needs the MQ2008 files: set PILE_FAST_DATA to the folder that holds mq2008/ and mq2008_agg/")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def mq2008(mq2008_folder):
     return load_mq2008(mq2008_folder)
 

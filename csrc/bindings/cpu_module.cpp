@@ -78,9 +78,12 @@ bool run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble
   job.loss = loss;
   job.wide = wide;
   job.threads = threads;
-  if (loss && !job.batch.student.data && job.batch.queries && job.batch.slots) throw py::value_error("student_logits: missing");
-  if (loss && loss->alpha > 0 && !ensemble && !job.batch.target.data && job.batch.slots) throw py::value_error("target_logits: needed for alpha > 0");
-  if (loss && loss->alpha < 1 && !job.batch.labels.data && job.batch.slots) throw py::value_error("labels: needed for alpha < 1");
+  if (job.batch.slots > 0 && (job.batch.queries > 0 || job.batch.packed())) {  // an empty tensor has no address
+    if (loss && !job.batch.student.data) throw py::value_error("student_logits: missing");
+    if (loss && loss->alpha > 0 && !ensemble && !job.batch.target.data) throw py::value_error("target_logits: needed for alpha > 0");
+    if (loss && loss->alpha < 1 && !job.batch.labels.data) throw py::value_error("labels: needed for alpha < 1");
+    if (ensemble && !job.batch.teacher.data) throw py::value_error("teacher_logits: missing");
+  }
   if (!offsets_fit(job.batch)) return false;
   py::gil_scoped_release release;
   pile::run(job);
