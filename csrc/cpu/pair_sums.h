@@ -184,7 +184,10 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
       acc[r] += value;
       tile += value;
     }
-    store(out.columns + j, load(out.columns + j) + tile);
+    // Only this block's columns: a neighbour in the same vector may be another thread's.
+    const Vec<T> total = load(out.columns + j) + tile;
+    if (j >= begin && j + W <= end) return store(out.columns + j, total);
+    for (int l = larger(0, begin - j); l < smaller(W, end - j); ++l) out.columns[j + l] = total[l];
   };
   for (; j < full; j += W) masked(j);
   for (; j + W <= end; j += W) {
@@ -207,6 +210,7 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
 template <class T, class Pairs>
 void pair_block(Pairs& pairs, int row_begin, int row_end, int begin, int end, PairOutput<T> out) {
   constexpr int R = Pairs::kRows;
+  if (begin >= end) return;
   int i = row_begin;
   for (; i + R <= row_end && pairs.first(i) < end; i += R) pair_rows<T, R>(pairs, i, begin, end, out);
   for (; i < row_end && pairs.first(i) < end; ++i) pair_rows<T, 1>(pairs, i, begin, end, out);

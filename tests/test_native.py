@@ -1,0 +1,173 @@
+"""The native extension itself: bits, threads, instruction sets, forks, memory."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+
+import pile_fast
+from pile_fast.backends import cpp
+
+if cpp.unavailable():
+    pytest.skip(cpp.unavailable(), allow_module_level=True)
+
+from pile_fast import _cpu
+
+SETS = _cpu.instruction_sets().split()
+
+
+def problem(shape, m=4, labels="grades", missing=0.1):
+    t = torch.randn(*shape, m)
+    t[torch.rand(t.shape) < missing] = torch.nan
+    y = torch.randint(0, 5, shape).float() if labels == "grades" else torch.randn(shape)
+    return torch.randn(shape), t, y
+
+
+def everything(z, t, y, **kw):
+    """Every output of every op, for comparing bits."""
+    outputs = []
+    for granularity in ("document", "query"):
+        outputs += pile_fast.pile_ensemble(
+            t, y, granularity=granularity, return_weights=True, return_trace=True, iterations=4, backend="cpp", **kw
+        )
+    z = z.clone().requires_grad_()
+    loss = pile_fast.pile_loss(z, t, y, alpha=0.5, iterations=4, backend="cpp", **kw)
+    loss.backward()
+    return [x.nan_to_num(-7.0) for x in (*outputs, loss.detach(), z.grad)]
+
+
+# Many short queries; few long ones, which threads share; a list beyond both kinds of block.
+@pytest.mark.parametrize("shape", [(50, 30), (3, 300), (1, 4500), (2, 9000)])
+@pytest.mark.parametrize("labels", ["grades", "continuous"])
+@pytest.mark.parametrize("pairwise", ["direct", "chebyshev"])
+def test_the_same_bits_for_any_number_of_threads_and_every_time(shape, labels, pairwise):
+    inputs = problem(shape, labels=labels)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = everything(*inputs, pairwise=pairwise)
+        for count in (2, 2, 3, 5):
+            torch.set_num_threads(count)
+            for a, b in zip(everything(*inputs, pairwise=pairwise), want, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("pairwise", ["direct", "chebyshev"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("labels", ["grades", "continuous"])
+def test_every_instruction_set(name, pairwise, dtype, labels):
+    z, t, y = problem((3, 250), labels=labels)
+    z, t = z.to(dtype), t.to(dtype)
+    best = _cpu.instruction_set()
+    try:
+        assert _cpu.set_instruction_set(name) and _cpu.instruction_set() == name
+        got = everything(z, t, y, pairwise=pairwise)
+    finally:
+        _cpu.set_instruction_set(best)
+    z = z.double().requires_grad_()
+    want = pile_fast.pile_loss(z, t.double(), y, alpha=0.5, iterations=4, backend="torch")
+    want.backward()
+    tolerance = 2e-6 if dtype is torch.float32 else 1e-11
+    assert abs(got[-2].item() - want.item()) <= tolerance
+    assert (got[-1].double() - z.grad).abs().max() <= 10 * tolerance * z.grad.abs().max()
+
+
+def test_an_unknown_instruction_set_is_refused():
+    assert not _cpu.set_instruction_set("sse9")
+    assert _cpu.instruction_set() == SETS[0]
+
+
+@pytest.mark.parametrize("spread", [1e2, 1e3, 1e5])
+def test_many_cells(spread):
+    """Logits so wide that most cells do not see each other, and wider still, where the linear sum gives up its grid."""
+    z = spread * torch.randn(1, 3000, dtype=torch.float64)
+    s = spread * torch.randn(1, 3000, dtype=torch.float64)
+    y = torch.randint(0, 3, (1, 3000))
+    for loss in (
+        lambda **kw: pile_fast.pairwise_distillation_loss(z, s, backend="cpp", **kw),
+        lambda **kw: pile_fast.pairwise_logistic_loss(z, y, backend="cpp", **kw),
+    ):
+        torch.testing.assert_close(loss(pairwise="chebyshev"), loss(pairwise="direct"), rtol=1e-10, atol=0)
+
+
+def test_calls_from_several_threads():
+    z, t, y = problem((20, 60))
+    want = everything(z, t, y)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not all(torch.equal(a, b) for a, b in zip(everything(z, t, y), want, strict=True)):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def run_python(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_forked_process_can_go_on():
+    # As a DataLoader's worker does. The parent's threads are not in the child.
+    run_python("""
+        import os, signal, torch, pile_fast
+        torch.set_num_threads(2)
+        t, y = torch.randn(200, 50, 3), torch.randint(0, 3, (200, 50))
+        want = pile_fast.pile_ensemble(t, y).logits
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(0 if torch.equal(pile_fast.pile_ensemble(t, y, backend="cpp").logits, want) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+def test_memory_of_a_long_list():
+    """Extra memory of a call, outputs included, against the inputs: nothing grows with the square of the list."""
+    peak = run_python("""
+        import resource, torch, pile_fast
+        n = 500_000
+        z, t, y = torch.randn(1, n, requires_grad=True), torch.randn(1, n, 8), torch.randint(0, 5, (1, n)).float()
+        pile_fast.pile_loss(z[:, :10], t[:, :10], y[:, :10]).backward()
+        z.grad = None
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pile_fast.pile_loss(z, t, y).backward()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print((after - before) * 1024 / (n * 4 * 10))
+    """)
+    assert float(peak) < 3.0, f"{peak} times the inputs"
+
+
+def test_without_the_extension_everything_works_on_torch(tmp_path):
+    """What a machine without a compiler has: the same results, and a reason that says what to do."""
+    run_python("""
+        import sys
+        sys.modules["pile_fast._cpu"] = None
+        import torch, pile_fast
+        status = pile_fast.available_backends()["cpp"]
+        assert not status.available and "compiler" in status.reason
+        t, y = torch.randn(2, 9, 3), torch.randint(0, 3, (2, 9))
+        pile_fast.pile_ensemble(t, y)
+        try:
+            pile_fast.pile_ensemble(t, y, backend="cpp")
+        except RuntimeError as error:
+            assert "not available" in str(error) and "compiler" in str(error)
+        else:
+            raise AssertionError
+    """)
