@@ -49,7 +49,8 @@ class LossOptions(NamedTuple):
 def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    inside = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
+    # Comparisons, not math.isfinite: tracers with dynamic shapes hand in symbolic floats.
+    inside = -math.inf < value < math.inf and value <= high and (value > low if open_low else value >= low)
     if not inside:
         bounds = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else "finite"
         if high < math.inf:

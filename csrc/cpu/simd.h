@@ -148,7 +148,7 @@ PILE_INLINE Vec<T> reciprocal(Vec<T> x) {
 #if defined(__AVX512F__)
 template <>
 PILE_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
-  Vec<float> r = reinterpret_cast<Vec<float>>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  Vec<float> r = reinterpret_cast<Vec<float>>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
   return r + r * (1.f - x * r);
 }
 #endif
