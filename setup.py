@@ -30,6 +30,7 @@ COMMON = [
     "-fno-math-errno",
     "-Wall",
     "-Wno-psabi",
+    "-Wno-uninitialized",  # these two: GCC's own AVX-512 headers
     "-Wno-maybe-uninitialized",
     "-Icsrc/include",
 ]
