@@ -105,34 +105,51 @@ def plain_torch(op: Op, data: Data, compiled: bool = False):
 
 
 class Check:
-    """Compare a provider with the reference in float64, on as many whole queries as 2^24 pairs allow.
+    """Holds providers against float64: the reference, on as many of the queries as have 2^24 pairs between them.
 
-    The reference needs n² memory. A list of more than 4,096 documents is held against this package in float64 instead, by
+    The reference needs n² memory. A list of more than 2,048 documents is held against this package in float64 instead, by
     direct sums up to 32,768 documents and by the degree 16 tables above; tests/ holds those against the reference.
     """
 
     def __init__(self, op: Op, data: Data):
         self.op, self.data = op, data
-        queries, documents, _ = data.shape
-        self.queries = min(queries, max(1, 2**24 // documents**2))
-        part = Data(*(tensor[: self.queries].detach() for tensor in data))
-        part = Data(part.student.double().requires_grad_(), part.teachers.double(), *part[2:])
-        if documents <= 4096:
-            run, self.against = plain_torch, "reference float64"
-            self.value = self._by_query(part) if op.name == "pile_ensemble" or queries == self.queries else None
-            self.gradient = part.student.grad
-            if self.value is None:
-                run(op, part)()
-                self.gradient = part.student.grad * self.queries / queries
-            del run
+        num_queries, documents, _ = data.shape
+        checked = min(num_queries, max(1, 2**24 // documents**2))
+        values, gradients = [], []
+        self.largest = 0.0
+        if documents <= 2048:
+            self.against, chunk = "reference", max(1, 2**22 // documents**2)
         else:
-            pairwise = "direct" if documents <= 2**15 else "chebyshev"
-            self.against = f"cpp {pairwise} float64"
-            self.value = call(op, part, backend="cpp", pairwise=pairwise)()
-            self.gradient = part.student.grad
-        present = reference.present_teachers(part.teachers, part.valid)
-        self.scale = reference.calibrate(part.teachers, present, "zscore").abs().max().item()
+            self.against, chunk = f"cpp {'direct' if documents <= 2**15 else 'chebyshev'}", 1
+        for begin in range(0, checked, chunk):
+            part = Data(*(tensor.detach()[begin : min(begin + chunk, checked)] for tensor in data))
+            part = Data(part.student.double().requires_grad_(), part.teachers.double(), *part[2:])
+            if self.against == "reference":
+                run = plain_torch(op, part)
+            else:
+                run = call(op, part, backend="cpp", pairwise=self.against.split()[1])
+            share = len(part.labels) / num_queries if op.name == "pile_loss" else 1.0  # of the mean over all queries
+            values.append(run().detach() * share)
+            if op.name == "pile_loss":
+                gradients.append(part.student.grad * share)
+            present = reference.present_teachers(part.teachers, part.valid)
+            self.largest = max(self.largest, reference.calibrate(part.teachers, present, "zscore").abs().max().item())
+        self.whole = checked == num_queries
+        self.values = torch.cat(values) if op.name == "pile_ensemble" else sum(values)
+        self.gradient = torch.cat(gradients) if gradients else None
 
-    def error(self, output: Tensor) -> str:
-        """ "" if `output` (and the gradient left behind) is right, else what is wrong."""
-        raise NotImplementedError
+    def failure(self, output: Tensor) -> str:
+        """What is wrong with a provider's output (for a loss also with the gradient it left behind); "" if nothing is."""
+        if self.op.name == "pile_ensemble":
+            return self._differs("logits", output[: len(self.values)], self.values, ENSEMBLE_TOLERANCE * self.largest)
+        gradient = self.data.student.grad[: len(self.gradient)]
+        failure = self._differs("gradient", gradient, self.gradient, LOSS_TOLERANCE * self.gradient.abs().max().item())
+        if self.whole:  # a mean cannot be compared with that of some of the queries
+            failure = failure or self._differs("loss", output.detach(), self.values, LOSS_TOLERANCE * self.values.abs().item())
+        return failure
+
+    def _differs(self, what: str, actual: Tensor, expected: Tensor, tolerance: float) -> str:
+        error = (actual.double() - expected).abs().max().item()
+        if error <= tolerance:  # false for NaN
+            return ""
+        return f"wrong: {what} off by {error:.1e} from {self.against} in float64, allowed {tolerance:.1e}"

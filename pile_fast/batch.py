@@ -33,7 +33,9 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 class RankingBatch:
-    """Checked tensors of one call. Build it, then read the tensors, `num_queries`, `packed` and `dtype` (of the arithmetic:
+    """Checked tensors of one call.
+
+    Build it, then read the tensors, `packed`, `num_queries`, `num_teachers`, `slots` (N or D) and `dtype` (of the arithmetic:
     float64 if any logits are, else float32).
 
     Args:
@@ -52,7 +54,7 @@ class RankingBatch:
 
     __slots__ = (
         "student_logits", "teacher_logits", "target_logits", "labels", "mask", "cu_seqlens", "prior",
-        "packed", "num_queries", "dtype",
+        "packed", "num_queries", "num_teachers", "slots", "dtype",
     )  # fmt: skip
 
     def __init__(
@@ -76,30 +78,35 @@ class RankingBatch:
         self.packed = packed = cu_seqlens is not None
 
         # The student, else the teachers, fix shape and device; the others are held against them.
-        shape = device = first = None
+        shape = device = first = dtype = None
         wide = False
+        self.num_teachers = 0
         if student_logits is not None:
-            self._check_logits("student_logits", student_logits, packed)
-            shape, device, first = student_logits.shape, student_logits.device, "student_logits"
-            wide = student_logits.dtype is torch.float64
+            shape, dtype = self._check_logits("student_logits", student_logits, 1 if packed else 2)
+            device, first, wide = student_logits.device, "student_logits", dtype is torch.float64
         if teacher_logits is not None:
-            self._check_logits("teacher_logits", teacher_logits, packed, teachers=True)
-            own = teacher_logits.shape[:-1]
-            wide = wide or teacher_logits.dtype is torch.float64
+            own, dtype = self._check_logits("teacher_logits", teacher_logits, 2 if packed else 3)
+            wide = wide or dtype is torch.float64
+            if teacher_logits.requires_grad:
+                self._refuse_grad("teacher_logits")
+            self.num_teachers = own[-1]
+            if self.num_teachers == 0:
+                raise ValueError(f"teacher_logits: expected at least one teacher, got {tuple(own)}")
             if shape is None:
-                shape, device, first = own, teacher_logits.device, "teacher_logits"
-            elif own != shape or teacher_logits.device != device:
+                shape, device, first = own[:-1], teacher_logits.device, "teacher_logits"
+            elif own[:-1] != shape or teacher_logits.device != device:
                 self._mismatch("teacher_logits", teacher_logits, shape, device, first)
         if target_logits is not None:
-            self._check_logits("target_logits", target_logits, packed)
-            wide = wide or target_logits.dtype is torch.float64
+            own, dtype = self._check_logits("target_logits", target_logits, 1 if packed else 2)
+            wide = wide or dtype is torch.float64
             if target_logits.requires_grad:
                 self._refuse_grad("target_logits")
-            if target_logits.shape != shape or target_logits.device != device:
+            if own != shape or target_logits.device != device:
                 self._mismatch("target_logits", target_logits, shape, device, first)
         self.dtype = torch.float64 if wide else torch.float32
         if shape is None:
             raise TypeError("student_logits: expected a torch.Tensor, got None")
+        self.slots = shape[-1]
         if labels is not None:
             if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
                 self._wrong_type("labels", labels, "a real dtype")
@@ -127,18 +134,17 @@ class RankingBatch:
         if prior is not None:
             self._check_prior(prior, device, first)
 
-    def _check_logits(self, name: str, tensor, packed: bool, teachers: bool = False) -> None:
-        if not isinstance(tensor, Tensor) or tensor.dtype not in LOGIT_DTYPES:
+    def _check_logits(self, name: str, tensor, rank: int) -> tuple[torch.Size, torch.dtype]:
+        if not isinstance(tensor, Tensor):
+            self._wrong_type(name, tensor, "")
+        shape, dtype = tensor.shape, tensor.dtype
+        if dtype not in LOGIT_DTYPES:
             self._wrong_type(name, tensor, "a floating dtype (float32, float64, bfloat16, float16)")
-        if teachers and tensor.requires_grad:
-            self._refuse_grad(name)
-        shape = tensor.shape
-        if len(shape) != (1 if packed else 2) + teachers:
-            letters = ("(D, M)" if teachers else "(D,)") if packed else ("(Q, N, M)" if teachers else "(Q, N)")
-            layout = "packed: cu_seqlens is given" if packed else "padded; pass cu_seqlens for packed lists"
-            raise ValueError(f"{name}: expected {letters} ({layout}), got {tuple(shape)}")
-        if teachers and shape[-1] == 0:
-            raise ValueError(f"{name}: expected at least one teacher, got {tuple(shape)}")
+        if len(shape) != rank:
+            letters = ("Q, N" if not self.packed else "D") + (", M" if name == "teacher_logits" else "," * self.packed)
+            layout = "packed: cu_seqlens is given" if self.packed else "padded; pass cu_seqlens for packed lists"
+            raise ValueError(f"{name}: expected ({letters}) ({layout}), got {tuple(shape)}")
+        return shape, dtype
 
     @staticmethod
     def _wrong_type(name: str, tensor, wanted: str) -> None:

@@ -189,7 +189,7 @@ def test_gradient_checkpointing(loss, backend):
 
 
 DDP_WORKER = """
-import sys, torch, pile_fast
+import os, sys, torch, pile_fast
 rank, folder, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -198,7 +198,8 @@ model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
 t, y = (x[rank::2] for x in torch.load(f"{folder}/inputs.pt"))
 pile_fast.pile_loss(model(t).squeeze(-1), t, y, alpha=0.5, backend=backend).backward()
 torch.save(model.module.weight.grad, f"{folder}/gradient{rank}.pt")
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads race the interpreter's exit
 """
 
 

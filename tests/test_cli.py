@@ -128,7 +128,10 @@ def test_demo_on_generated_data_says_so_first_and_writes_everything(capsys, tmp_
     assert report["test_queries"] == 80
 
 
-def test_demo_on_mq2008(capsys, tmp_path, mq2008_folder):
-    assert main(["demo", "--data", str(mq2008_folder), "--output", str(tmp_path / "out"), "--epochs", "1", "--fold", "2"]) == 0
+@pytest.mark.parametrize("missing, read_as", [("bottom", "below the end of its list"), ("nan", "not scored")])
+def test_demo_on_mq2008(capsys, tmp_path, mq2008_folder, missing, read_as):
+    arguments = ["--data", str(mq2008_folder), "--output", str(tmp_path / "out"), "--missing", missing]
+    assert main(["demo", *arguments, "--epochs", "1", "--fold", "2"]) == 0
     out, report = check_demo(capsys, tmp_path / "out", teachers=23)
-    assert out.startswith("MQ2008 in ") and report["test_queries"] == 157 and report["fold"] == 2
+    assert out.startswith("MQ2008 in ") and read_as in out.splitlines()[0]
+    assert report["test_queries"] == 157 and report["fold"] == 2

@@ -78,7 +78,7 @@ class EnsembleQuery {
           iterate_fields(m, trace, it);
       }
     }
-    for_pieces(m, n_, [&](int k, int lanes) { store(u_ + k, tilt(k), lanes); });
+    for_pieces(m, n_, [&](int k) { store(u_ + k, tilt(k)); });
     m.sync();
     if (trace) {
       if (active_)
@@ -111,12 +111,13 @@ class EnsembleQuery {
     T low, high;
   };
 
-  // visit(first position, lanes that count) for every vector of [0, n), shared out among the members.
+  // visit(first position) for every vector of [0, n), shared out among the members. The last vector may reach past n: arrays of
+  // an arena have room for it, and nobody else's positions lie there.
   template <class F>
   void for_pieces(const Member& m, int n, F visit) const {
     for (int p = m.rank; p < pieces(n); p += m.size) {
       const int end = smaller(n, (p + 1) * kPiece);
-      for (int k = p * kPiece; k < end; k += kLanes<T>) visit(k, smaller(kLanes<T>, end - k));
+      for (int k = p * kPiece; k < end; k += kLanes<T>) visit(k);
     }
   }
 
@@ -269,14 +270,14 @@ class EnsembleQuery {
           }
           value = load(lanes) * scale_[t];
         }
-        store(t_ + t * row_ + k, value, end - k);
+        store(t_ + t * row_ + k, value);
         low = vmin(value, low);
         high = vmax(value, high);
       }
       const int lanes = end - k;
-      store(low_ + k, low, lanes);
-      store(high_ + k, high, lanes);
-      store(a_ + k, Vec<T>{}, lanes);
+      store(low_ + k, low);
+      store(high_ + k, high);
+      store(a_ + k, Vec<T>{});
       if (lanes < kLanes<T>) {
         const Ints<T> mask = iota<T>() < typename Simd<T>::integer(lanes);
         low = mask ? low : splat<T>(T(__builtin_inf()));
@@ -379,11 +380,11 @@ class EnsembleQuery {
   void iterate_direct(const Member& m, T* trace, int64_t it) {
     const int n = order_->labelled;
     const T per_unit = T(1 / options_->temperature);
-    for_pieces(m, n, [&](int k, int lanes) {
+    for_pieces(m, n, [&](int k) {
       const Vec<T> u = tilt(k) * per_unit;
-      store(u_ + k, u, lanes);
-      near_.set(k, u, lanes);
-      sums_.clear(k, lanes);
+      store(u_ + k, u);
+      near_.set(k, u);
+      sums_.clear(k);
     });
     m.sync();
     if (trace) trace_loss(m, trace + it, 1);
@@ -438,7 +439,8 @@ class EnsembleQuery {
       Vec<T> lambda = block >= 0 ? fields_.evaluate(block, u, k) : Vec<T>{};
       if (add) lambda += sums_.value(k);
       if (by_document_) {
-        store(a_ + k, load(a_ + k) + step * (lambda * load(weights_.inverse + k)), lanes);
+        // A block ends anywhere; what lies behind it may be another thread's. A piece does not.
+        store(a_ + k, load(a_ + k) + step * (lambda * load(weights_.inverse + k)), block < 0 ? kLanes<T> : lanes);
         continue;
       }
       const Vec<T> s = u * T(options_->temperature);
@@ -478,7 +480,7 @@ class EnsembleQuery {
 
   // The label loss at u_ * scale.
   void trace_loss(const Member& m, T* to, T scale) {
-    for_pieces(m, order_->labelled, [&](int k, int lanes) { store(traced_ + k, load(u_ + k) * scale, lanes); });
+    for_pieces(m, order_->labelled, [&](int k) { store(traced_ + k, load(u_ + k) * scale); });
     m.sync();
     const double loss = label_loss_.run(m, traced_, nullptr);
     if (m.leads()) *to = T(loss / weights_.total);

@@ -13,7 +13,8 @@ namespace PILE_ISA {
 template <class T>
 constexpr int kPowers = sizeof(T) == 4 ? 8 : 16;
 
-// Element-wise work on positions is handed out in pieces of this many.
+// Element-wise work on positions is handed out in pieces of this many, a whole number of vectors: only the last piece ends within a
+// vector, and there the arrays, all of an arena, have room to the vector's end.
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
 
@@ -80,8 +81,8 @@ class LabelLoss {
     for (int p = m.rank; p < pieces(n); p += m.size) {
       const int end = smaller(n, (p + 1) * kPiece);
       for (int k = p * kPiece; exponentials_ && k < end; k += kLanes<T>) {
-        sums_.clear(k, end - k);
-        near_.set(k, load(u + k), end - k);
+        sums_.clear(k);
+        near_.set(k, load(u + k));
       }
       if (!direct_)
         for (int k = p * kPiece; k < end; ++k) wide_u_[k] = double(u[k]);
@@ -92,7 +93,7 @@ class LabelLoss {
       if (m.leads()) result_ = pair_total(totals_, n);
       for (int p = m.rank; lambda && p < pieces(n); p += m.size) {
         const int end = smaller(n, (p + 1) * kPiece);
-        for (int k = p * kPiece; k < end; k += kLanes<T>) store(lambda + k, sums_.value(k), end - k);
+        for (int k = p * kPiece; k < end; k += kLanes<T>) store(lambda + k, sums_.value(k));
       }
     } else {
       for (int c = m.rank; c < fields_.chunks; c += m.size) fields_.deposit(c, wide_u_);
@@ -219,9 +220,9 @@ class DistillLoss {
       const int end = smaller(n, (p + 1) * kPiece);
       if (direct_) {
         for (int k = p * kPiece; k < end; k += kLanes<T>) {
-          sums_.clear(k, end - k);
-          near_z_.set(k, load(z + k), end - k);
-          near_s_.set(k, load(s + k), end - k);
+          sums_.clear(k);
+          near_z_.set(k, load(z + k));
+          near_s_.set(k, load(s + k));
         }
       } else {
         for (int k = p * kPiece; k < end; ++k) {
@@ -239,7 +240,7 @@ class DistillLoss {
       if (m.leads()) result_ = pair_total(totals_, n);
       for (int p = m.rank; p < pieces(n); p += m.size) {
         const int end = smaller(n, (p + 1) * kPiece);
-        for (int k = p * kPiece; k < end; k += kLanes<T>) store(slope + k, sums_.value(k), end - k);
+        for (int k = p * kPiece; k < end; k += kLanes<T>) store(slope + k, sums_.value(k));
       }
     } else {
       static const Table table(0);

@@ -37,7 +37,7 @@ struct Exponentials {
     up = arena.take<T>(n);
     down = arena.take<T>(n);
   }
-  PILE_INLINE void set(int k, Vec<T> u, int lanes) {
+  PILE_INLINE void set(int k, Vec<T> u, int lanes = kLanes<T>) {
     if (wide) return;
     const Vec<T> e = vexp<T>(vmin(u - middle, splat<T>(2 * kNarrow<T>)));
     store(up + k, e, lanes);
@@ -152,7 +152,7 @@ struct PairOutput {
   T *rows = nullptr, *columns = nullptr;
 
   static PairOutput take(int n, Arena& arena) { return {arena.take<T>(n), arena.take<T>(n)}; }
-  PILE_INLINE void clear(int k, int lanes) const {
+  PILE_INLINE void clear(int k, int lanes = kLanes<T>) const {
     store(rows + k, Vec<T>{}, lanes);
     store(columns + k, Vec<T>{}, lanes);
   }

@@ -102,7 +102,6 @@ def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tenso
 def _run(batch, native_ensemble, native_loss, outputs) -> None:
     student, teachers, target, labels = batch.student_logits, batch.teacher_logits, batch.target_logits, batch.labels
     mask, cu_seqlens, prior = batch.mask, batch.cu_seqlens, batch.prior
-    slots = (teachers if student is None else student).shape[0 if batch.packed else 1]
     # (address, dtype, strides) each; the extension tells the layouts apart by the number of strides.
     views = (
         None if student is None else (student.data_ptr(), _DTYPES[student.dtype], student.stride()),
@@ -113,10 +112,10 @@ def _run(batch, native_ensemble, native_loss, outputs) -> None:
         None if cu_seqlens is None else (cu_seqlens.data_ptr(), _DTYPES[cu_seqlens.dtype], cu_seqlens.stride()),
         None if prior is None else (prior.data_ptr(), _DTYPES[prior.dtype], prior.stride()),
     )
-    sizes = (batch.num_queries, slots, 0 if teachers is None else teachers.shape[-1])
+    sizes = (batch.num_queries, batch.slots, batch.num_teachers)
     if not _cpu.run(sizes, views, native_ensemble, native_loss, outputs, batch.dtype is torch.float64, torch.get_num_threads()):
-        check_cu_seqlens(cu_seqlens, slots)
-        raise ValueError(f"expected at most 2^31 - 1 documents per query, got {slots}")
+        check_cu_seqlens(cu_seqlens, batch.slots)
+        raise ValueError(f"expected at most 2^31 - 1 documents per query, got {batch.slots}")
 
 
 @functools.lru_cache(maxsize=256)

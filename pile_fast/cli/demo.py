@@ -53,6 +53,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--fold", type=int, choices=range(1, 6), default=1, help="LETOR fold (default: %(default)s)")
     parser.add_argument("--epochs", type=_whole_number(1), default=15, help="per student (default: %(default)s)")
     parser.add_argument(
+        "--missing",
+        choices=("bottom", "nan"),
+        default="bottom",
+        help="what a document is that a TREC system did not return: below the end of its list, or not scored by it "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--seed", type=_whole_number(0), default=0, help="of the students and of generated data (default: %(default)s)"
     )
     parser.set_defaults(run=run)
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"the demo needs {error.name}: pip install 'pile_fast[train]'") from error
     torch.set_num_threads(1)  # networks and lists this small: more threads would mostly wait for each other
     output = _writable(Path(args.output))
-    lists, source, returned = _load(args.data, args.seed)
+    lists, source, returned = _load(args.data, args.missing, args.seed)
     print(source, flush=True)
     train, validation, test = lists.fold(args.fold)
 
@@ -113,7 +120,7 @@ def _writable(output: Path) -> Path:
     return output
 
 
-def _load(data: str | None, seed: int) -> tuple[RankedLists, str, Callable[[RankedLists], Tensor]]:
+def _load(data: str | None, missing: str, seed: int) -> tuple[RankedLists, str, Callable[[RankedLists], Tensor]]:
     """The data, a line on what it is, and how many teachers returned each document."""
     try:
         folder = find_data("mq2008", data)
@@ -123,11 +130,13 @@ def _load(data: str | None, seed: int) -> tuple[RankedLists, str, Callable[[Rank
                 "things work, not how well."
             )
             return make_synthetic(seed=seed), source, lambda lists: (~lists.teacher_logits.isnan()).sum(1).float()
-        # Read as below the end of the list, what a system did not return makes the systems' mean a far better ranker.
-        lists = load_mq2008(folder, missing="bottom")
+        lists = load_mq2008(folder, missing=missing)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    source = f"MQ2008 in {folder}: {len(lists)} queries, {len(lists.teacher_names)} real TREC systems as teachers"
+    source = (
+        f"MQ2008 in {folder}: {len(lists)} queries, {len(lists.teacher_names)} real TREC systems as teachers, "
+        f"what one did not return read as {'below the end of its list' if missing == 'bottom' else 'not scored'}"
+    )
     return lists, source, lambda lists: (lists.teacher_logits > 0).sum(1).float()
 
 

@@ -1,0 +1,114 @@
+"""Interleaved timing, and where a measurement was taken."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import platform
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import pile_fast
+from pile_fast import _cpu
+
+# Shorter calls notice what ran before them: other threads still spinning, data evicted from the caches.
+SHORT = 0.05
+TURN = 0.02  # seconds of one provider before the next has its turn
+
+
+class Times(NamedTuple):
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    reps: int
+
+
+def interleave(
+    calls: dict[Any, Callable], seconds: float, *, batch: int = 1, min_rounds: int = 5, max_rounds: int = 60
+) -> dict[Any, Times]:
+    """Time `calls` in rounds, each of which gives every call one turn, in random order.
+
+    A turn takes one time or, of short calls, up to 20. A short call's turn begins with a pause and a call that does not count.
+    Calls too short for the clock are timed `batch` at a time.
+
+    Args:
+        calls: what to time; each was called before.
+        seconds: about how long all of it may take, within `min_rounds` and `max_rounds`.
+    """
+    cost = {name: _seconds(run, batch) for name, run in calls.items()}
+    repeats = {name: min(20, max(1, int(TURN / (spent * batch)))) for name, spent in cost.items()}
+    one_round = sum(cost[name] * batch * repeats[name] for name in calls)
+    rounds = min(max_rounds, max(min_rounds, int(seconds / one_round)))
+    times = {name: [] for name in calls}
+    shuffled, order = random.Random(0), list(calls)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffled.shuffle(order)
+            for name in order:
+                if cost[name] < SHORT:
+                    time.sleep(0.002)
+                    calls[name]()
+                times[name] += [_seconds(calls[name], batch) for _ in range(repeats[name])]
+    finally:
+        gc.enable()
+    return {name: Times(*(np.percentile(t, [20, 50, 80]) * 1e3).tolist(), len(t) * batch) for name, t in times.items()}
+
+
+def _seconds(run: Callable, batch: int) -> float:
+    start = time.perf_counter()
+    for _ in range(batch):
+        run()
+    return (time.perf_counter() - start) / batch
+
+
+def where(threads: int) -> dict:
+    """Machine, versions, commit and date of a measurement."""
+    return {
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": threads,
+            "instruction_set": _cpu.instruction_set(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pile_fast": pile_fast.__version__},
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def machine_slug(threads: int) -> str:
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", cpu_name().lower())
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {threads} threads").strip("-")
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + if its tracked files differ from it."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
