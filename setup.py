@@ -4,7 +4,7 @@
 PyTorch. The kernels are compiled once per instruction set and chosen at run time, so a build runs on any processor of its
 architecture. Without a compiler the package installs all the same, with a warning, and uses its PyTorch backend.
 
-PILE_FAST_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
+PILE_FAST_SANITIZE=1 builds with AddressSanitizer, UndefinedBehaviorSanitizer and poisoned scratch memory (`make sanitize`).
 """
 
 import os
@@ -50,7 +50,7 @@ class BuildKernels(build_ext):
         link = []
         if os.environ.get("PILE_FAST_SANITIZE") == "1":
             sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
-            common = [flag for flag in common if flag != "-O3"] + ["-O1", *sanitize]
+            common = [flag for flag in common if flag != "-O3"] + ["-O1", "-DPILE_POISON", *sanitize]
             link += sanitize
         try:
             for name, flags in INSTRUCTION_SETS.items():

@@ -215,7 +215,7 @@ def test_bad_arguments(name):
     t, labels, student, _ = batch()
     with pytest.raises(ValueError, match=r"teacher_logits: expected \(Q, N, M\)"):
         call(name, t[0], labels, student)
-    with pytest.raises(ValueError, match=r"labels: expected \(7, 9\)"):
+    with pytest.raises(ValueError, match=r"labels: expected \(Q, N\) = \(7, 9\)"):
         call(name, t, labels[:, :8], student)
     with pytest.raises(ValueError, match="normalize: expected one of 'zscore', 'center', 'none', got 'minmax'"):
         call(name, t, labels, student, normalize="minmax")

@@ -256,7 +256,7 @@ def test_long_list_is_fast(metric, one_thread):
 @every_metric
 def test_bad_tensors(metric):
     scores, labels, _ = lists()
-    with pytest.raises(ValueError, match=r"labels: expected \(12, 9\) like scores, got \(12, 8\)"):
+    with pytest.raises(ValueError, match=r"labels: expected \(Q, N\) = \(12, 9\) like scores, got \(12, 8\)"):
         metric(scores, labels[:, :8])
     with pytest.raises(TypeError, match="scores: expected a floating dtype"):
         metric(scores.long(), labels)

@@ -439,8 +439,10 @@ class EnsembleQuery {
       Vec<T> lambda = block >= 0 ? fields_.evaluate(block, u, k) : Vec<T>{};
       if (add) lambda += sums_.value(k);
       if (by_document_) {
-        // A block ends anywhere; what lies behind it may be another thread's. A piece does not.
-        store(a_ + k, load(a_ + k) + step * (lambda * load(weights_.inverse + k)), block < 0 ? kLanes<T> : lanes);
+        Vec<T> move = step * (lambda * load(weights_.inverse + k));
+        if (lanes < kLanes<T>) move = iota<T>() < typename Simd<T>::integer(lanes) ? move : Vec<T>{};
+        // A block ends anywhere, and behind it may be another thread's documents; behind a piece there are none that move.
+        store(a_ + k, load(a_ + k) + move, block < 0 ? kLanes<T> : lanes);
         continue;
       }
       const Vec<T> s = u * T(options_->temperature);

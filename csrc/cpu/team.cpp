@@ -6,6 +6,7 @@
 
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -69,6 +70,9 @@ void* Arena::take_bytes(int64_t bytes) {
   }
   void* taken = static_cast<char*>(blocks_[current_]) + used_;
   used_ += bytes;
+#if defined(PILE_POISON)
+  std::memset(taken, 0xff, bytes);  // NaN, and -1: what is read before it is written shows
+#endif
   return taken;
 }
 
