@@ -26,7 +26,9 @@ def test_quick_run(tmp_path):
     assert {"commit", "date"} <= result.keys() and result["quick"]
     rows = result["rows"]
     assert {row["section"] for row in rows} == {"a", "e"}
-    assert {row["provider"] for row in rows if row["section"] == "a"} == {"eager", "cpp direct", "cpp chebyshev", "cpp auto"}
+    assert {row["provider"] for row in rows if row["section"] == "a"} == {
+        "eager", "cpp direct", "cpp chebyshev", "cpp auto", "after OpenMP: cpp auto",
+    }  # fmt: skip
     assert {(row["op"], row["granularity"], row["mode"]) for row in rows if row["section"] == "a"} == {
         ("pile_ensemble", "document", "forward"),
         ("pile_ensemble", "query", "forward"),

@@ -154,6 +154,13 @@ def test_memory_of_a_long_list():
     assert float(peak) < 3.0, f"{peak} times the inputs"
 
 
+def test_scratch_memory_of_many_sizes_is_reused():
+    for n in [10, 70_000, 300, 40_000, 90_000, 5] * 12:
+        z, t, y = torch.randn(1, n), torch.randn(1, n, 8), torch.zeros(1, n)
+        y[:, ::3] = 1
+        pile_fast.pile_loss(z, t, y, alpha=0.5, iterations=1, backend="cpp")
+
+
 def test_without_the_extension_everything_works_on_torch(tmp_path):
     """What a machine without a compiler has: the same results, and a reason that says what to do."""
     run_python("""

@@ -23,6 +23,8 @@ constexpr PairCosts kEnsembleCosts = sizeof(T) == 4 ? PairCosts{0.021, 0.5, 4.5}
 
 // Documents that go through update, tilt and deposit together: their exponents and logits stay in L1.
 constexpr int kStretch = 512;
+// Documents ahead of the gather whose scores are fetched.
+constexpr int kPrefetch = 24;
 
 constexpr double kMinShare = 0x1p-10;  // see pile_fast/reference.py
 
@@ -180,6 +182,9 @@ class EnsembleQuery {
       for (int p = m.rank; p < pieces(n_); p += m.size) {
         const int begin = p * kPiece, end = smaller(n_, begin + kPiece);
         for (int k = begin; k < end; ++k) {
+          // In label order the rows of a long list come from all over it, too irregularly for the hardware to foresee.
+          const int ahead = order_->slot[smaller(k + kPrefetch, end - 1)];
+          __builtin_prefetch(data + offset + ahead * view.document);
           const int64_t from = offset + order_->slot[k] * view.document;
           for (int t = 0; t < teachers_; ++t) t_[t * row_ + k] = T(read(data, from + t * view.teacher));
         }
@@ -429,7 +434,7 @@ class EnsembleQuery {
   // The exponents of positions [begin, end) after λ: of the block's field (block >= 0), of direct sums, or both.
   void update(int piece, int begin, int end, int block) {
     const T step = T(options_->step_size);
-    const bool add = block < 0 || fields_.block[block].inner;
+    const bool add = block < 0 || fields_.block[block].inner;  // else a block of one label, and one 1 / k
     T* pull = by_document_ ? nullptr : pull_ + int64_t(piece) * teachers_ * kLanes<T>;
     if (pull)
       for (int t = 0; t < teachers_; ++t) store(pull + t * kLanes<T>, Vec<T>{});
@@ -439,7 +444,7 @@ class EnsembleQuery {
       Vec<T> lambda = block >= 0 ? fields_.evaluate(block, u, k) : Vec<T>{};
       if (add) lambda += sums_.value(k);
       if (by_document_) {
-        Vec<T> move = step * (lambda * load(weights_.inverse + k));
+        Vec<T> move = step * (lambda * (add ? load(weights_.inverse + k) : splat<T>(weights_.inverse[begin])));
         if (lanes < kLanes<T>) move = iota<T>() < typename Simd<T>::integer(lanes) ? move : Vec<T>{};
         // A block ends anywhere, and behind it may be another thread's documents; behind a piece there are none that move.
         store(a_ + k, load(a_ + k) + move, block < 0 ? kLanes<T> : lanes);

@@ -88,7 +88,7 @@ class Run {
       s.valid = m.arena->take<uint8_t>(slots);
       s.scored = job_.ensemble ? m.arena->take<uint8_t>(slots) : nullptr;
       s.counts = m.arena->take<int>(3 * (pieces(slots) + 1));
-      s.target = m.arena->take<T>(slots);
+      s.target = job_.out.logits ? nullptr : m.arena->take<T>(slots);
       s.takes_part = nullptr;
       if (const View& prior = batch_.prior; prior.data) {
         s.takes_part = m.arena->take<uint8_t>(batch_.teachers);

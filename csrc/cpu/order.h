@@ -12,7 +12,7 @@ struct Order {
   int n = 0;               // documents
   int labelled = 0;        // the first so many have a label
   int* slot = nullptr;     // slot within the query, by position
-  double* label = nullptr;  // by position, < labelled
+  double* label = nullptr;  // by position, < labelled; of each label's first and last position only
   int* below = nullptr;    // by position, < labelled: first position with a smaller label
   bool has_pairs() const { return labelled > 0 && below[0] < labelled; }
 };
@@ -54,7 +54,7 @@ inline bool sort_grades(const double* label, const int* slot, int n, Order& orde
   }
   for (int g = 0; g < grades; ++g) {
     const int end = start[g] + count[g];
-    for (int k = start[g]; k < end; ++k) order.label[k] = value[g];
+    order.label[start[g]] = order.label[end - 1] = value[g];
     for (int k = start[g]; k < end; ++k) order.below[k] = end;
   }
   for (int i = 0; i < n; ++i) order.slot[start[grade[i]]++] = slot[i];

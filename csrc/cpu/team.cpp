@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kFirstBlock = int64_t{1} << 18;
 constexpr int64_t kHugePage = int64_t{1} << 21;
-constexpr int64_t kKeep = int64_t{1} << 25;  // memory an idle thread may hold
+// Memory an idle thread may hold: fresh pages would cost a long list a tenth of its time.
+constexpr int64_t kKeep = int64_t{1} << 27;
 constexpr int kSpins = 4000;
 
 inline void relax() {
@@ -55,7 +56,7 @@ void* Arena::take_bytes(int64_t bytes) {
       continue;
     }
     if (count_ == kMaxBlocks) throw std::bad_alloc();
-    int64_t size = kFirstBlock;
+    int64_t size = count_ == 0 && first_ > kFirstBlock ? first_ : kFirstBlock;
     while (size < bytes) size *= 2;
     if (size > kHugePage && bytes > size / 2) size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     void* block = nullptr;
@@ -82,20 +83,17 @@ void Arena::release(Mark mark) {
 }
 
 void Arena::trim() {
-  int64_t kept = 0;
-  int out = 0;
-  for (int i = 0; i < count_; ++i) {
-    if (kept + sizes_[i] <= kKeep) {
-      kept += sizes_[i];
-      blocks_[out] = blocks_[i];
-      sizes_[out++] = sizes_[i];
-    } else {
-      std::free(blocks_[i]);
-    }
-  }
-  count_ = out;
   current_ = count_ ? 0 : -1;
   used_ = 0;
+  if (count_ == 0 || (count_ == 1 && sizes_[0] <= kKeep)) return;
+  int64_t total = 0;
+  for (int i = 0; i < count_; ++i) {
+    total += sizes_[i];
+    std::free(blocks_[i]);
+  }
+  first_ = total < kKeep ? total : kKeep;
+  count_ = 0;
+  current_ = -1;
 }
 
 void Member::wait() const {

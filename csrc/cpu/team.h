@@ -28,7 +28,7 @@ class Arena {
   };
   Mark mark() const { return {current_, current_ < 0 ? 0 : used_}; }
   void release(Mark mark);
-  // Give large blocks back, between calls.
+  // Between calls: forget everything. One block of moderate size stays; several become one at the next call.
   void trim();
 
  private:
@@ -38,6 +38,7 @@ class Arena {
   int64_t sizes_[kMaxBlocks] = {};
   int count_ = 0, current_ = -1;
   int64_t used_ = 0;
+  int64_t first_ = 0;  // size of the next first block
 };
 
 struct TeamState {
