@@ -154,6 +154,20 @@ def test_memory_of_a_long_list():
     assert float(peak) < 3.0, f"{peak} times the inputs"
 
 
+def test_elements_beyond_two_to_the_31():
+    # Two queries, the second 2^31 elements behind the first. Pages that nothing touches take no memory.
+    _, t, y = problem((2, 40))
+    spread_out = torch.empty(2**31 + t[0].numel(), dtype=torch.float16).as_strided(t.shape, (2**31, 4, 1))
+    spread_out.copy_(t)
+    assert spread_out.stride(0) == 2**31
+    for a, b in zip(
+        pile_fast.pile_ensemble(spread_out, y, return_weights=True, backend="cpp")[:2],
+        pile_fast.pile_ensemble(t.half(), y, return_weights=True, backend="cpp")[:2],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def test_scratch_memory_of_many_sizes_is_reused():
     for n in [10, 70_000, 300, 40_000, 90_000, 5] * 12:
         z, t, y = torch.randn(1, n), torch.randn(1, n, 8), torch.zeros(1, n)
