@@ -185,8 +185,9 @@ DISTILL = 35  # per vector of pairs: two sigmoids and a logarithm
 def model(op: str, granularity: str, provider: str, shape: tuple[int, int, int], label_pairs: int, floors: dict) -> dict:
     """Milliseconds that the machine's arithmetic and its memory need for a call, and which of the two binds.
 
-    - ensemble, direct: label pairs · T vectors of pairs (1 multiply-add, 1 reciprocal = estimate + 2 multiply-adds, 2 additions),
-      at their measured rate; chebyshev: documents · T · (deposit + evaluate); either with documents · (T + 1) · M tilts;
+    - ensemble, direct: label pairs · T / lanes vectors of pairs (1 multiply-add, 1 reciprocal = estimate + 2 multiply-adds,
+      2 additions), at their measured rate; chebyshev: documents · T · (deposit + evaluate); either with
+      documents · (T + 1) · M tilts;
     - loss: 35 instructions per vector of pairs; chebyshev: two deposits and evaluations per document, in double;
     - bytes: 4 (M + 2) in, teachers, student and labels, and 4 out per document, once. An ensemble reads no student.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from _overhead import EMPTY
 
 EAGER = "eager"
+BUSY = "after OpenMP: cpp auto"
 # Factors over eager an ensemble should reach; a loss half of them.
 SHAPES = {(256, 32, 4): 20, (256, 128, 4): 120, (64, 512, 8): 1000, (16, 1024, 8): 2000}
 LONG_DOCUMENTS, LONG_GOAL_MS = 262_144, 40.0
 GROWTH_GOAL, MEMORY_GOAL, CALL_GOAL = 1.5, 3.0, 1.5
+IDLE = 0.05  # cores that other processes may take before the figures are called into question
 
 
 def shape(row: dict) -> tuple[int, int, int]:
@@ -124,6 +126,8 @@ def markdown(result: dict) -> str:
         + (" Quick run: figures mean nothing." if result["quick"] else "")
         + "\n"
     ]
+    if (taken := machine["cores_taken_by_others"]) and taken > IDLE:
+        parts.append(f"**The machine was not idle: other processes took {taken:.2f} cores. Do not trust these figures.**\n")
 
     def add(heading: str, body: list[str]) -> None:
         parts.append(f"### {heading}\n\n" + "\n".join(body))

@@ -20,8 +20,10 @@ import torch
 import pile_fast
 from pile_fast import _cpu
 
-# Shorter calls notice what ran before them: other threads still spinning, data evicted from the caches.
+# Shorter calls notice what ran before them: data evicted from the caches, and PyTorch's OpenMP threads, which spin for about
+# 4 ms after a parallel region (libgomp's default) before they leave their core to others.
 SHORT = 0.05
+PAUSE = 0.01
 TURN = 0.02  # seconds of one provider before the next has its turn
 
 
@@ -33,8 +35,9 @@ class Times(NamedTuple):
 
 
 def interleave(
-    calls: dict[Any, Callable], seconds: float, *, batch: int = 1, min_rounds: int = 5, max_rounds: int = 60
-) -> dict[Any, Times]:
+    calls: dict[Any, Callable], seconds: float, *, before: dict[Any, Callable] | None = None, batch: int = 1,
+    min_rounds: int = 5, max_rounds: int = 60,
+) -> dict[Any, Times]:  # fmt: skip
     """Time `calls` in rounds, each of which gives every call one turn, in random order.
 
     A turn takes one time or, of short calls, up to 20. A short call's turn begins with a pause and a call that does not count.
@@ -43,6 +46,7 @@ def interleave(
     Args:
         calls: what to time; each was called before.
         seconds: about how long all of it may take, within `min_rounds` and `max_rounds`.
+        before: what runs, not timed, right before each time of some calls.
     """
     cost = {name: _seconds(run, batch) for name, run in calls.items()}
     repeats = {name: min(20, max(1, int(TURN / (spent * batch)))) for name, spent in cost.items()}
@@ -57,9 +61,12 @@ def interleave(
             shuffled.shuffle(order)
             for name in order:
                 if cost[name] < SHORT:
-                    time.sleep(0.002)
+                    time.sleep(PAUSE)
                     calls[name]()
-                times[name] += [_seconds(calls[name], batch) for _ in range(repeats[name])]
+                for _ in range(repeats[name]):
+                    if before and name in before:
+                        before[name]()
+                    times[name].append(_seconds(calls[name], batch))
     finally:
         gc.enable()
     return {name: Times(*(np.percentile(t, [20, 50, 80]) * 1e3).tolist(), len(t) * batch) for name, t in times.items()}
@@ -86,6 +93,31 @@ def where(threads: int) -> dict:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+class OtherLoad:
+    """How many cores' worth of time other processes took since this was made. An eager call on two threads that has to share
+    its cores takes many times as long, and every ratio to it becomes a fiction."""
+
+    def __init__(self):
+        self.start = self._now()
+
+    def cores(self) -> float | None:
+        """None where the system does not say."""
+        now = self._now()
+        if now is None or self.start is None:
+            return None
+        elapsed, everyone, own = (after - before for after, before in zip(now, self.start, strict=True))
+        return max(0.0, everyone - own) / elapsed if elapsed > 0 else None
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        try:
+            user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        except (OSError, ValueError):
+            return None
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, sum(os.times()[:4])
 
 
 def cpu_name() -> str:

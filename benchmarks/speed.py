@@ -18,8 +18,8 @@ import _floors
 import _overhead
 import torch
 from _cases import ITERATIONS, OPS, Check, Data, Op, call, make_data, plain_torch
-from _report import EAGER, SHAPES, goals, markdown
-from _timing import interleave, machine_slug, where
+from _report import BUSY, EAGER, SHAPES, goals, markdown
+from _timing import OtherLoad, interleave, machine_slug, where
 from tqdm import tqdm
 
 PAIR_SUMS = ("direct", "chebyshev", "auto")
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     data: Data
     run: Callable
     layout: str = ""
+    before: Callable | None = None  # runs, not timed, right before each time
     check: bool = True  # False: it does not compute what `data` defines, so there is nothing to hold it against
 
 
@@ -64,18 +65,19 @@ class Run:
         sound, check = {}, None
         for index, case in enumerate(cases):
             row = self.row(section, op, case.provider, case.data.shape, case.layout)
-            if case.check and (check is None or check.data is not case.data):
-                self.say(section, op, case.data.shape, "reference in float64")
-                check = Check(op, case.data)
-            self.say(section, op, case.data.shape, case.provider, "check")
             start = time.perf_counter()
             try:
+                if case.check and (check is None or check.data is not case.data):
+                    self.say(section, op, case.data.shape, "reference in float64")
+                    check = Check(op, case.data)
+                self.say(section, op, case.data.shape, case.provider, "check")
+                start = time.perf_counter()
                 output = case.run()
                 failure = check.failure(output) if case.check else ""
             except Exception as error:  # a provider that does not run is a line in the table, not the end of the run
                 failure = f"failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             row["first_call_ms"] = (time.perf_counter() - start) * 1e3  # of torch.compile: mostly compilation
-            row["checked_against"] = f"{check.against} float64" if case.check else None
+            row["checked_against"] = f"{check.against} float64" if case.check and check else None
             row["label_pairs"] = case.data.label_pairs()
             if failure:
                 row["failure"] = failure
@@ -83,12 +85,15 @@ class Run:
                 case.run()
                 sound[index] = row
         self.say(section, op, cases[0].data.shape, "timing", ", ".join(cases[index].provider for index in sound))
-        times = interleave({index: cases[index].run for index in sound}, self.seconds, **interleaving) if sound else {}
+        runs = {index: cases[index].run for index in sound}
+        before = {index: cases[index].before for index in sound if cases[index].before}
+        times = interleave(runs, self.seconds, before=before, **interleaving) if sound else {}
         for index, row in sound.items():
             row.update(times[index]._asdict())
 
 
 def against_torch(run: Run) -> None:
+    elsewhere = torch.ones(2**20)
     for shape in ((4, 16, 2), (2, 64, 3)) if run.quick else SHAPES:
         data = make_data(*shape)
         for op in OPS:
@@ -97,6 +102,8 @@ def against_torch(run: Run) -> None:
             if not run.quick:
                 cases.append(Case("torch.compile", data, plain_torch(op, data, compiled=True)))
             cases += [Case(f"cpp {how}", data, call(op, data, backend="cpp", pairwise=how)) for how in PAIR_SUMS]
+            # In a training loop PyTorch's own threads have just worked, and still spin on the cores this call wants.
+            cases.append(Case(BUSY, data, call(op, data, backend="cpp"), before=lambda: elsewhere.mul(2)))
             run.time("a", op, cases)
             torch.compiler.reset()
 
@@ -165,6 +172,7 @@ def main() -> int:
         parser.error(f"--only: no section {', '.join(sorted(unknown))}")
 
     torch.set_num_threads(args.threads)
+    others = OtherLoad()
     run = Run(args.threads, args.quick, args.seconds)
     header = where(args.threads) | {"quick": args.quick, "sections": only}
     floors = None
@@ -179,6 +187,7 @@ def main() -> int:
 
     if floors and "skipped" not in floors:
         add_models(run.rows, floors)
+    header["machine"]["cores_taken_by_others"] = others.cores()
     result = header | {"floors": floors, "goals": goals(run.rows), "rows": run.rows}
     folder = args.output / machine_slug(args.threads)
     folder.mkdir(parents=True, exist_ok=True)
