@@ -329,7 +329,7 @@ class EnsembleQuery {
         moment += d == d ? e * d : Vec<T>{};
       }
     }
-    const Vec<T> s = reference + moment / mass;
+    const Vec<T> s = reference + moment * reciprocal<T>(mass);
     // Rounding must not leave the teachers' range; a NaN stays.
     const Vec<T> above = s < low ? low : s;
     return above > high ? high : above;

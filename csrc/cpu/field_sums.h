@@ -239,7 +239,7 @@ class FieldSums {
   // Neighbouring documents mostly lie in the same few cells, and each sum would wait for the last one's store. A long chunk with
   // few cells spreads them over copies.
   static constexpr int kCopies = 4;
-  int copies(int c) const { return row_ <= 32 && chunk_[c].end - chunk_[c].begin >= 256 ? kCopies : 1; }
+  int copies(int c) const { return row_ <= 32 && chunk_[c].end - chunk_[c].begin >= 64 ? kCopies : 1; }
   Row* moments(int c) const { return moments_ + chunk_[c].moments; }
 
   // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
@@ -286,18 +286,15 @@ class FieldSums {
       const Near now = near(table, c);
       for (; seen.from < now.from; ++seen.from) before += double(source[seen.from][0]);
       for (; seen.to < now.to; ++seen.to) after -= double(source[seen.to + 1][0]);
-      Row even = {}, odd = {};
+      Row part[4] = {};  // four chains of additions, or each would wait for the last
       for (int s = now.from; s <= now.to; ++s) {
         const auto& matrix = table.kappa[s - c - table.first];
 #pragma GCC unroll 16
-        for (int k = 0; k < P; k += 2) {
-          even += source[s][k] * row_of(matrix[k]);
-          odd += source[s][k + 1] * row_of(matrix[k + 1]);
-        }
+        for (int k = 0; k < P; ++k) part[k % 4] += source[s][k] * row_of(matrix[k]);
       }
-      even += odd;
-      even[0] += T((after - before) / 2);
-      use(c, even);
+      Row f = (part[0] + part[1]) + (part[2] + part[3]);
+      f[0] += T((after - before) / 2);
+      use(c, f);
     }
   }
 

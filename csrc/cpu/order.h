@@ -27,17 +27,31 @@ PILE_INLINE int64_t label_key(double label) {
   return key;
 }
 
+// Index of `own` among the first `count` keys, or -1. Grades are unpredictable: no branch on them where masks serve.
+PILE_INLINE int find_key(const int64_t (&keys)[kMaxGrades], int count, int64_t own) {
+#if defined(__AVX512F__)
+  const __m512i wanted = _mm512_set1_epi64(own);
+  const unsigned hits = _mm512_cmpeq_epi64_mask(wanted, _mm512_loadu_si512(keys)) |
+                        unsigned(_mm512_cmpeq_epi64_mask(wanted, _mm512_loadu_si512(keys + 8))) << 8;
+  const unsigned among = hits & ((1u << count) - 1);
+  return among ? __builtin_ctz(among) : -1;
+#else
+  for (int g = 0; g < count; ++g)
+    if (keys[g] == own) return g;
+  return -1;
+#endif
+}
+
 // Stable counting sort where the labels are a few grades (nearly always). False if there are more than kMaxGrades.
 inline bool sort_grades(const double* label, const int* slot, int n, Order& order, Arena& arena) {
   double value[kMaxGrades];
-  int64_t key[kMaxGrades];
+  int64_t key[kMaxGrades] = {};
   int count[kMaxGrades], start[kMaxGrades];
   int grades = 0;
   uint8_t* grade = arena.take<uint8_t>(n);
   for (int i = 0; i < n; ++i) {
     const int64_t own = label_key(label[i]);
-    int hit = -1;
-    for (int g = 0; g < grades; ++g) hit = key[g] == own ? g : hit;  // no early exit: grades are unpredictable
+    int hit = find_key(key, grades, own);
     if (hit < 0) {
       if (grades == kMaxGrades) return false;
       value[grades] = label[i];

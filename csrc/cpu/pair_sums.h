@@ -41,7 +41,7 @@ struct Exponentials {
     if (wide) return;
     const Vec<T> e = vexp<T>(vmin(u - middle, splat<T>(2 * kNarrow<T>)));
     store(up + k, e, lanes);
-    store(down + k, T(1) / e, lanes);
+    store(down + k, reciprocal<T>(e), lanes);
   }
 };
 
@@ -201,8 +201,7 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
     store(out.columns + j, load(out.columns + j) + tile);
   }
   if (j < end) masked(j);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) out.rows[i + r] += sum<T>(acc[r]);
+  add_sums<T, R>(out.rows + i, acc);
   pairs.flush();
 }
 

@@ -140,6 +140,26 @@ PILE_INLINE double sum<double>(Vec<double> v) {
 }
 #endif
 
+// out[r] += sum of the lanes of v[r].
+template <class T, int R>
+PILE_INLINE void add_sums(T* out, const Vec<T> (&v)[R]) {
+  for (int r = 0; r < R; ++r) out[r] += sum<T>(v[r]);
+}
+#if defined(__AVX512F__)
+// Four at a time, in half the instructions.
+template <>
+PILE_INLINE void add_sums<float, 4>(float* out, const Vec<float> (&v)[4]) {
+  __m256 half[4];
+  for (int r = 0; r < 4; ++r) {
+    const __m512 x = reinterpret_cast<const __m512&>(v[r]);
+    half[r] = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  }
+  const __m256 quarters = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+}
+#endif
+
 // 1 / x for normal x. AVX-512: 14-bit estimate and one Newton step, 2^-27 or better, at a third of a division's price.
 template <class T>
 PILE_INLINE Vec<T> reciprocal(Vec<T> x) {
@@ -168,6 +188,22 @@ PILE_INLINE Vec<T> vexp(Vec<T> x) {
   for (int k = S::kExpTerms - 1; k >= 0; --k) p = p * r + T(1) / T(factorial(k));
   return p * from_bits<T>((bits<T>(shifted) << S::kMantissa) + (typename S::integer(S::kBias) << S::kMantissa));
 }
+
+#if defined(__AVX512F__)
+// The same with the rounding and scaling instructions of AVX-512, 13 instead of 16; goes on to 0.
+template <>
+PILE_INLINE Vec<float> vexp<float>(Vec<float> x) {
+  using S = Simd<float>;
+  x = vmax(x, splat<float>(-105.f));
+  const Vec<float> n = reinterpret_cast<Vec<float>>(
+      _mm512_maskz_roundscale_ps(0xffff, reinterpret_cast<__m512>(x * 1.4426950408889634f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const Vec<float> r = x - n * S::kLn2High - n * S::kLn2Low;
+  Vec<float> p = splat<float>(1.f / float(factorial(S::kExpTerms)));
+#pragma GCC unroll 16
+  for (int k = S::kExpTerms - 1; k >= 0; --k) p = p * r + 1.f / float(factorial(k));
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+}
+#endif
 
 // log(1 + t) for t in [0, 1], small t to full relative accuracy: 2 atanh(t / (2 + t)).
 template <class T>
