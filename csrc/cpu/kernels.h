@@ -124,6 +124,20 @@ class Run {
       if (job_.ensemble) {
         const int teachers = int(batch_.teachers);
         with_logits(teacher, [&](const auto* data) {
+          // Mostly nothing is missing, and the scores stand side by side: one look at all of them.
+          if (!s.takes_part && teacher.teacher == 1 && teacher.document == teachers) {
+            const auto* scores = data + q * teacher.query + (first + begin) * teacher.document;
+            int absent = 0;
+            for (int64_t k = 0; k < int64_t(end - begin) * teachers; ++k) {
+              const auto value = read(scores, k);
+              absent += value != value;
+            }
+            if (absent == 0) {
+              std::memcpy(s.scored + begin, s.valid + begin, end - begin);
+              scored = valid;
+              return;
+            }
+          }
           for (int i = begin; i < end; ++i) {
             const int64_t at = q * teacher.query + (first + i) * teacher.document;
             int present = 0;

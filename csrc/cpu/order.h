@@ -47,6 +47,7 @@ inline bool sort_grades(const double* label, const int* slot, int n, Order& orde
   double value[kMaxGrades];
   int64_t key[kMaxGrades] = {};
   int count[kMaxGrades], start[kMaxGrades];
+  int counts[2][kMaxGrades] = {};  // by turns: a count must not wait for the last one's store
   int grades = 0;
   uint8_t* grade = arena.take<uint8_t>(n);
   for (int i = 0; i < n; ++i) {
@@ -56,12 +57,12 @@ inline bool sort_grades(const double* label, const int* slot, int n, Order& orde
       if (grades == kMaxGrades) return false;
       value[grades] = label[i];
       key[grades] = own;
-      count[grades] = 0;
       hit = grades++;
     }
     grade[i] = uint8_t(hit);
-    ++count[hit];
+    ++counts[i & 1][hit];
   }
+  for (int g = 0; g < grades; ++g) count[g] = counts[0][g] + counts[1][g];
   for (int g = 0; g < grades; ++g) {
     start[g] = 0;
     for (int o = 0; o < grades; ++o) start[g] += value[o] > value[g] ? count[o] : 0;
