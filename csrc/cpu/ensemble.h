@@ -385,10 +385,10 @@ class EnsembleQuery {
   void iterate_direct(const Member& m, T* trace, int64_t it) {
     const int n = order_->labelled;
     const T per_unit = T(1 / options_->temperature);
+    // Two loops over the same positions: together their chains of dependent instructions are too long to overlap.
+    for_pieces(m, n, [&](int k) { store(u_ + k, tilt(k) * per_unit); });
     for_pieces(m, n, [&](int k) {
-      const Vec<T> u = tilt(k) * per_unit;
-      store(u_ + k, u);
-      near_.set(k, u);
+      near_.set(k, load(u_ + k));
       sums_.clear(k);
     });
     m.sync();

@@ -174,15 +174,27 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
   constexpr int W = kLanes<T>;
   int j = round_down(first[0], W);
   const int full = smaller(round_up(first[R - 1], W), end);
+  const bool uniform = first[0] == first[R - 1];  // mostly: rows of one label
   auto masked = [&](int j) {
     const Ints<T> column = iota<T>() + typename Simd<T>::integer(j);
+    const Ints<T> inside = column < typename Simd<T>::integer(end);
     Vec<T> tile = {};
+    if (uniform) {
+      const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[0]));
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Ints<T> mask = (column >= typename Simd<T>::integer(first[r])) & (column < typename Simd<T>::integer(end));
-      const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-      acc[r] += value;
-      tile += value;
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += value;
+        tile += value;
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[r]));
+        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += value;
+        tile += value;
+      }
     }
     // Only this block's columns: a neighbour in the same vector may be another thread's.
     const Vec<T> total = load(out.columns + j) + tile;
