@@ -57,7 +57,7 @@ class Run {
  private:
   // What the members working on one query share.
   struct Scratch {
-    Arena::Mark mark;
+    Arena::Mark after_order;
     uint8_t *valid, *scored;  // by slot
     uint8_t* takes_part;      // by teacher: has a positive prior; nullptr: all have
     int* counts;              // by piece of slots: valid, scored, scores missing
@@ -167,6 +167,7 @@ class Run {
     const bool by_document = options.granularity == Granularity::document;
     if (m.leads()) {
       s.order = order_by_label(batch_.labels, offset, slots, scored < slots ? s.scored : nullptr, *m.arena);
+      s.after_order = m.arena->mark();
       s.ensemble.plan(batch_, options, q, s.order, missing, plus_, minus_, *m.arena);
       if (scored < slots) {
         for (int i = 0; i < slots; ++i) logits[i] = T(__builtin_nan(""));
@@ -186,6 +187,7 @@ class Run {
     if (weights && !by_document && m.leads())
       for (int64_t t = 0; t < teachers; ++t) weights[q * teachers + t] = s.ensemble.query_weights()[t];
     m.sync();
+    if (m.leads()) m.arena->release(s.after_order);  // the loss works in the same memory
   }
 
   void run_loss(const Member& m, Scratch& s, int64_t q, int slots, int valid, int scored) {
