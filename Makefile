@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test test-fast sanitize bench lint clean
+.PHONY: setup demo test test-fast sanitize bench gpu-check triton-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,15 @@ lint: setup
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
+
+# On a machine with a GPU: needs a Python with PyTorch and Triton, and no installation. GPU_PYTHON=... STAGES="correctness speed"
+GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(STAGES)
+
+# Registers and shared memory of every Triton kernel on four chips, into docs/triton.md; needs no GPU.
+triton-table: setup
+	$(BIN)/python tests/triton_aot.py --write
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py

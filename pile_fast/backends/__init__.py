@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pile_fast.backends import cpp, torch_reference
+from pile_fast.backends import cpp, torch_reference, triton
 
 # In order of preference, per device type.
-_ORDER = {"cpu": ("cpp", "torch")}
+_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # HIP tensors are of type "cuda" too
 _ORDER_ELSEWHERE = ("torch",)
-_MODULES = {"cpp": cpp, "torch": torch_reference}
+_MODULES = {"cpp": cpp, "triton": triton, "torch": torch_reference}
 
 
 class BackendStatus(NamedTuple):
