@@ -142,7 +142,7 @@ def test_saved_student_ranks_alike(tmp_path):
 
 
 WORKER = """
-import sys, torch
+import os, sys, torch
 from transformers import TrainingArguments
 import pile_fast
 from pile_fast.data import make_synthetic
@@ -165,6 +165,10 @@ metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     torch.save((parameters, metrics), sys.argv[2])
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads race the interpreter's exit
 """
 
 
