@@ -391,7 +391,7 @@ def main() -> int:
         start = time.perf_counter()
         try:
             result = STAGES[name]()
-        except Exception:
+        except Exception:  # whatever it is: written down, reported, and the next stage still runs
             result = dict(ok=False, error=traceback.format_exc())
         result = about | dict(stage=name, seconds=round(time.perf_counter() - start, 2)) | result
         (folder / f"gpu_{name}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")

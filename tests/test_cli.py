@@ -3,20 +3,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import pile_fast
 from pile_fast.cli import demo, main
 from pile_fast.students import FeatureRanker
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks: on a busy machine their threads would mostly wait for each other. The demo sets it, and stays."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

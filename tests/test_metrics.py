@@ -234,15 +234,6 @@ def test_infinite_scores_rank_first_and_last():
     assert ndcg(scores, labels).item() == mrr(scores, labels).item() == opa(scores, labels).item() == 1
 
 
-@pytest.fixture
-def one_thread():
-    """On a busy machine several threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @every_metric
 def test_long_list_is_fast(metric, one_thread):
     rng = torch.Generator().manual_seed(5)

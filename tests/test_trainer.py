@@ -14,13 +14,7 @@ from pile_fast.trainer import PileTrainer, ranking_quality
 LISTS = make_synthetic(72, documents=(1, 12), num_features=6)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks: on a busy machine their threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def student(seed=0, dropout=0.0):
