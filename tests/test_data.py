@@ -79,9 +79,9 @@ def test_letor_broken_line_names_file_line_and_reason(tmp_path, line, reason):
 @pytest.mark.parametrize("name", ["cut.txt.xz", "cut.txt.gz", "junk.txt.xz", "junk.txt.gz", "latin.txt"])
 def test_letor_damaged_file_is_named(tmp_path, name):
     whole = (lzma if name.endswith("xz") else gzip).compress("".join(f"1 qid:{i} 1:{i}\n" for i in range(2000)).encode())
-    content = {"cut": whole[:-30], "junk": b"not compressed", "latin": b"1 qid:1 1:1 # caf\xe9\n"}[name.split(".")[0]]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: damaged file"):
+    kind = name.split(".")[0]
+    (tmp_path / name).write_bytes({"cut": whole[:-30], "junk": b"not it", "latin": b"1 qid:1 1:1 # caf\xe9\n"}[kind])
+    with pytest.raises(ValueError, match=f"{name}:1: not UTF-8" if kind == "latin" else f"{name}: damaged file after line"):
         read_letor(tmp_path / name)
 
 

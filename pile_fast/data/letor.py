@@ -6,30 +6,17 @@ cannot say which line is broken.
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import os
 import re
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from pile_fast.data.files import read_lines
 from pile_fast.data.lists import RankedLists
 
 _DOC_ID = re.compile(r"docid\s*=\s*(\S+)")
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a text file, decompressed by its suffix; a damaged file raises ValueError."""
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            yield from enumerate(file, 1)
-    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: damaged file: {error}") from error
 
 
 def read_letor(*paths: str | os.PathLike, num_features: int | None = None) -> RankedLists:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pile_fast.data.rows import RowChecker
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +53,43 @@ class RankedLists:
                 raise ValueError(f"{name}: expected {wanted}, got {given}")
         if documents != int(self.cu_seqlens[-1]):
             raise ValueError(f"cu_seqlens: expected the last entry to be D = {documents}, got {int(self.cu_seqlens[-1])}")
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[dict], *, part: str = "all") -> RankedLists:
+        """Rows with features, as `read_rows` gives them, in memory; all of one part.
+
+        Raises:
+            ValueError: there are no rows, or one has no features.
+
+        >>> row = {"query_id": "q", "features": [[0.5], [2.0]], "labels": [1, None], "teacher_logits": [[0.3], [None]]}
+        >>> RankedLists.from_rows([row]).teacher_logits
+        tensor([[0.3000],
+                [   nan]])
+        """
+        check = RowChecker()
+        names, doc_ids, lengths, columns = [], [], [0], {"features": [], "labels": [], "teacher_logits": []}
+        teachers: list[str] = []
+        for row in rows:
+            row = check(row)
+            if row["features"] is None:
+                raise ValueError(f"query {row['query_id']}: expected features, the row has none")
+            names.append(row["query_id"])
+            doc_ids += row["doc_ids"]
+            lengths.append(len(doc_ids))
+            teachers = row["teachers"]
+            for name, parts in columns.items():
+                # None becomes NaN
+                parts.append(torch.from_numpy(np.array(row[name], dtype=np.float64).astype(np.float32)))
+        if not names:
+            raise ValueError("expected at least one row")
+        return cls(
+            **{name: torch.cat(parts) for name, parts in columns.items()},
+            cu_seqlens=torch.tensor(lengths),
+            query_ids=tuple(names),
+            doc_ids=tuple(doc_ids),
+            teacher_names=tuple(teachers),
+            parts=(part,) * len(names),
+        )
 
     def __len__(self) -> int:
         return len(self.query_ids)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pile_fast.data.letor import read_letor, read_lines
+from pile_fast.data.files import read_lines
+from pile_fast.data.letor import read_letor
 from pile_fast.data.lists import RankedLists
 from pile_fast.data.locate import find_file
 

@@ -1,0 +1,100 @@
+"""Files: lines of text whatever the compression, and outputs that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import lzma
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from pile_fast.data.rows import BadRows, reject
+
+_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+DAMAGED = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
+
+
+def open_by_suffix(path: Path, mode: str) -> IO:
+    """Open a plain, .gz or .xz file; "rb" for bytes, "w" for UTF-8 text."""
+    opener = _OPENERS.get(path.suffix, open)
+    if mode != "w":
+        return opener(path, mode)
+    if path.suffix == ".gz":  # no name, no time: the same content gives the same bytes
+        import io
+
+        return io.TextIOWrapper(gzip.GzipFile("", "wb", fileobj=open(path, "wb"), mtime=0), encoding="utf-8", newline="\n")
+    return opener(path, "wt", encoding="utf-8", newline="\n")
+
+
+def read_lines(path: Path, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line) of a text file, decompressed by its suffix.
+
+    Raises:
+        ValueError: a damaged file, or a line that is not UTF-8 (which `bad_rows` counts instead).
+    """
+    number = 0
+    try:
+        with open_by_suffix(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError as error:
+                    reject(bad_rows, f"{path}:{number}", f"not UTF-8: {error.reason} at byte {error.start + 1}")
+                    continue
+                yield number, text.removeprefix("\ufeff") if number == 1 else text
+    except DAMAGED as error:
+        raise ValueError(f"{path}: damaged file after line {number}: {error}") from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary path to write to; on success it replaces `path` in one step, on failure it is removed.
+
+    Whoever reads `path` sees the old file or the whole new one, also after a crash of the machine.
+
+    Args:
+        path: the file to be; may be there already.
+        folder: where the temporary file lies, on the same file system; None = beside `path`.
+
+    Raises:
+        OSError: not a regular file, or it cannot be written there.
+
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "answer.txt"
+    >>> with atomic_path(target) as temporary:
+    ...     _ = temporary.write_text("42")
+    >>> target.read_text()
+    '42'
+    """
+    path = Path(os.path.realpath(path))  # a link keeps pointing at the file
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: not a regular file")
+    # The suffix stays the last: writers choose compression by it.
+    temporary = (folder or path.parent) / f".{os.getpid()}.{path.name}"
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems cannot open folders; the rename is atomic all the same
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def fingerprint(*paths: str | os.PathLike) -> list[list]:
+    """[absolute path, bytes, time of change] of each file: what a job that goes on must find unchanged."""
+    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]

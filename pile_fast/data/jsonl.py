@@ -1,0 +1,97 @@
+"""JSON lines: the schema's own, a row a line, and those of FlagEmbedding (BGE) and Tevatron."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pile_fast.data.files import atomic_path, open_by_suffix, read_lines
+from pile_fast.data.rows import BadRows, RowChecker, reject
+
+
+def read_rows(paths: list[Path], bad_rows: BadRows | None = None, convert: Callable[[dict, str], dict] | None = None):
+    """Rows of files; `convert` makes a row of a line's object and a name for a query without one."""
+    check = RowChecker()
+    number = 0  # of the query in all files
+    for path in paths:
+        for line_number, line in read_lines(path, bad_rows):
+            if not line.strip():
+                continue
+            number += 1
+            try:
+                row = _parse(line)
+                yield check(convert(row, str(number)) if convert else row)
+            except ValueError as error:
+                reject(bad_rows, f"{path}:{line_number}", error)
+
+
+def _parse(line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not a row: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {line.strip()[:40]}")
+    return row
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """What a row does not have is left out."""
+    with atomic_path(path) as temporary, open_by_suffix(temporary, "w") as file:
+        for row in rows:
+            content = {name: value for name, value in row.items() if value is not None}
+            if not content.get("teachers"):
+                content.pop("teachers", None)
+                content.pop("teacher_logits", None)
+            file.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def from_bge(line: dict, number: str) -> dict:
+    """{"query", "pos", "neg", "pos_scores", "neg_scores"}: labels 1 and 0, one teacher if there are scores."""
+    positive, negative = _list(line, "pos"), _list(line, "neg", [])
+    row = {
+        "query_id": line.get("query_id", line.get("id", number)),
+        "query": line.get("query"),
+        "documents": positive + negative,
+        "labels": [1.0] * len(positive) + [0.0] * len(negative),
+    }
+    scores = []
+    for name, documents in (("pos_scores", positive), ("neg_scores", negative)):
+        given = _list(line, name, [])
+        if given and len(given) != len(documents):
+            raise ValueError(f"{name}: expected {len(documents)} scores, got {len(given)}")
+        scores += given or [None] * len(documents)
+    if any(score is not None for score in scores):
+        row |= {"teacher_logits": [[score] for score in scores], "teachers": ["teacher"]}
+    return row
+
+
+def from_tevatron(line: dict, number: str) -> dict:
+    """{"query_id", "query", "passages", "scores"}, or "positive_passages" and "negative_passages": labels 1 and 0."""
+    row = {"query_id": line.get("query_id", number), "query": line.get("query")}
+    if "passages" in line:
+        passages = _list(line, "passages")
+    else:
+        positive, negative = _list(line, "positive_passages"), _list(line, "negative_passages", [])
+        passages = positive + negative
+        row["labels"] = [1.0] * len(positive) + [0.0] * len(negative)
+    for i, passage in enumerate(passages):
+        if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
+            raise ValueError(f"passages[{i}]: expected an object with a text, got {str(passage)[:40]}")
+    row["documents"] = [" ".join(filter(None, (passage.get("title"), passage["text"]))) for passage in passages]
+    if all(passage.get("docid") is not None for passage in passages):
+        row["doc_ids"] = [passage["docid"] for passage in passages]
+    if line.get("scores") is not None:
+        row |= {"teacher_logits": [[score] for score in _list(line, "scores")], "teachers": ["teacher"]}
+    return row
+
+
+def _list(line: dict, name: str, default: list | None = None) -> list:
+    value = line.get(name)
+    value = default if value is None else value
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, got {'null' if value is None else repr(value)[:40]}")
+    return value

@@ -1,0 +1,152 @@
+"""Outputs of long jobs: numbered parts that survive a kill, and one file in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from pile_fast.data.files import atomic_path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes off one output there
+    fcntl = None
+
+
+class ResumableOutput:
+    """A Parquet file written in numbered parts, so that a job that was killed goes on where it was.
+
+    Parts lie in the folder ``<path>.parts`` until `finish`, each written aside and renamed. What part k holds must
+    depend on the settings alone: then the file is the same, byte for byte, however often the job was interrupted.
+
+    Args:
+        path: the final file; an old one stays in place until `finish`.
+        settings: everything that decides what is written, as JSON: options, and `fingerprint` of the inputs.
+
+    Attributes:
+        done: numbers of the parts that are there.
+
+    Raises:
+        ValueError: the parts there were written with other settings, or another process is writing them.
+        OSError: cannot write there.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "scores.parquet"
+    >>> batches = [[{"query_id": "a", "labels": [1.0]}], [{"query_id": "b", "labels": [0.0]}]]
+    >>> with ResumableOutput(path, {"model": "m"}) as output:
+    ...     for number, rows in enumerate(batches):
+    ...         if number not in output.done:
+    ...             output.write(number, rows)
+    ...     output.finish()
+    >>> from pile_fast.data import read_rows
+    >>> [row["query_id"] for row in read_rows(path)]
+    ['a', 'b']
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():
+            raise OSError(f"{path}: not a regular file")
+        self.folder = self.path.with_name(self.path.name + ".parts")
+        self._lock = self._take_lock()
+        try:
+            for stale in self.folder.glob(".*"):  # of a process that was killed while it wrote
+                stale.unlink()
+            self._check_settings(json.loads(json.dumps(settings)))
+        except BaseException:
+            self.close()
+            raise
+        self.done = {int(file.stem) for file in self.folder.glob("*.parquet")}
+
+    def _take_lock(self) -> int:
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            try:
+                lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+            except FileNotFoundError:  # another process finished between the two lines
+                continue
+            if fcntl is None:
+                return lock
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The lock must be that of the folder there is now, not of one removed in the meantime.
+                if os.path.samestat(os.fstat(lock), os.stat(self.folder / "lock")):
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                raise ValueError(f"{self.path}: another process is writing this file") from None
+            except FileNotFoundError:
+                pass
+            os.close(lock)
+
+    def _check_settings(self, settings: dict) -> None:
+        file = self.folder / "settings.json"
+        if not file.exists():
+            with atomic_path(file) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2) + "\n")
+            return
+        old = json.loads(file.read_text())
+        if old != settings:
+            names = sorted(name for name in old.keys() | settings.keys() if old.get(name) != settings.get(name))
+            raise ValueError(
+                f"{self.folder} holds an unfinished output of other settings or another input "
+                f"({', '.join(names)} differ): remove the folder to start again, or name another output"
+            )
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.parquet"
+
+    def write(self, number: int, part) -> None:
+        """Write part `number`, from 0: a `pyarrow.Table`, or rows of the schema."""
+        import pyarrow as pa
+
+        from pile_fast.data.parquet import rows_to_table, write_tables
+
+        table = part if isinstance(part, pa.Table) else rows_to_table(part)
+        with atomic_path(self._part(number)) as temporary:
+            write_tables(temporary, table.schema, [table])
+        self.done.add(number)
+
+    def finish(self) -> None:
+        """Put the parts together, in their order, and remove the folder. The output is closed.
+
+        Raises:
+            ValueError: a part is missing.
+        """
+        if self.done != set(range(len(self.done))):
+            missing = min(set(range(max(self.done))) - self.done)
+            raise ValueError(f"{self.path}: part {missing} is missing")
+        if not self.done:
+            raise ValueError(f"{self.path}: no parts were written")
+        with atomic_path(self.path, folder=self.folder) as temporary:
+            self._join(temporary)
+        # The lock goes last: who takes a new one then finds no part.
+        for file in self.folder.iterdir():
+            if file.name != "lock":
+                file.unlink()
+        (self.folder / "lock").unlink()
+        with contextlib.suppress(OSError):  # another process has begun to write there
+            self.folder.rmdir()
+        self.close()
+
+    def _join(self, temporary: Path) -> None:
+        import pyarrow.parquet as pq
+
+        from pile_fast.data.parquet import write_tables
+
+        parts = [self._part(number) for number in range(len(self.done))]
+        write_tables(temporary, pq.read_schema(parts[0]), (pq.read_table(part) for part in parts))
+
+    def close(self) -> None:
+        """Let go of the lock; the parts stay."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> ResumableOutput:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()

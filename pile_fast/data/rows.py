@@ -1,0 +1,206 @@
+"""The schema: a row is a query, a dict of the columns below; the checks every reader puts its rows through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+COLUMNS = (
+    "query_id", "query", "documents", "features", "doc_ids", "labels", "teacher_logits", "teachers", "ensemble_logits",
+)  # fmt: skip
+# The columns with an entry per document.
+PER_DOCUMENT = ("documents", "features", "doc_ids", "labels", "teacher_logits", "ensemble_logits")
+_LARGEST_FLOAT32 = 3.4028235677973366e38  # what rounds to the largest finite one, not to inf, is below
+
+
+class BadRows:
+    """Collects broken rows instead of stopping at the first: how many, and the first reasons.
+
+    Attributes:
+        count: how many rows or lines were left out.
+        reasons: the first `keep` of them, "file:line: reason".
+
+    >>> bad_rows = BadRows()
+    >>> bad_rows.add("data.jsonl:7", "labels: expected 3 entries like documents, got 2")
+    >>> bad_rows.count, bad_rows.reasons
+    (1, ['data.jsonl:7: labels: expected 3 entries like documents, got 2'])
+    """
+
+    def __init__(self, keep: int = 10):
+        self.count = 0
+        self.reasons: list[str] = []
+        self._keep = keep
+
+    def add(self, where: str, reason: object) -> None:
+        self.count += 1
+        if len(self.reasons) < self._keep:
+            self.reasons.append(f"{where}: {reason}")
+
+
+def reject(bad_rows: BadRows | None, where: str, reason: object) -> None:
+    """A broken row: raise ValueError "where: reason", or count it."""
+    if bad_rows is None:
+        raise ValueError(f"{where}: {reason}") from None
+    bad_rows.add(where, reason)
+
+
+class RowChecker:
+    """Checks and normalises the rows of one data set: each on its own (`check_row`) and against those before it."""
+
+    def __init__(self):
+        self._seen: set[str] = set()
+        self._teachers: list[str] | None = None
+        self._width: int | None = None
+
+    def __call__(self, row: dict) -> dict:
+        """The normalised row.
+
+        Raises:
+            ValueError: what is wrong with it.
+        """
+        row = check_row(row, self._teachers)
+        if row["query_id"] in self._seen:
+            raise ValueError(f"query {row['query_id']} appeared before; the documents of a query must be one row")
+        if self._teachers is not None and row["teachers"] != self._teachers:
+            raise ValueError(f"teachers: expected {self._teachers} as in the rows before, got {row['teachers']}")
+        if row["features"] is not None:
+            width = len(row["features"][0])
+            if self._width is not None and width != self._width:
+                raise ValueError(f"features: expected {self._width} per document as in the rows before, got {width}")
+            self._width = width
+        self._teachers = row["teachers"]
+        self._seen.add(row["query_id"])
+        return row
+
+
+def check_row(row: dict, teachers: list[str] | None = None) -> dict:
+    """One row, checked, with every column: what it leaves out is filled in.
+
+    Args:
+        row: see docs/data.md; columns other than `COLUMNS` are dropped.
+        teachers: names to take where the row has teachers but does not name them; None = "teacher 1", "teacher 2", ...
+
+    Returns:
+        A row whose `query`, `documents`, `features` and `ensemble_logits` are None if absent; `doc_ids` default to
+        "<query_id>.1", ...; `labels` to None per document; `teacher_logits` to an empty list per document.
+
+    Raises:
+        ValueError: column and entry, what was expected, what was given.
+
+    >>> row = check_row({"query_id": "q", "documents": ["a", "b"], "teacher_logits": [[0.5], [None]]})
+    >>> row["doc_ids"], row["labels"], row["teachers"]
+    (['q.1', 'q.2'], [None, None], ['teacher 1'])
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with the row's columns, got {_show(row)}")
+    query_id = _name("query_id", row.get("query_id"))
+    given = [name for name in PER_DOCUMENT if row.get(name) is not None]
+    if not given:
+        raise ValueError(f"missing columns: expected some of {', '.join(PER_DOCUMENT[:-1])}")
+    for name in given:
+        if not isinstance(row[name], list):
+            raise ValueError(f"{name}: expected a list with an entry per document, got {_show(row[name])}")
+        if len(row[name]) != len(row[given[0]]):
+            raise ValueError(f"{name}: expected {len(row[given[0]])} entries like {given[0]}, got {len(row[name])}")
+    size = len(row[given[0]])
+    if size == 0:
+        raise ValueError(f"{given[0]}: the query has no documents")
+
+    checked = dict.fromkeys(COLUMNS)
+    checked["query_id"] = query_id
+    if row.get("query") is not None:
+        checked["query"] = _text("query", row["query"])
+    if "documents" in given:
+        checked["documents"] = [_text(f"documents[{i}]", text) for i, text in enumerate(row["documents"])]
+    if "doc_ids" in given:
+        checked["doc_ids"] = [_name(f"doc_ids[{i}]", name) for i, name in enumerate(row["doc_ids"])]
+        if len(set(checked["doc_ids"])) != size:
+            twice = next(name for i, name in enumerate(checked["doc_ids"]) if name in checked["doc_ids"][:i])
+            raise ValueError(f"doc_ids: document {twice} appears twice")
+    else:
+        checked["doc_ids"] = [f"{query_id}.{i}" for i in range(1, size + 1)]
+    if "features" in given:
+        checked["features"] = _table("features", row["features"], nullable=False)
+        if not checked["features"][0]:
+            raise ValueError("features: expected at least one per document")
+    checked["labels"] = _numbers("labels", row["labels"]) if "labels" in given else [None] * size
+    logits = row["teacher_logits"] if "teacher_logits" in given else [[]] * size
+    checked["teacher_logits"] = _table("teacher_logits", logits)
+    checked["teachers"] = _teacher_names(row.get("teachers"), len(checked["teacher_logits"][0]), teachers)
+    if "ensemble_logits" in given:
+        checked["ensemble_logits"] = _numbers("ensemble_logits", row["ensemble_logits"])
+    return checked
+
+
+def ensemble_as_teacher(row: dict) -> dict:
+    """The row with its ensemble as the only teacher, named "ensemble": to train on what `pile-fast ensemble` wrote.
+
+    Raises:
+        ValueError: the row has no `ensemble_logits`.
+
+    >>> row = check_row({"query_id": "q", "teacher_logits": [[0.5, 0.1], [0.2, 0.3]], "ensemble_logits": [0.7, -0.7]})
+    >>> ensemble_as_teacher(row)["teacher_logits"]
+    [[0.7], [-0.7]]
+    """
+    if row.get("ensemble_logits") is None:
+        raise ValueError(f"query {row['query_id']}: no ensemble_logits; write them with pile-fast ensemble")
+    return row | {"teacher_logits": [[logit] for logit in row["ensemble_logits"]], "teachers": ["ensemble"]}
+
+
+def _teacher_names(names: object, count: int, default: list[str] | None) -> list[str]:
+    if names is None:
+        return default if default is not None and len(default) == count else [f"teacher {m}" for m in range(1, count + 1)]
+    if not isinstance(names, list):
+        raise ValueError(f"teachers: expected a list of names, got {_show(names)}")
+    names = [_name(f"teachers[{m}]", name) for m, name in enumerate(names)]
+    if len(names) != count:
+        raise ValueError(f"teachers: expected {count} names like the columns of teacher_logits, got {len(names)}")
+    if len(set(names)) != count:
+        raise ValueError(f"teachers: expected different names, got {names}")
+    return names
+
+
+def _table(name: str, rows: list, nullable: bool = True) -> list[list[float | None]]:
+    for i, row in enumerate(rows):
+        if not isinstance(row, list):
+            raise ValueError(f"{name}[{i}]: expected a list of numbers, got {_show(row)}")
+        if len(row) != len(rows[0]):
+            raise ValueError(f"{name}[{i}]: expected {len(rows[0])} numbers like {name}[0], got {len(row)}")
+    return [_numbers(f"{name}[{i}]", row, nullable) for i, row in enumerate(rows)]
+
+
+def _numbers(name: str, values: Iterable, nullable: bool = True) -> list[float | None]:
+    checked = []
+    for i, value in enumerate(values):
+        if value is None and nullable:
+            checked.append(None)
+            continue
+        if not isinstance(value, (int, float)):  # bool among them: labels of true and false
+            raise ValueError(f"{name}[{i}]: expected a number{' or null' * nullable}, got {_show(value)}")
+        if not -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32:
+            if math.isnan(value):
+                advice = "; write null for what is not known" * nullable
+                raise ValueError(f"{name}[{i}]: expected a number{' or null' * nullable}, got NaN{advice}")
+            raise ValueError(f"{name}[{i}]: expected a number that is finite in float32, got {_show(value)}")
+        checked.append(float(value))
+    return checked
+
+
+def _name(name: str, value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}: expected a name, got {_show(value)}")
+    return value
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a text, got {_show(value)}")
+    return value
+
+
+def _show(value: object) -> str:
+    """A value in an error message: short, and null as the files have it."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
