@@ -8,11 +8,13 @@ import lzma
 import os
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from pile_fast.data.rows import BadRows, reject
 
+T = TypeVar("T")
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 DAMAGED = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
 
@@ -86,6 +88,7 @@ def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Itera
 
 
 def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a crash of the machine."""
     with contextlib.suppress(OSError):  # some systems cannot open folders; the rename is atomic all the same
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -98,3 +101,13 @@ def fingerprint(*paths: str | os.PathLike) -> list[list]:
     """[absolute path, bytes, time of change] of each file: what a job that goes on must find unchanged."""
     stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
     return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, the next one made in a thread while the caller works on this one."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,7 +29,7 @@ SCHEMA = pa.schema(
 # How much of a file is in memory at a time, as encoded bytes and as values of its longest column.
 BATCH_BYTES = 2**25
 BATCH_VALUES = 2**20
-_ROWS_PER_TABLE = 1000
+ROWS_PER_TABLE = 1000
 _READ_BUFFER = 2**20
 
 
@@ -79,6 +80,32 @@ def read_rows(paths: list[Path], bad_rows: BadRows | None = None) -> Iterator[di
                 raise ValueError(f"{path}: damaged file after row {number}: {error}") from error
 
 
+def read_tables(file: pq.ParquetFile, start: int, stop: int, size: int) -> Iterator[tuple[int, pa.Table]]:
+    """(number of its first row, table) for the rows from `start` to `stop`, `size` each, the last one the rest.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+    groups = range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop)) + 1)
+    position = int(ends[groups[0] - 1]) if groups[0] else 0
+    waiting, rows = [], 0
+    try:
+        for batch in file.iter_batches(batch_size=size, row_groups=list(groups)):
+            before, position = position, position + batch.num_rows
+            batch = batch.slice(max(0, start - before), max(0, min(position, stop) - max(before, start)))
+            while batch.num_rows:
+                piece = batch.slice(0, size - rows)
+                waiting.append(piece)
+                rows += piece.num_rows
+                batch = batch.slice(piece.num_rows)
+                if rows == size or start + rows == stop:
+                    yield start, pa.Table.from_batches(waiting)
+                    start, waiting, rows = start + rows, [], 0
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"damaged file after row {position}: {error}") from error
+
+
 def rows_to_table(rows: Iterable[dict]) -> pa.Table:
     """Rows as a table of `SCHEMA`."""
     return pa.Table.from_pylist(list(rows), SCHEMA)
@@ -86,14 +113,14 @@ def rows_to_table(rows: Iterable[dict]) -> pa.Table:
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     with atomic_path(path) as temporary:
-        write_tables(temporary, SCHEMA, _tables(rows))
+        write_tables(temporary, SCHEMA, tables(rows))
 
 
-def _tables(rows: Iterable[dict]) -> Iterator[pa.Table]:
+def tables(rows: Iterable[dict]) -> Iterator[pa.Table]:
     waiting = []
     for row in rows:
         waiting.append(row)
-        if len(waiting) == _ROWS_PER_TABLE:
+        if len(waiting) == ROWS_PER_TABLE:
             yield rows_to_table(waiting)
             waiting = []
     yield rows_to_table(waiting)
@@ -101,6 +128,17 @@ def _tables(rows: Iterable[dict]) -> Iterator[pa.Table]:
 
 def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """Each table a row group."""
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    # Few numbers repeat: a dictionary of them only costs time and space.
+    texts = [column for field in schema for column in _texts(field.name, field.type)]
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=texts) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
+
+
+def _texts(name: str, type: pa.DataType) -> list[str]:
+    """The Parquet columns of texts in an Arrow column."""
+    if pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type):
+        return _texts(f"{name}.list.element", type.value_type)
+    if pa.types.is_struct(type):
+        return [column for field in type for column in _texts(f"{name}.{field.name}", field.type)]
+    return [name] if pa.types.is_string(type) or pa.types.is_large_string(type) else []

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from pile_fast.data.files import atomic_path
+from pile_fast.data.files import ahead, atomic_path
 
 try:
     import fcntl
@@ -101,12 +101,14 @@ class ResumableOutput:
     def write(self, number: int, part) -> None:
         """Write part `number`, from 0: a `pyarrow.Table`, or rows of the schema."""
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        from pile_fast.data.parquet import rows_to_table, write_tables
+        from pile_fast.data.parquet import rows_to_table
 
         table = part if isinstance(part, pa.Table) else rows_to_table(part)
         with atomic_path(self._part(number)) as temporary:
-            write_tables(temporary, table.schema, [table])
+            # Read once more and removed: what is quick to encode.
+            pq.write_table(table, temporary, compression="lz4", use_dictionary=False, write_statistics=False)
         self.done.add(number)
 
     def finish(self) -> None:
@@ -116,7 +118,7 @@ class ResumableOutput:
             ValueError: a part is missing.
         """
         if self.done != set(range(len(self.done))):
-            missing = min(set(range(max(self.done))) - self.done)
+            missing = min(set(range(len(self.done))) - self.done)
             raise ValueError(f"{self.path}: part {missing} is missing")
         if not self.done:
             raise ValueError(f"{self.path}: no parts were written")
@@ -137,7 +139,7 @@ class ResumableOutput:
         from pile_fast.data.parquet import write_tables
 
         parts = [self._part(number) for number in range(len(self.done))]
-        write_tables(temporary, pq.read_schema(parts[0]), (pq.read_table(part) for part in parts))
+        write_tables(temporary, pq.read_schema(parts[0]), ahead(pq.read_table(part) for part in parts))
 
     def close(self) -> None:
         """Let go of the lock; the parts stay."""
