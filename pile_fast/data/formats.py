@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pile_fast.data.rows import BadRows
 
+FORMATS = ("jsonl", "parquet", "letor", "trec", "bge", "tevatron")
 _SUFFIXES = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
-    ".parquet": "parquet", ".pq": "parquet",
-}  # fmt: skip
-READABLE = ("jsonl", "parquet", "bge", "tevatron")
-WRITABLE = ("jsonl", "parquet")
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet", ".pq"),
+    "letor": (".txt", ".letor", ".svm", ".svmlight", ".libsvm"),
+    "trec": (".run", ".trec", ".res"),
+}
+_FORMAT_OF = {suffix: format for format, suffixes in _SUFFIXES.items() for suffix in suffixes}
 
 
 def format_of(path: str | os.PathLike) -> str:
-    """The format that a file's suffix (before .gz or .xz) tells.
+    """The format that a file's suffix (before .gz or .xz) tells; "bge" and "tevatron" have none of their own.
 
     Raises:
         ValueError: it tells none.
     """
     suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".xz")]
-    if not suffixes or suffixes[-1] not in _SUFFIXES:
-        raise ValueError(f"{path}: the format is not clear from the name; give one of {', '.join(READABLE)}")
-    return _SUFFIXES[suffixes[-1]]
+    if not suffixes or suffixes[-1] not in _FORMAT_OF:
+        raise ValueError(f"{path}: the name does not tell the format; give it, one of {', '.join(FORMATS)}")
+    return _FORMAT_OF[suffixes[-1]]
 
 
 def read_rows(
@@ -33,13 +36,16 @@ def read_rows(
     *,
     format: str | None = None,
     bad_rows: BadRows | None = None,
+    **options,
 ) -> Iterator[dict]:
     """The rows of a file, or of several files as one data set: checked, normalised (`check_row`), one at a time.
 
     Args:
-        paths: one file or several; JSON lines and text may be compressed (.gz, .xz).
-        format: "jsonl", "parquet", "bge" or "tevatron"; None = by the suffix.
+        paths: one file or several; all but Parquet may be compressed (.gz, .xz). TREC: runs, each a teacher.
+        format: one of `FORMATS`; None = by the suffix.
         bad_rows: counts broken rows and lines, which are left out; None = the first one raises.
+        options: of the format "trec": `qrels`, a file; `queries` and `documents`, files of names and texts, tab-separated;
+            `unjudged`, the label of documents that the qrels do not list (None = unlabelled).
 
     Raises:
         ValueError: a row is broken ("file:line: reason"), a file is damaged or has no rows, or its format is not known.
@@ -51,30 +57,44 @@ def read_rows(
     >>> [row["labels"] for row in read_rows(path)]
     [[1.0, None]]
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    paths = as_paths(paths)
     formats = {format} if format else {format_of(path) for path in paths}
-    if len(formats) != 1:
+    if len(formats) != 1 or not paths:
         raise ValueError(f"expected files of one format, got {', '.join(sorted(formats)) or 'no files'}")
-    for path in paths:
+    format = formats.pop()
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    options = {name: value for name, value in options.items() if value is not None}
+    if unknown := options.keys() - (_TREC_OPTIONS if format == "trec" else set()):
+        raise ValueError(f"{', '.join(sorted(unknown))}: not an option of the format {format}")
+    for name in _TREC_FILES & options.keys():
+        options[name] = Path(options[name])
+    for path in [*paths, *(options[name] for name in _TREC_FILES & options.keys())]:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    return _some(_reader(formats.pop(), paths, bad_rows), paths)
+    return _some(_reader(format)(paths, bad_rows, **options), paths)
 
 
-def _reader(format: str, paths: list[Path], bad_rows: BadRows | None) -> Iterator[dict]:
-    from pile_fast.data import jsonl
+_TREC_FILES = {"qrels", "queries", "documents"}
+_TREC_OPTIONS = _TREC_FILES | {"unjudged"}
 
-    if format == "jsonl":
-        return jsonl.read_rows(paths, bad_rows)
-    if format == "bge":
-        return jsonl.read_rows(paths, bad_rows, jsonl.from_bge)
-    if format == "tevatron":
-        return jsonl.read_rows(paths, bad_rows, jsonl.from_tevatron)
+
+def as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    return [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+
+
+def _reader(format: str) -> Callable[..., Iterator[dict]]:
+    # Each imported when it is used: Parquet needs pyarrow.
     if format == "parquet":
-        from pile_fast.data import parquet
-
-        return parquet.read_rows(paths, bad_rows)
-    raise ValueError(f"format: expected one of {', '.join(READABLE)}, got {format!r}")
+        from pile_fast.data import parquet as reader
+    elif format == "letor":
+        from pile_fast.data import letor as reader
+    elif format == "trec":
+        from pile_fast.data import trec as reader
+    else:
+        from pile_fast.data import jsonl as reader
+    convert = {"bge": "from_bge", "tevatron": "from_tevatron"}.get(format)
+    return functools.partial(reader.read_rows, convert=getattr(reader, convert)) if convert else reader.read_rows
 
 
 def _some(rows: Iterator[dict], paths: list[Path]) -> Iterator[dict]:
@@ -86,13 +106,15 @@ def _some(rows: Iterator[dict], paths: list[Path]) -> Iterator[dict]:
         raise ValueError(f"{', '.join(map(str, paths))}: no rows")
 
 
-def write_rows(path: str | os.PathLike, rows: Iterable[dict], *, format: str | None = None) -> None:
+def write_rows(path: str | os.PathLike, rows: Iterable[dict], *, format: str | None = None, teacher: str | None = None) -> None:
     """Write rows to a file, which is there in whole or, if anything fails, as it was before.
 
     Args:
-        path: the file; JSON lines may be compressed (.gz, .xz).
-        rows: of the schema, as `read_rows` gives them.
-        format: "jsonl" or "parquet"; None = by the suffix.
+        path: the file; all but Parquet may be compressed (.gz, .xz).
+        rows: as `read_rows` gives them.
+        format: one of `FORMATS`; None = by the suffix.
+        teacher: whose scores a format with room for one holds ("trec", "bge", "tevatron"); "ensemble" = `ensemble_logits`;
+            None = the ensemble if there is one, else the only teacher.
 
     Raises:
         ValueError: the format is not known, or cannot hold a row.
@@ -100,13 +122,27 @@ def write_rows(path: str | os.PathLike, rows: Iterable[dict], *, format: str | N
     """
     path = Path(path)
     format = format or format_of(path)
-    if format not in WRITABLE:
-        raise ValueError(f"format: expected one of {', '.join(WRITABLE)}, got {format!r}")
-    if format == "jsonl":
-        from pile_fast.data import jsonl as writer
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if teacher is not None and format not in ("trec", "bge", "tevatron"):
+        raise ValueError(f"teacher: the format {format} holds all teachers or none")
+    if format == "parquet":
+        from pile_fast.data import parquet
+
+        parquet.write_rows(path, rows)
+    elif format == "letor":
+        from pile_fast.data import letor
+
+        letor.write_rows(path, rows)
+    elif format == "trec":
+        from pile_fast.data import trec
+
+        trec.write_rows(path, rows, teacher=teacher)
     else:
-        from pile_fast.data import parquet as writer
-    writer.write_rows(path, rows)
+        from pile_fast.data import jsonl
+
+        convert = {"bge": jsonl.to_bge, "tevatron": jsonl.to_tevatron}.get(format)
+        jsonl.write_rows(path, rows, functools.partial(convert, teacher=teacher) if convert else None)
 
 
 def load_dataset(
@@ -114,42 +150,46 @@ def load_dataset(
     *,
     format: str | None = None,
     bad_rows: BadRows | None = None,
+    **options,
 ):
     """The rows as a `datasets.Dataset` with the schema's columns, for training.
 
     It lies in the `datasets` cache, on disk, whatever its size, and is made anew when a file changes.
 
     Args:
-        paths, format, bad_rows: see `read_rows`.
+        paths, format, bad_rows, options: see `read_rows`.
 
     Raises:
         ValueError, OSError: see `read_rows`.
     """
     import datasets
 
+    from pile_fast import __version__
     from pile_fast.data.files import fingerprint
     from pile_fast.data.parquet import SCHEMA
 
-    read_rows(paths, format=format)  # checks the arguments
-    paths = [os.fspath(paths)] if isinstance(paths, (str, os.PathLike)) else [os.fspath(path) for path in paths]
-    content = datasets.fingerprint.Hasher.hash([fingerprint(*paths), format, bad_rows is not None, SCHEMA.to_string()])
-    found = BadRows() if bad_rows is None else bad_rows
+    read_rows(paths, format=format, **options)  # checks the arguments
+    paths = as_paths(paths)
+    files = [*paths, *(value for name, value in options.items() if name in _TREC_FILES and value is not None)]
+    content = [fingerprint(*files), format, sorted(options.items()), bad_rows is not None, SCHEMA.to_string(), __version__]
     read = False
 
     def rows():
         nonlocal read
         read = True
-        yield from read_rows(paths, format=format, bad_rows=bad_rows)
+        yield from read_rows(paths, format=format, bad_rows=bad_rows, **options)
 
     try:
         dataset = datasets.Dataset.from_generator(
-            rows, features=datasets.Features.from_arrow_schema(SCHEMA), fingerprint=content
+            rows,
+            features=datasets.Features.from_arrow_schema(SCHEMA),
+            fingerprint=datasets.fingerprint.Hasher.hash(content),
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
         raise
-    if bad_rows is not None and not read:  # from the cache: the broken rows are only known from the files
-        for _ in read_rows(paths, format=format, bad_rows=found):
+    if bad_rows is not None and not read:  # it was in the cache, which does not know the broken rows
+        for _ in read_rows(paths, format=format, bad_rows=bad_rows, **options):
             pass
     return dataset

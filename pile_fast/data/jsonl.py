@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pile_fast.data.files import atomic_path, open_by_suffix, read_lines
-from pile_fast.data.rows import BadRows, RowChecker, reject
+from pile_fast.data.rows import BadRows, RowChecker, reject, scores_of
 
 
 def read_rows(paths: list[Path], bad_rows: BadRows | None = None, convert: Callable[[dict, str], dict] | None = None):
@@ -38,15 +38,23 @@ def _parse(line: str) -> dict:
     return row
 
 
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """What a row does not have is left out."""
+def write_rows(path: Path, rows: Iterable[dict], convert: Callable[[dict], dict] | None = None) -> None:
+    """A line a row: the row without what it does not have, or what `convert` makes of it."""
     with atomic_path(path) as temporary, open_by_suffix(temporary, "w") as file:
         for row in rows:
-            content = {name: value for name, value in row.items() if value is not None}
-            if not content.get("teachers"):
-                content.pop("teachers", None)
-                content.pop("teacher_logits", None)
+            try:
+                content = (convert or _present)(row)
+            except ValueError as error:
+                raise ValueError(f"query {row['query_id']}: {error}") from None
             file.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _present(row: dict) -> dict:
+    content = {name: value for name, value in row.items() if value is not None}
+    if not content.get("teachers"):
+        content.pop("teachers", None)
+        content.pop("teacher_logits", None)
+    return content
 
 
 def from_bge(line: dict, number: str) -> dict:
@@ -87,6 +95,51 @@ def from_tevatron(line: dict, number: str) -> dict:
     if line.get("scores") is not None:
         row |= {"teacher_logits": [[score] for score in _list(line, "scores")], "teachers": ["teacher"]}
     return row
+
+
+def to_bge(row: dict, teacher: str | None = None) -> dict:
+    """Labels above 0 are positives; with the scores of one teacher (`scores_of`), if there are teachers."""
+    positive = _positive(row)
+    line = {"query_id": row["query_id"], "query": row["query"]}
+    columns = {"": _texts(row)}
+    if row["teachers"] or row["ensemble_logits"]:
+        columns["_scores"] = _all_scores(row, teacher)
+    for suffix, values in columns.items():
+        for name, wanted in (("pos", True), ("neg", False)):
+            line[name + suffix] = [value for value, label in zip(values, positive, strict=True) if label is wanted]
+    return line
+
+
+def to_tevatron(row: dict, teacher: str | None = None) -> dict:
+    """ "passages" with the "scores" of one teacher (`scores_of`), if there are teachers, else positives and negatives."""
+    line = {"query_id": row["query_id"], "query": row["query"]}
+    passages = [{"docid": name, "title": "", "text": text} for name, text in zip(row["doc_ids"], _texts(row), strict=True)]
+    if row["teachers"] or row["ensemble_logits"]:
+        return line | {"passages": passages, "scores": _all_scores(row, teacher)}
+    positive = _positive(row)
+    for name, wanted in (("positive_passages", True), ("negative_passages", False)):
+        line[name] = [passage for passage, label in zip(passages, positive, strict=True) if label is wanted]
+    return line
+
+
+def _texts(row: dict) -> list[str]:
+    if row["query"] is None or row["documents"] is None:
+        raise ValueError("the format holds texts, and the row has no query or no documents")
+    return row["documents"]
+
+
+def _positive(row: dict) -> list[bool]:
+    if None in row["labels"]:
+        raise ValueError(f"document {row['doc_ids'][row['labels'].index(None)]}: the format has no unlabelled documents")
+    return [label > 0 for label in row["labels"]]
+
+
+def _all_scores(row: dict, teacher: str | None) -> list[float]:
+    name, scores = scores_of(row, teacher)
+    if None in scores:
+        missing = row["doc_ids"][scores.index(None)]
+        raise ValueError(f"document {missing}: the format has no missing scores, and {name} did not score it")
+    return scores
 
 
 def _list(line: dict, name: str, default: list | None = None) -> list:

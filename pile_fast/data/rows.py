@@ -147,6 +147,26 @@ def ensemble_as_teacher(row: dict) -> dict:
     return row | {"teacher_logits": [[logit] for logit in row["ensemble_logits"]], "teachers": ["ensemble"]}
 
 
+def scores_of(row: dict, teacher: str | None) -> tuple[str, list[float | None]]:
+    """(name, a score per document) of one teacher of a checked row.
+
+    Args:
+        teacher: its name; "ensemble" = `ensemble_logits`; None = the ensemble if the row has one, else the only teacher.
+
+    Raises:
+        ValueError: there is no such teacher, or more than one to choose from.
+    """
+    if row["ensemble_logits"] is not None and teacher in (None, "ensemble"):
+        return "ensemble", row["ensemble_logits"]
+    if teacher is None and len(row["teachers"]) == 1:
+        teacher = row["teachers"][0]
+    if teacher not in row["teachers"]:
+        given = "none was named" if teacher is None else f"got {teacher!r}"
+        raise ValueError(f"teacher: expected one of {', '.join(row['teachers']) or '(the rows have none)'}; {given}")
+    column = row["teachers"].index(teacher)
+    return teacher, [logits[column] for logits in row["teacher_logits"]]
+
+
 def _teacher_names(names: object, count: int, default: list[str] | None) -> list[str]:
     if names is None:
         return default if default is not None and len(default) == count else [f"teacher {m}" for m in range(1, count + 1)]

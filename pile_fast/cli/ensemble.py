@@ -1,0 +1,80 @@
+"""``pile-fast ensemble``: an ensemble of the teachers, added to the rows of a file of any size."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+
+from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.data.formats import FORMATS
+from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
+from pile_fast.functional import pile_ensemble
+from pile_fast.options import GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
+
+_METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
+# Flags that are options of the ensemble's function, by its argument.
+_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "k")
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "ensemble",
+        help="add an ensemble of the teachers to a file of any size",
+        description="Reads queries with teacher_logits (and labels), and writes the same rows with a column more: "
+        "ensemble_logits, a number per document, null where no teacher scored it. From Parquet to Parquet the memory does not "
+        "grow with the file, and a command that was killed goes on where it was when it is run again.",
+    )
+    parser.add_argument("input", metavar="INPUT", help="a file of rows; with --ray also a folder of Parquet files")
+    parser.add_argument("--output", required=True, metavar="FILE", help=".parquet or .jsonl; with --ray a new folder")
+    parser.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of the input: {', '.join(FORMATS)}")
+    parser.add_argument("--method", choices=_METHODS, default="pile", help="(default: %(default)s)")
+    parser.add_argument(
+        "--fit",
+        metavar="FILE",
+        help="rows with labels: 'stacking' learns its weights from them (required), 'best' the one teacher to take "
+        "(default: each query's best by its own labels)",
+    )
+    parser.add_argument("--weights", action="store_true", help="keep the teachers' weights: ensemble_weights")
+    parser.add_argument(
+        "--replace", action="store_true", help="put the ensemble in the place of the teachers, as the one teacher 'ensemble'"
+    )
+    parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
+    options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
+    options.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration per query and teacher; all methods")
+    options.add_argument("--temperature", type=float, help="pile, best, ca_mkd, ebkd: unit of logits")
+    options.add_argument("--iterations", type=int, help="pile")
+    options.add_argument("--step-size", type=float, help="pile")
+    options.add_argument("--granularity", choices=GRANULARITIES, help="pile: weights per document or per query")
+    options.add_argument("--margin", type=float, help="pile: difference a pair should reach")
+    options.add_argument("--pair-weight", choices=[name for name in PAIR_WEIGHTS if name], help="pile")
+    options.add_argument("--k", type=float, help="rrf")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    function = {"pile": pile_ensemble, "stacking": StackingEnsemble}.get(args.method) or ENSEMBLES[args.method]
+    if unknown := options.keys() - inspect.signature(function).parameters.keys():
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(unknown))
+        raise UserError(f"{flags}: not an option of --method {args.method}")
+    with user_errors(args.output):
+        from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_columns
+
+        fit = read_columns(args.fit, ("teacher_logits", "labels")) if args.fit else None
+        ensemble = OfflineEnsemble(args.method, keep_weights=args.weights, replace=args.replace, fit=fit, **options)
+        if args.ray:
+            from pile_fast.integrations.ray import ensemble_folder
+
+            ensemble_folder(args.input, args.output, ensemble)
+            print(f"Wrote {args.output}.")
+            return 0
+        import torch
+        from tqdm import tqdm
+
+        # A core reads, one writes: more threads than the others only take time from them.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 2))
+        with tqdm(unit=" queries", disable=None) as progress:  # None: only on a terminal
+            ensemble_file(args.input, args.output, ensemble, format=args.source, progress=progress.update)
+        print(f"Wrote {args.output}.")
+    return 0
