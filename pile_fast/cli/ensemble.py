@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import os
 
 from pile_fast.cli.errors import UserError, user_errors
@@ -66,7 +67,11 @@ def run(args: argparse.Namespace) -> int:
         if args.ray:
             from pile_fast.integrations.ray import ensemble_folder
 
-            ensemble_folder(args.input, args.output, ensemble)
+            logging.disable(logging.ERROR)  # Ray tells every step, and every error once more
+            try:
+                ensemble_folder(args.input, args.output, ensemble)
+            finally:
+                logging.disable(logging.NOTSET)
             print(f"Wrote {args.output}.")
             return 0
         import torch
