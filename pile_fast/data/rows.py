@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 COLUMNS = (
@@ -198,7 +197,7 @@ def _numbers(name: str, values: Iterable, nullable: bool = True) -> list[float |
         if not isinstance(value, (int, float)):  # bool among them: labels of true and false
             raise ValueError(f"{name}[{i}]: expected a number{' or null' * nullable}, got {_show(value)}")
         if not -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32:
-            if math.isnan(value):
+            if value != value:
                 advice = "; write null for what is not known" * nullable
                 raise ValueError(f"{name}[{i}]: expected a number{' or null' * nullable}, got NaN{advice}")
             raise ValueError(f"{name}[{i}]: expected a number that is finite in float32, got {_show(value)}")
@@ -211,12 +210,17 @@ def _name(name: str, value: object) -> str:
         return str(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}: expected a name, got {_show(value)}")
-    return value
+    return _text(name, value)
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a text, got {_show(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can write half a character
+            raise ValueError(f"{name}: not Unicode: {error.reason} at character {error.start + 1}") from None
     return value
 
 
