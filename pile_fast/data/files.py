@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import lzma
 import os
 import zlib
@@ -19,16 +20,21 @@ _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 DAMAGED = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
-def open_by_suffix(path: Path, mode: str) -> IO:
-    """Open a plain, .gz or .xz file; "rb" for bytes, "w" for UTF-8 text."""
-    opener = _OPENERS.get(path.suffix, open)
-    if mode != "w":
-        return opener(path, mode)
-    if path.suffix == ".gz":  # no name, no time: the same content gives the same bytes
-        import io
+def open_bytes(path: Path) -> IO[bytes]:
+    """A plain, .gz or .xz file, to read."""
+    return _OPENERS.get(path.suffix, open)(path, "rb")
 
-        return io.TextIOWrapper(gzip.GzipFile("", "wb", fileobj=open(path, "wb"), mtime=0), encoding="utf-8", newline="\n")
-    return opener(path, "wt", encoding="utf-8", newline="\n")
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """A plain, .gz or .xz file, to write UTF-8 lines to; the same lines give the same bytes."""
+    with contextlib.ExitStack() as files:
+        file = files.enter_context(open(path, "wb"))
+        if path.suffix == ".gz":  # without name and time
+            file = files.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        elif path.suffix == ".xz":
+            file = files.enter_context(lzma.open(file, "wb"))
+        yield files.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline="\n"))
 
 
 def read_lines(path: Path, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
@@ -39,7 +45,7 @@ def read_lines(path: Path, bad_rows: BadRows | None = None) -> Iterator[tuple[in
     """
     number = 0
     try:
-        with open_by_suffix(path, "rb") as file:
+        with open_bytes(path) as file:
             for number, line in enumerate(file, 1):
                 try:
                     text = line.decode()

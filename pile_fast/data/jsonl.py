@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pile_fast.data.files import atomic_path, open_by_suffix, read_lines
+from pile_fast.data.files import atomic_path, open_text, read_lines
 from pile_fast.data.rows import BadRows, RowChecker, reject, scores_of
 
 
@@ -40,7 +40,7 @@ def _parse(line: str) -> dict:
 
 def write_rows(path: Path, rows: Iterable[dict], convert: Callable[[dict], dict] | None = None) -> None:
     """A line a row: the row without what it does not have, or what `convert` makes of it."""
-    with atomic_path(path) as temporary, open_by_suffix(temporary, "w") as file:
+    with atomic_path(path) as temporary, open_text(temporary) as file:
         for row in rows:
             try:
                 content = (convert or _present)(row)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pile_fast.data.files import atomic_path, open_by_suffix, read_lines
+from pile_fast.data.files import atomic_path, open_text, read_lines
 from pile_fast.data.lists import RankedLists
 from pile_fast.data.rows import BadRows, RowChecker, reject
 
@@ -116,7 +116,7 @@ def read_rows(paths: list[Path], bad_rows: BadRows | None = None) -> Iterator[di
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """Features and labels; teachers have no place in the format. What is 0 is left out."""
-    with atomic_path(path) as temporary, open_by_suffix(temporary, "w") as file:
+    with atomic_path(path) as temporary, open_text(temporary) as file:
         for row in rows:
             query = row["query_id"]
             if row["features"] is None:

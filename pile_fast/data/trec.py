@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pile_fast.data.files import DAMAGED, atomic_path, open_by_suffix, read_lines
+from pile_fast.data.files import DAMAGED, atomic_path, open_bytes, open_text, read_lines
 from pile_fast.data.rows import BadRows, RowChecker, reject, scores_of
 
 
@@ -90,7 +90,7 @@ def write_rows(path: Path, rows: Iterable[dict], *, teacher: str | None = None) 
     Args:
         teacher: see `scores_of`.
     """
-    with atomic_path(path) as temporary, open_by_suffix(temporary, "w") as file:
+    with atomic_path(path) as temporary, open_text(temporary) as file:
         for row in rows:
             name, logits = scores_of(row, teacher)
             tag = "_".join(name.split())
@@ -206,7 +206,7 @@ def _seekable(path: Path) -> IO[bytes]:
         return open(path, "rb")
     unpacked = tempfile.TemporaryFile()
     try:
-        with open_by_suffix(path, "rb") as packed:
+        with open_bytes(path) as packed:
             shutil.copyfileobj(packed, unpacked)
     except DAMAGED as error:
         raise ValueError(f"{path}: damaged file: {error}") from error
