@@ -1,7 +1,12 @@
+import json
+
 import pytest
 import torch
 
-from pile_fast.students import FeatureRanker, FeatureRankerConfig
+from pile_fast.data.collator import BiEncoderCollator
+from pile_fast.students import KINDS, FeatureRanker, FeatureRankerConfig, load_ranker
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ranker(**config):
@@ -50,3 +55,153 @@ def test_standardisation_names_what_does_not_fit(shape):
 
 def test_statistics_are_not_trained():
     assert not {"mean", "scale"} & {name for name, _ in ranker().named_parameters()}
+
+
+def save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def cosine(model, tokenizer, query, document):
+    """By hand, one text at a time: no padding anywhere."""
+
+    def embed(text):
+        tokens = tokenizer(text, return_tensors="pt", truncation=True)
+        embedding = model.eval()(**tokens).last_hidden_state[0].mean(0).detach()
+        return embedding / embedding.norm()
+
+    return float(embed(query) @ embed(document))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_is_recognised_and_scores_do_not_depend_on_the_batch(tmp_path, kind, tiny_text_model, tiny_tokenizer, text_rows):
+    if kind == "features":
+        ranker().save_pretrained(tmp_path)
+        rows = [{"query_id": str(n), "features": torch.randn(n, 5).tolist()} for n in (3, 1, 12)]
+    else:
+        save(tiny_text_model(kind), tiny_tokenizer, tmp_path)
+        rows = text_rows(7)
+    loaded = load_ranker(tmp_path)
+    assert loaded.kind == kind and not loaded.model.training
+    scores = loaded.score(rows)
+    assert [len(s) for s in scores] == [len(row.get("documents") or row["features"]) for row in rows]
+    assert all(s.dtype is torch.float32 and not s.requires_grad for s in scores)
+    for batch_size in (1, 3):
+        for one, other in zip(scores, loaded.score(rows, batch_size=batch_size), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for row, expected in zip(rows, scores, strict=True):
+        torch.testing.assert_close(loaded.score([row])[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.cat(scores).std() > 0
+
+
+def test_cross_encoder_scores_are_the_model_s_logits(tmp_path, tiny_text_model, tiny_tokenizer, text_rows):
+    model = tiny_text_model("cross-encoder").eval()
+    loaded = load_ranker(save(model, tiny_tokenizer, tmp_path))
+    (row,) = text_rows(1, documents=(4, 4))
+    for document, score in zip(row["documents"], loaded.score([row])[0], strict=True):
+        tokens = tiny_tokenizer(row["query"], document, return_tensors="pt", truncation=True)
+        assert score.item() == pytest.approx(model(**tokens).logits.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_bi_encoder_round_trip(tmp_path, pooling, similarity, tiny_text_model, tiny_tokenizer, text_rows):
+    model = tiny_text_model("bi-encoder", pooling=pooling, similarity=similarity, scale=7.0)
+    loaded = load_ranker(save(model, tiny_tokenizer, tmp_path)).model
+    assert (loaded.config.pooling, loaded.config.similarity, loaded.config.scale) == (pooling, similarity, 7.0)
+    inputs = BiEncoderCollator(tiny_tokenizer)(text_rows(3))
+    del inputs["labels"]
+    assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_plain_encoder_folder_scores_the_cosine_of_mean_pooling(tmp_path, tiny_text_model, tiny_tokenizer, text_rows):
+    model = tiny_text_model("encoder")
+    loaded = load_ranker(save(model, tiny_tokenizer, tmp_path))
+    (row,) = text_rows(1, documents=(3, 3))
+    expected = [cosine(model, tiny_tokenizer, row["query"], document) for document in row["documents"]]
+    assert loaded.kind == "bi-encoder" and loaded.score([row])[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+POOLING = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+
+
+def sentence_transformers_folder(model, tokenizer, folder, pooling, last="Normalize"):
+    save(model, tokenizer, folder)
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path}
+               for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"), (last, "2_Last"))]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
+    return folder
+
+
+@pytest.mark.parametrize("pooling", [POOLING, {"pooling_mode": "cls"}])
+def test_sentence_transformers_folder_brings_its_pooling_and_length(tmp_path, pooling, tiny_text_model, tiny_tokenizer):
+    folder = sentence_transformers_folder(tiny_text_model("encoder"), tiny_tokenizer, tmp_path, pooling)
+    loaded = load_ranker(folder)
+    assert loaded.model.config.pooling == "cls" and loaded.collator.max_length == 6
+    assert load_ranker(folder, max_length=5).collator.max_length == 5
+    long = "the old house under the tall tree"
+    scores = loaded.score([{"query": "a", "documents": [long, long + " sleeps", long[:5]]}])[0]
+    assert scores[0] == scores[1] != scores[2]
+
+
+@pytest.mark.parametrize(
+    "pooling, last, message",
+    [
+        ({"pooling_mode_max_tokens": True}, "Normalize", "expected 'mean' or 'cls' pooling"),
+        (POOLING | {"pooling_mode_mean_tokens": True}, "Normalize", "expected 'mean' or 'cls' pooling"),
+        (POOLING, "Dense", "a BiEncoder has no module 'sentence_transformers.models.Dense'"),
+    ],
+)
+def test_sentence_transformers_folder_that_does_not_fit(tmp_path, pooling, last, message, tiny_text_model, tiny_tokenizer):
+    folder = sentence_transformers_folder(tiny_text_model("encoder"), tiny_tokenizer, tmp_path, pooling, last)
+    with pytest.raises(ValueError, match=message):
+        load_ranker(folder)
+
+
+def test_models_that_are_no_rankers_of_the_kind(tmp_path, tiny_text_model, tiny_tokenizer):
+    two = save(tiny_text_model("cross-encoder", outputs=2), tiny_tokenizer, tmp_path / "two")
+    with pytest.raises(ValueError, match="a ranker needs a cross-encoder with one output, this one has 2"):
+        load_ranker(two)
+    bare = save(tiny_text_model("encoder"), tiny_tokenizer, tmp_path / "bare")
+    with pytest.raises(ValueError, match="not a trained cross-encoder, the weights lack classifier.bias"):
+        load_ranker(bare, kind="cross-encoder")
+    pair = save(tiny_text_model("bi-encoder"), tiny_tokenizer, tmp_path / "pair")
+    with pytest.raises(ValueError, match="this is a bi-encoder, which cannot be loaded as a cross-encoder"):
+        load_ranker(pair, kind="cross-encoder")
+    with pytest.raises(ValueError, match="this is a bi-encoder model, not a features one"):
+        load_ranker(bare, kind="features")
+    with pytest.raises(ValueError, match="kind: expected one of 'features', 'cross-encoder', 'bi-encoder' or None"):
+        load_ranker(bare, kind="lambdamart")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty: no model in this folder, it has no config.json"):
+        load_ranker(tmp_path / "empty")
+    (tmp_path / "empty/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="its config.json names no model_type"):
+        load_ranker(tmp_path / "empty")
+
+
+def test_hub_model_without_a_network_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="nobody/none: no such folder, and not to be had from the Hugging Face hub") as error:
+        load_ranker("nobody/none")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"documents": ["a"]}, "query 'q': no 'query', which this student needs"),
+        ({"query": "a", "features": [[1.0]]}, "query 'q': no 'documents'"),
+        ({"query": "a", "documents": []}, "query 'q': no documents"),
+        ({"query": "a", "documents": ["a", "b"], "labels": [1]}, "query 'q': labels: expected one per document, 2, got 1"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
+def test_row_that_a_text_ranker_cannot_score(tmp_path, kind, row, message, tiny_text_model, tiny_tokenizer):
+    loaded = load_ranker(save(tiny_text_model(kind), tiny_tokenizer, tmp_path))
+    with pytest.raises(ValueError, match=message):
+        loaded.score([{"query_id": "q"} | row])

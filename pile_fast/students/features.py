@@ -1,4 +1,4 @@
-"""Students: small rankers that a serving system can afford, as Hugging Face models with their saving and loading."""
+"""`FeatureRanker`: a small ranker on features that a serving system can afford."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 
 class FeatureRankerConfig(PretrainedConfig):
@@ -70,3 +70,7 @@ class FeatureRanker(PreTrainedModel):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (D,) of documents' features (D, F)."""
         return self.layers((features - self.mean) * self.scale).squeeze(-1)
+
+
+AutoConfig.register(FeatureRankerConfig.model_type, FeatureRankerConfig, exist_ok=True)
+AutoModel.register(FeatureRankerConfig, FeatureRanker, exist_ok=True)

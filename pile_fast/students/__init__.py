@@ -1,0 +1,22 @@
+"""Rankers as Hugging Face models, students and teachers alike: their saving, their loading, their scoring.
+
+- `FeatureRanker`: a multi-layer perceptron on documents' features;
+- a cross-encoder: any `AutoModelForSequenceClassification` with one output;
+- `BiEncoder`: any `AutoModel`, pooled, with the similarity of query and document as the logit.
+
+`load_ranker` opens whichever a folder holds.
+"""
+
+from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig
+from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
+from pile_fast.students.ranker import KINDS, Ranker, load_ranker
+
+__all__ = [
+    "KINDS",
+    "BiEncoder",
+    "BiEncoderConfig",
+    "FeatureRanker",
+    "FeatureRankerConfig",
+    "Ranker",
+    "load_ranker",
+]

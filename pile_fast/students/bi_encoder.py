@@ -1,0 +1,163 @@
+"""`BiEncoder`: one encoder for queries and documents, their similarity as the logit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from pile_fast.options import choice, number
+
+POOLINGS = ("mean", "cls")
+SIMILARITIES = ("cosine", "dot")
+
+
+class BiEncoderConfig(PretrainedConfig):
+    """Configuration of `BiEncoder`.
+
+    Args:
+        encoder: the encoder's own configuration, or its dict.
+        pooling: a text's embedding: the "mean" of its tokens' last hidden states, or the first token's ("cls").
+        similarity: "cosine" (embeddings are normalised), or "dot".
+        scale: factor on the similarity. Cosines lie in [-1, 1], too close together for a pairwise loss; 20 is what
+            sentence-transformers trains with.
+    """
+
+    model_type = "pile_fast_bi_encoder"
+    sub_configs = {"encoder": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder: PretrainedConfig | dict | None = None,
+        pooling: str = "mean",
+        similarity: str = "cosine",
+        scale: float = 20.0,
+        **kwargs,
+    ):
+        if isinstance(encoder, dict):
+            encoder = AutoConfig.for_model(**encoder)
+        self.encoder = encoder
+        self.pooling = choice("pooling", pooling, POOLINGS)
+        self.similarity = choice("similarity", similarity, SIMILARITIES)
+        self.scale = number("scale", scale, low=0.0, open_low=True)
+        super().__init__(**kwargs)
+
+
+class BiEncoder(PreTrainedModel):
+    """A ranker that embeds queries and documents apart, so that a document's embedding can be stored.
+
+    `from_encoder` starts one from any `AutoModel`; `save_pretrained` and `from_pretrained` keep all of it.
+
+    >>> from transformers import BertConfig
+    >>> encoder = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    >>> model = BiEncoder(BiEncoderConfig(encoder))
+    >>> texts = torch.tensor([[2, 7, 9, 3], [2, 11, 3, 0]])
+    >>> model.embed(texts, attention_mask=(texts > 0).long()).shape
+    torch.Size([2, 8])
+    """
+
+    config_class = BiEncoderConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: BiEncoderConfig):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """The encoder initialises its own modules; there are no others."""
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str | Path,
+        *,
+        pooling: str | None = None,
+        similarity: str = "cosine",
+        scale: float = 20.0,
+        num_layers: int | None = None,
+    ) -> BiEncoder:
+        """Start from a pretrained encoder: a folder or hub name of an `AutoModel`, or a sentence-transformers folder.
+
+        Args:
+            name_or_path: the encoder.
+            pooling: None = what a sentence-transformers folder says, else "mean".
+            similarity, scale: see `BiEncoderConfig`.
+            num_layers: keep the encoder's first layers only.
+
+        Raises:
+            ValueError: an option does not fit, or the folder has a module that a `BiEncoder` does not.
+            OSError: there is no such model.
+        """
+        pooling = pooling or _sentence_transformers_pooling(Path(name_or_path)) or "mean"
+        layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
+        encoder = AutoModel.from_pretrained(name_or_path, **layers)
+        model = cls(BiEncoderConfig(encoder.config, pooling, similarity, scale))
+        model.encoder = encoder
+        return model
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, **tokens: Tensor) -> Tensor:
+        """Embeddings (texts, hidden), float32, of tokenised texts (texts, length)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **tokens).last_hidden_state.float()
+        if self.config.pooling == "cls":
+            embeddings = hidden[:, 0]
+        else:
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            embeddings = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return torch.nn.functional.normalize(embeddings, dim=-1) if self.config.similarity == "cosine" else embeddings
+
+    def compare(self, queries: Tensor, documents: Tensor, query_index: Tensor) -> Tensor:
+        """Logits (D,) of embeddings (Q, hidden) and (D, hidden), `query_index` (D,) saying whose each document is."""
+        return self.config.scale * (queries[query_index] * documents).sum(-1)
+
+    def forward(self, query_index: Tensor | None = None, **tokens: Tensor) -> SequenceClassifierOutput | Tensor:
+        """Logits (D,) of D documents for Q queries.
+
+        Args:
+            query_index: (D,) int64, the query of each document. None: embed the texts, nothing else.
+            **tokens: the tokenizer's tensors (D, length) for the documents and, with names that begin with "query_",
+                (Q, query length) for the queries.
+        """
+        if query_index is None:
+            return self.embed(**tokens)
+        queries, documents = self.split_tokens(tokens)
+        return SequenceClassifierOutput(logits=self.compare(self.embed(**queries), self.embed(**documents), query_index))
+
+    @staticmethod
+    def split_tokens(tokens: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(the queries' tensors, the documents') under the tokenizer's own names."""
+        queries = {name.removeprefix("query_"): t for name, t in tokens.items() if name.startswith("query_")}
+        return queries, {name: t for name, t in tokens.items() if not name.startswith("query_")}
+
+
+AutoConfig.register(BiEncoderConfig.model_type, BiEncoderConfig, exist_ok=True)
+AutoModel.register(BiEncoderConfig, BiEncoder, exist_ok=True)
+
+
+def _sentence_transformers_pooling(folder: Path) -> str | None:
+    """The pooling of a sentence-transformers folder, None for any other."""
+    modules = folder / "modules.json"
+    if not modules.is_file():
+        return None
+    pooling = None
+    for module in json.loads(modules.read_text()):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            settings = json.loads((folder / module["path"] / "config.json").read_text())
+            pooling = settings.get("pooling_mode") or [
+                name for name, key in (("mean", "pooling_mode_mean_tokens"), ("cls", "pooling_mode_cls_token"))
+                if settings.get(key)
+            ]  # fmt: skip
+            pooling = pooling[0] if isinstance(pooling, list) and len(pooling) == 1 else pooling
+            if pooling not in POOLINGS:
+                raise ValueError(f"{folder / module['path']}: expected 'mean' or 'cls' pooling, got {settings}")
+        elif kind not in ("Transformer", "Normalize"):
+            raise ValueError(f"{modules}: a BiEncoder has no module {module['type']!r}")
+    return pooling

@@ -1,0 +1,210 @@
+"""`load_ranker`: open a ranker, whichever kind a folder or hub name holds, and score rows with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator
+from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig
+from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
+
+KINDS = ("features", "cross-encoder", "bi-encoder")
+# Texts are sorted by length within this many passes: enough to waste little padding, few enough to keep in memory.
+_PASSES_AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranker:
+    """A model that scores the documents of a query, with its tokenizer. `load_ranker` makes one.
+
+    Attributes:
+        kind: "features", "cross-encoder" or "bi-encoder".
+        name: where it was loaded from.
+        model: in evaluation mode, on its device.
+        collator: from rows to the model's inputs.
+    """
+
+    kind: str
+    name: str
+    model: PreTrainedModel
+    collator: Callable[[Sequence[dict]], dict]
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[dict[str, Any]], *, batch_size: int = 64) -> list[Tensor]:
+        """Logits of rows' documents, one (n,) float32 tensor on the CPU per row.
+
+        Args:
+            rows: dicts with `query` and `documents`, or `features` for a `FeatureRanker`; see docs/data.md.
+            batch_size: texts per pass of the encoder. Texts of like length share one, so a text's logit does not depend
+                on the others but for rounding.
+
+        Raises:
+            ValueError: a row lacks what the ranker needs; the message names the query.
+        """
+        from pile_fast.gradient_cache import forward_in_passes
+
+        scores: list[Tensor] = []
+        for group in _groups(rows, batch_size * _PASSES_AT_ONCE):
+            inputs = self.collator(group)
+            lengths = inputs.pop("labels")["cu_seqlens"].diff().tolist()
+            inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+            logits = forward_in_passes(self.model, inputs, batch_size)
+            scores += logits.float().cpu().split(lengths)
+        return scores
+
+
+def load_ranker(
+    name_or_path: str | Path,
+    *,
+    kind: str | None = None,
+    max_length: int | None = None,
+    device: torch.device | str | None = None,
+) -> Ranker:
+    """Load a ranker from a folder or from the Hugging Face hub.
+
+    A bi-encoder is a saved `BiEncoder`, a sentence-transformers folder (its pooling is read) or any plain `AutoModel` (mean
+    pooling); the latter two score with the cosine itself.
+
+    Args:
+        name_or_path: folder or hub name.
+        kind: "features", "cross-encoder" or "bi-encoder"; None = what the model's configuration says: a model for
+            sequence classification is a cross-encoder, any other text model a bi-encoder.
+        max_length: tokens per text (pair of texts for a cross-encoder), more are cut off; None = what the model allows.
+        device: None = the GPU if there is one.
+
+    Raises:
+        OSError: there is no such model, or the hub cannot be reached.
+        ValueError: it is no ranker of that kind: the message says why.
+
+    >>> import tempfile
+    >>> from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     FeatureRanker(FeatureRankerConfig(num_features=2, hidden_sizes=())).save_pretrained(folder)
+    ...     ranker = load_ranker(folder)
+    >>> [scores.shape for scores in ranker.score([{"query_id": "q1", "features": [[0.0, 1.0], [1.0, 0.0]]}])]
+    [torch.Size([2])]
+    """
+    name = str(name_or_path)
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(map(repr, KINDS))} or None, got {kind!r}")
+    config = model_config(name)
+    found = _kind(config)
+    if kind is None:
+        kind = found
+    elif (kind == "features") != (found == "features"):
+        raise ValueError(f"{name}: this is a {found} model, not a {kind} one")
+    if kind == "features":
+        model, collator = FeatureRanker.from_pretrained(name), FeatureCollator()
+    elif kind == "cross-encoder":
+        model = load_cross_encoder(name, trained=True)
+        collator = CrossEncoderCollator(*load_tokenizer(name, model, max_length))
+    else:
+        model = load_bi_encoder(name, scale=1.0)
+        collator = BiEncoderCollator(*load_tokenizer(name, model, max_length))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Ranker(kind, name, model.eval().to(device), collator)
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The configuration of a folder or hub name as it is stored.
+
+    Raises:
+        OSError: there is none, with the reason in one line.
+    """
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: no model in this folder, it has no config.json")
+    try:
+        config = json.loads(Path(cached_file(name, "config.json")).read_text())
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{name}: no such folder, and not to be had from the Hugging Face hub: {reason}") from error
+    if "model_type" not in config:
+        raise ValueError(f"{name}: its config.json names no model_type")
+    return config
+
+
+def _kind(config: dict[str, Any]) -> str:
+    if config["model_type"] == FeatureRankerConfig.model_type:
+        return "features"
+    classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    return "cross-encoder" if classifier else "bi-encoder"
+
+
+def load_cross_encoder(name: str, *, trained: bool, num_layers: int | None = None) -> PreTrainedModel:
+    """A sequence classifier with one output.
+
+    Args:
+        name: folder or hub name.
+        trained: its head must be there too; else a missing head is a new one, to be trained.
+        num_layers: keep the encoder's first layers only.
+
+    Raises:
+        ValueError: it has several outputs, or no trained head where one is needed.
+    """
+    config = model_config(name)
+    if config["model_type"] == BiEncoderConfig.model_type:
+        raise ValueError(f"{name}: this is a bi-encoder, which cannot be loaded as a cross-encoder")
+    if _kind(config) == "cross-encoder" and (outputs := _outputs(config)) != 1:
+        raise ValueError(f"{name}: a ranker needs a cross-encoder with one output, this one has {outputs}")
+    layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    model, report = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, output_loading_info=True, **layers)
+    if trained and report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ValueError(f"{name}: not a trained cross-encoder, the weights lack {missing}")
+    return model
+
+
+def _outputs(config: dict[str, Any]) -> int:
+    # As transformers reads it: without either entry there are two.
+    return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+
+
+def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> BiEncoder:
+    """A saved `BiEncoder` as it is, or one started from an encoder with `BiEncoder.from_encoder`'s options."""
+    if model_config(name)["model_type"] != BiEncoderConfig.model_type:
+        return BiEncoder.from_encoder(name, num_layers=num_layers, **options)
+    if num_layers is None:
+        return BiEncoder.from_pretrained(name)
+    config = BiEncoderConfig.from_pretrained(name)
+    config.encoder.num_hidden_layers = num_layers
+    return BiEncoder.from_pretrained(name, config=config)
+
+
+def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) -> tuple[PreTrainedTokenizerBase, int]:
+    """(tokenizer, tokens that the model takes at most, or `max_length` if that is fewer)."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    config = getattr(model.config, "encoder", model.config)
+    limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    settings = Path(name) / "sentence_bert_config.json"
+    if settings.is_file():
+        limits.append(json.loads(settings.read_text()).get("max_seq_length"))
+    length = min(limit for limit in limits if limit is not None)
+    tokenizer.model_max_length = length  # saved with it, so that the next to load the model cuts texts there too
+    return tokenizer, length
+
+
+def _groups(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Runs of rows with about `size` documents."""
+    group, documents = [], 0
+    for row in rows:
+        group.append(row)
+        documents += len(row.get("documents") or row.get("features") or ())
+        if documents >= size:
+            yield group
+            group, documents = [], 0
+    if group:
+        yield group
