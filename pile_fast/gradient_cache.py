@@ -16,8 +16,6 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pile_fast.students.bi_encoder import BiEncoder
-
 
 def forward_in_passes(model: nn.Module, inputs: dict[str, Tensor], size: int | None) -> Tensor:
     """Logits (D,) of a packed batch, the encoder seeing at most `size` texts at a time.
@@ -31,20 +29,25 @@ def forward_in_passes(model: nn.Module, inputs: dict[str, Tensor], size: int | N
         ValueError: the model gives something else than one logit per document.
     """
     module = extract_model_from_parallel(model)
+    bi_encoder = "query_index" in inputs
     groups: Sequence[dict[str, Tensor]] = (inputs,)
-    if isinstance(module, BiEncoder):
+    if bi_encoder:
         groups = module.split_tokens({name: tensor for name, tensor in inputs.items() if name != "query_index"})
     if size is None or all(_rows(group) <= size for group in groups):
-        logits = _output(model(**inputs))
-    elif isinstance(module, BiEncoder):
+        logits = logits_of(model(**inputs))
+    elif bi_encoder:
         logits = module.compare(*_run(model, module, groups, size), inputs["query_index"])
     else:
-        (logits,) = _run(model, module, groups, size)
-    if logits.dim() == 2 and logits.shape[1] == 1:
-        logits = logits.squeeze(1)
+        logits = logits_of(*_run(model, module, groups, size))
     if logits.shape != (_rows(groups[-1]),):
         raise ValueError(f"model: expected one logit per document, ({_rows(groups[-1])},), got {tuple(logits.shape)}")
     return logits
+
+
+def logits_of(outputs) -> Tensor:
+    """(D,) from what a ranker returns: a tensor (D,) or (D, 1), or an output with such `logits`."""
+    logits = _tensor(outputs)
+    return logits.squeeze(1) if logits.dim() == 2 and logits.shape[1] == 1 else logits
 
 
 def _run(model: nn.Module, module: nn.Module, groups: Sequence[dict[str, Tensor]], size: int) -> list[Tensor]:
@@ -58,9 +61,9 @@ def _run(model: nn.Module, module: nn.Module, groups: Sequence[dict[str, Tensor]
             if tokens is last:
                 # The backward begins with the last pass, so its activations may stay. It is also the one that goes
                 # through the wrapper: data-parallel training reduces the gradients once per forward of the wrapper.
-                chunks.append(_output(model(**tokens)))
+                chunks.append(_tensor(model(**tokens)))
             else:
-                chunks.append(_output(checkpoint(module, use_reentrant=False, **tokens)))
+                chunks.append(_tensor(checkpoint(module, use_reentrant=False, **tokens)))
             # Else the passes would share the half-precision copies of the weights, and sum their gradients in them.
             torch.clear_autocast_cache()
         outputs.append(torch.cat(chunks))
@@ -88,5 +91,5 @@ def _rows(tokens: dict[str, Tensor]) -> int:
     return len(next(iter(tokens.values())))
 
 
-def _output(outputs) -> Tensor:
+def _tensor(outputs) -> Tensor:
     return getattr(outputs, "logits", outputs)

@@ -1,42 +1,163 @@
-"""`PileTrainer`: `transformers.Trainer` on packed queries. Everything the Trainer has is the Trainer's."""
+"""`PileTrainer`: `transformers.Trainer` on packed queries, and `pile_compute_loss_func` for a `Trainer` of your own.
+
+Everything the Trainer has is the Trainer's. Added are the packing of a batch of queries, the loss and what it logs, gradient
+caching, ranking metrics, and checkpoints that are known to be whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pile_fast.data.collator import pack_queries
+from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator, RankingTargets
+from pile_fast.functional import pairwise_distillation_loss, pairwise_logistic_loss, pile_ensemble
+from pile_fast.gradient_cache import forward_in_passes, logits_of
 from pile_fast.loss import PILELoss
-from pile_fast.metrics import mrr, ndcg, pnr
+from pile_fast.metrics import average_precision, mrr, ndcg, pnr
+from pile_fast.students import BiEncoderConfig
+from pile_fast.students.ranker import longest_text
 
-# What a packed batch holds for the loss; the rest is the model's.
-_TARGETS = ("teacher_logits", "labels", "cu_seqlens")
+_ENSEMBLE_OPTIONS = (
+    "iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "pairwise", "backend",
+)  # fmt: skip
 
 
 def ranking_quality(
-    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, k: int = 10
 ) -> dict[str, float]:
-    """NDCG@10, MRR and PNR of scores (Q, N) or (D,) against labels, over the queries that can tell.
+    """NDCG@k, MRR, MAP and PNR of scores (Q, N) or (D,) against labels, over the queries that can tell.
 
-    Those are the queries with a relevant document for the first two, all labelled pairs for PNR. Equal scores share
-    their gain in NDCG and count half in PNR. Without a query that can tell: NaN.
+    Those are the queries with a relevant document (label >= 1; > 0 for NDCG), all labelled pairs for PNR. Equal scores
+    share their gain in NDCG and count half in PNR. Without a query that can tell: NaN.
     """
     layout = {"mask": mask, "cu_seqlens": cu_seqlens}
     return {
-        "ndcg@10": float(ndcg(scores, labels, k=10, ties="average", empty="skip", **layout)),
+        f"ndcg@{k}": float(ndcg(scores, labels, k=k, ties="average", empty="skip", **layout)),
         "mrr": float(mrr(scores, labels, empty="skip", **layout)),
+        "map": float(average_precision(scores, labels, empty="skip", **layout)),
         "pnr": float(pnr(scores, labels, ties="half", **layout)),
     }
 
 
-def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    logits, (labels, lengths) = prediction.predictions, prediction.label_ids
-    logits, labels, lengths = map(torch.as_tensor, (logits, labels, lengths))
-    mask = torch.arange(logits.shape[1]) < lengths[:, None]
-    return ranking_quality(logits, labels, mask=mask)
+def loss_components(
+    loss: PILELoss, logits: Tensor, targets: RankingTargets, teacher_names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """The parts of a batch's loss, and how the ensemble weighs the teachers.
+
+    Args:
+        loss: whose options apply.
+        logits: (D,) of the student.
+        targets: the batch's.
+        teacher_names: M names; None = their numbers.
+
+    Returns:
+        `distillation_loss` and `label_loss`, each over the queries that have such a pair and before `alpha` weighs them;
+        `teacher_weight/<name>`, the mean over the documents that some teacher scored (queries, with granularity "query");
+        `teacher_weight_entropy` in nats, between 0 (one teacher has all the weight) and log M. Without teachers only the
+        label loss.
+    """
+    options, cu_seqlens = loss.options, targets["cu_seqlens"]
+    logits, teachers, labels = logits.detach(), targets["teacher_logits"], targets["labels"]
+    pairs = {"cu_seqlens": cu_seqlens, "pairwise": options["pairwise"], "backend": options["backend"]}
+    label_loss = pairwise_logistic_loss(logits, labels, pair_weight=options["pair_weight"], **pairs)
+    components = {"label_loss": label_loss.item()}
+    if teachers.shape[1] == 0:
+        return components
+    ensemble = pile_ensemble(
+        teachers, labels, cu_seqlens=cu_seqlens, prior=loss.prior, return_weights=True,
+        **{name: options[name] for name in _ENSEMBLE_OPTIONS},
+    )  # fmt: skip
+    distillation = pairwise_distillation_loss(
+        logits, ensemble.logits, kind=options["distillation"], temperature=options["distillation_temperature"], **pairs
+    )
+    weights = ensemble.weights[ensemble.weights.sum(-1) > 0]
+    mean = weights.mean(0).tolist()
+    names = teacher_names or [str(m) for m in range(1, len(mean) + 1)]
+    return {
+        "distillation_loss": distillation.item(),
+        **components,
+        "teacher_weight_entropy": torch.special.entr(weights).sum(-1).mean().item(),
+        **{f"teacher_weight/{name}": weight for name, weight in zip(names, mean, strict=True)},
+    }
+
+
+def query_losses(loss: Callable[..., Tensor], logits: Tensor, targets: RankingTargets) -> Tensor:
+    """The queries' losses (Q,) of a packed batch.
+
+    Raises:
+        ValueError: there are no teachers to distil, or the loss is reduced over the queries already.
+    """
+    teachers, cu_seqlens = targets["teacher_logits"], targets["cu_seqlens"]
+    if teachers.shape[1] == 0 and isinstance(loss, PILELoss) and loss.options["alpha"] == 0:
+        teachers = torch.full_like(logits.detach(), torch.nan).unsqueeze(1)  # labels alone need none
+    losses = loss(logits, teachers, targets["labels"], cu_seqlens=cu_seqlens)
+    if losses.shape != (len(cu_seqlens) - 1,):
+        raise ValueError(
+            f"loss: expected the queries' losses (Q,) = ({len(cu_seqlens) - 1},), got {tuple(losses.shape)}; build "
+            "the loss with reduction='none', so that gradient accumulation can take the mean over a step's queries"
+        )
+    return losses
+
+
+def pile_compute_loss_func(**options) -> Callable[..., Tensor]:
+    """A `compute_loss_func` for a `transformers.Trainer` of your own.
+
+    Give that Trainer one of the collators of `pile_fast.data.collator` and ``remove_unused_columns=False``. Its optimiser
+    steps are those of a `PileTrainer`: the mean over the step's queries, whatever the gradient accumulation and the number of
+    processes (with ``average_tokens_across_devices``, the default). Evaluate with ``prediction_loss_only=True``: a plain
+    Trainer cannot tell the queries of packed predictions.
+
+    Args:
+        **options: of `PILELoss`, but for `reduction`.
+
+    >>> compute_loss = pile_compute_loss_func(alpha=0.7)
+    >>> targets = RankingTargets(
+    ...     labels=torch.tensor([1.0, 0.0]), teacher_logits=torch.tensor([[2.0], [1.0]]), cu_seqlens=torch.tensor([0, 2])
+    ... )
+    >>> compute_loss(torch.tensor([0.3, 0.1], requires_grad=True), targets).requires_grad
+    True
+    """
+    loss = PILELoss(reduction="none", **options)
+
+    def compute_loss(outputs, labels: RankingTargets, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        losses = query_losses(loss, logits_of(outputs), labels)
+        # In training the Trainer counts the step's items, which are queries (RankingTargets.ne), and divides no further.
+        return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+
+    return compute_loss
+
+
+def last_checkpoint(folder: str | os.PathLike, *, processes: int = 1) -> str | None:
+    """The newest checkpoint below `folder` that was written to its end, or None.
+
+    The Trainer writes a checkpoint's files one after the other, its state last; a killed process may leave any of them
+    half-written or missing.
+    """
+    found = []
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if number.isdecimal() and _is_whole(path, processes):
+            found.append((int(number), str(path)))
+    return max(found)[1] if found else None
+
+
+def _is_whole(checkpoint: Path, processes: int) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    # A .pth file is a zip archive, whose directory is written last.
+    states = [checkpoint / "rng_state.pth"] if processes == 1 else [checkpoint / f"rng_state_{i}.pth" for i in range(processes)]
+    return all(zipfile.is_zipfile(path) for path in states)
 
 
 class PileTrainer(Trainer):
@@ -46,53 +167,86 @@ class PileTrainer(Trainer):
     number of processes: 1 × 32 queries and 4 × 8 take the same step. A query without a pair counts with a loss of 0.
 
     Args:
-        *args, **kwargs: `Trainer`'s. A data set's row is a dict of a query's tensors: `labels` (n,),
-            `teacher_logits` (n, M) and the model's inputs, e.g. `RankedLists`. The collator defaults to `pack_queries`,
-            `compute_metrics` to `ranking_quality`.
+        model, args, data_collator, **kwargs: `Trainer`'s. The model is a `FeatureRanker`, a `BiEncoder`, or any model for
+            sequence classification with one output; text models need their tokenizer as `processing_class`. A data set's
+            row is a query of the data schema (docs/data.md): a `datasets.Dataset`, a list of dicts, or `RankedLists`.
+            `data_collator` and `compute_metrics` (`ranking_quality`) follow from that.
         loss: called as ``loss(student_logits, teacher_logits, labels, cu_seqlens=cu_seqlens)`` on packed tensors,
             returns the queries' losses (Q,). Default: ``PILELoss(reduction="none")``; its ``alpha=0`` trains on the
             labels alone, its ``iterations=0`` on the mean ensemble.
+        max_documents_per_batch: texts that the encoder sees at a time, whatever a batch holds: bounds the memory, for a
+            second forward of all but the last of them (`pile_fast.gradient_cache`). The loss still sees whole lists. On one
+            process or under DDP.
+        k: of NDCG@k at evaluation.
+        log_components: log `loss_components` of the last batch with every training loss; costs as much as one loss, at
+            logging steps only. For a `PILELoss`.
+
+    Raises:
+        ValueError: no tokenizer for a text model, or several GPUs in one process (torchrun starts one process for each).
     """
 
     # `compute_loss` divides by the queries of the whole step, so the Trainer must not divide by the number of batches.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, loss: Callable[..., Tensor] | None = None, **kwargs):
-        kwargs.setdefault("data_collator", pack_queries)
-        kwargs.setdefault("compute_metrics", _compute_metrics)
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *,
+        data_collator: Callable[[Sequence[dict]], dict] | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        max_documents_per_batch: int | None = None,
+        k: int = 10,
+        log_components: bool = True,
+        **kwargs,
+    ):
+        if max_documents_per_batch is not None and max_documents_per_batch < 1:
+            raise ValueError(f"max_documents_per_batch: expected a whole number >= 1, got {max_documents_per_batch}")
+        kwargs.setdefault("compute_metrics", functools.partial(_compute_metrics, k=k))
+        super().__init__(model, args, data_collator, **kwargs)
+        if data_collator is None:
+            self.data_collator = _collator_for(self.model, self.processing_class)
         self.loss = PILELoss(reduction="none") if loss is None else loss
         if isinstance(self.loss, torch.nn.Module):
             self.loss.to(self.args.device)
+        self.max_documents_per_batch = max_documents_per_batch
+        if self.args.n_gpu > 1:
+            raise ValueError(f"expected one GPU per process, got {self.args.n_gpu}: start with torchrun --nproc-per-node=...")
+        if max_documents_per_batch is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("max_documents_per_batch: works on one process or under DDP, not with FSDP or DeepSpeed")
         # The model's forward names neither labels nor teachers: without these two the Trainer would drop both.
         self.args.remove_unused_columns = False
         self.label_names = ["labels"]
         # What `loss_is_scaled_for_ga` says to versions of transformers that do not know it.
         self.model_accepts_loss_kwargs = True
+        self._log_components = log_components and isinstance(self.loss, PILELoss)
+        self._last_batch: tuple[Tensor, RankingTargets] | None = None
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Tensor]:
         """The batches of one optimiser step and the number of their queries, over all processes."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)  # its own count is of labels
-        queries = torch.tensor(sum(len(batch["cu_seqlens"]) - 1 for batch in batches), device=self.args.device)
-        return batches, self.accelerator.gather(queries).sum()
+        batches, _ = super().get_batch_samples(*args, **kwargs)  # its own count depends on its arguments
+        queries = sum(len(batch["labels"]["cu_seqlens"]) - 1 for batch in batches)
+        return batches, self.accelerator.gather(torch.tensor(queries, device=self.args.device)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one packed batch, as its share of the step's mean: Σ over its queries / queries of the step."""
-        outputs = model(**{name: value for name, value in inputs.items() if name not in _TARGETS})
-        logits = getattr(outputs, "logits", outputs)
-        cu_seqlens = inputs["cu_seqlens"]
-        losses = self.loss(logits, inputs["teacher_logits"], inputs["labels"], cu_seqlens=cu_seqlens)
-        if losses.shape != (len(cu_seqlens) - 1,):
-            raise ValueError(
-                f"loss: expected the queries' losses (Q,) = ({len(cu_seqlens) - 1},), got {tuple(losses.shape)}; build "
-                "the loss with reduction='none', so that gradient accumulation can take the mean over a step's queries"
-            )
+        inputs = dict(inputs)
+        targets = inputs.pop("labels")
+        logits = forward_in_passes(model, inputs, self.max_documents_per_batch)
+        losses = query_losses(self.loss, logits, targets)
         if model.training and num_items_in_batch is not None:
+            self._last_batch = (logits.detach(), targets)
             # Data-parallel training averages the processes' gradients; the sum is wanted.
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
         else:
             loss = losses.mean()
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """What the Trainer logs and, with a training loss, the components of the last batch's."""
+        if "loss" in logs and self._log_components and self._last_batch is not None:
+            logs = logs | loss_components(self.loss, *self._last_batch, self._teacher_names())
+        super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss, logits (Q, N), and (labels (Q, N), lengths (Q,)).
@@ -100,11 +254,47 @@ class PileTrainer(Trainer):
         Padded, because the Trainer gathers and trims predictions by rows, and its rows are queries: a packed tensor
         would lose documents in the last batch. What is in the padding does not matter, the lengths tell.
         """
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, targets = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is None:
             return loss, None, None
-        lengths = inputs["cu_seqlens"].diff().to(logits.device)
+        lengths = targets["cu_seqlens"].diff()
         logits, labels = (
-            torch.nn.utils.rnn.pad_sequence(x.float().split(lengths.tolist()), batch_first=True) for x in (logits, labels)
+            torch.nn.utils.rnn.pad_sequence(x.float().split(lengths.tolist()), batch_first=True)
+            for x in (logits, targets["labels"])
         )
         return loss, logits, (labels, lengths)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; ``resume_from_checkpoint=True`` means the newest checkpoint that is whole, see `last_checkpoint`."""
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir, processes=self.args.world_size)
+            resume_from_checkpoint = True if found is None else found  # the Trainer says that there is none
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first process writes the checkpoint's last file next, and then removes older checkpoints.
+        self.accelerator.wait_for_everyone()
+
+    def _teacher_names(self) -> Sequence[str] | None:
+        names = getattr(self.train_dataset, "teacher_names", None)
+        if names is None and hasattr(self.train_dataset, "__getitem__"):
+            names = self.train_dataset[0].get("teachers")
+        return names
+
+
+def _collator_for(model, tokenizer) -> Callable[[Sequence[dict]], dict]:
+    config = getattr(model, "config", None)
+    if tokenizer is None:
+        if getattr(model, "main_input_name", None) == "input_ids":
+            raise ValueError("processing_class: expected the text model's tokenizer, got None")
+        return FeatureCollator()
+    kind = BiEncoderCollator if config.model_type == BiEncoderConfig.model_type else CrossEncoderCollator
+    return kind(tokenizer, longest_text(tokenizer, config))
+
+
+def _compute_metrics(prediction: EvalPrediction, k: int) -> dict[str, float]:
+    logits, (labels, lengths) = prediction.predictions, prediction.label_ids
+    logits, labels, lengths = map(torch.as_tensor, (logits, labels, lengths))
+    mask = torch.arange(logits.shape[1]) < lengths[:, None]
+    return ranking_quality(logits, labels, mask=mask, k=k)

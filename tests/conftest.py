@@ -74,7 +74,7 @@ def tiny_text_model():
         torch.manual_seed(seed)
         config = BertConfig(
             vocab_size=len(WORDS) + 4, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-            max_position_embeddings=40, num_labels=outputs, hidden_dropout_prob=dropout,
+            max_position_embeddings=40, initializer_range=0.2, num_labels=outputs, hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
         )  # fmt: skip
         if kind == "bi-encoder":

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +26,8 @@ from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 KINDS = ("features", "cross-encoder", "bi-encoder")
 # Texts are sorted by length within this many passes: enough to waste little padding, few enough to keep in memory.
 _PASSES_AT_ONCE = 32
+# A tokenizer that knows no limit says 10^30.
+_NO_LIMIT = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,17 +187,24 @@ def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> B
     return BiEncoder.from_pretrained(name, config=config)
 
 
-def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) -> tuple[PreTrainedTokenizerBase, int]:
-    """(tokenizer, tokens that the model takes at most, or `max_length` if that is fewer)."""
+def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """(tokenizer, tokens that the model takes at most, or `max_length` if that is fewer; None if nobody knows)."""
     tokenizer = AutoTokenizer.from_pretrained(name)
-    config = getattr(model.config, "encoder", model.config)
-    limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    limits = [max_length, longest_text(tokenizer, model.config)]
     settings = Path(name) / "sentence_bert_config.json"
     if settings.is_file():
         limits.append(json.loads(settings.read_text()).get("max_seq_length"))
-    length = min(limit for limit in limits if limit is not None)
-    tokenizer.model_max_length = length  # saved with it, so that the next to load the model cuts texts there too
+    length = min((limit for limit in limits if limit is not None), default=None)
+    if length is not None:
+        tokenizer.model_max_length = length  # saved with it, so that the next to load the model cuts texts there too
     return tokenizer, length
+
+
+def longest_text(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """Tokens that a tokenizer and its model take at most; None if neither knows a limit."""
+    positions = getattr(getattr(config, "encoder", config), "max_position_embeddings", None) or _NO_LIMIT
+    length = min(tokenizer.model_max_length, positions)
+    return length if length < _NO_LIMIT else None
 
 
 def _groups(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -1,0 +1,57 @@
+"""Steps of text students, on one process (`steps`) or, as a script under torchrun, on several."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from pile_fast import PILELoss
+from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator
+from pile_fast.students.ranker import load_bi_encoder, load_cross_encoder
+from pile_fast.trainer import PileTrainer, pile_compute_loss_func
+
+LOSS = {"alpha": 0.5, "backend": "torch"}
+
+
+def trainer(folder, kind, *, own=False, passes=None, train=None, evaluation=None, callbacks=None, log=True, **arguments):
+    """A Trainer of the student in folder/kind on folder/rows.json: ours, or transformers' own with our loss function."""
+    arguments = {
+        "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 2,
+        "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "per_device_train_batch_size": 8, "output_dir": folder / "out", "remove_unused_columns": False,
+    } | arguments  # fmt: skip
+    model = (load_bi_encoder if kind == "bi-encoder" else lambda name: load_cross_encoder(name, trained=True))(folder / kind)
+    tokenizer = AutoTokenizer.from_pretrained(folder / kind)
+    rows = json.loads((folder / "rows.json").read_text()) if train is None else train
+    common = {"train_dataset": rows, "eval_dataset": evaluation, "callbacks": callbacks}
+    if own:
+        collator = (BiEncoderCollator if kind == "bi-encoder" else CrossEncoderCollator)(tokenizer)
+        loss = pile_compute_loss_func(**LOSS)
+        return Trainer(model, TrainingArguments(**arguments), collator, compute_loss_func=loss, **common)
+    return PileTrainer(
+        model, TrainingArguments(**arguments), loss=PILELoss(reduction="none", **LOSS), processing_class=tokenizer,
+        max_documents_per_batch=passes, log_components=log, **common,
+    )  # fmt: skip
+
+
+def steps(*args, **kwargs):
+    """(weights after training, logged losses)."""
+    run = trainer(*args, **kwargs)
+    run.train()
+    return (
+        torch.cat([p.detach().flatten() for p in run.model.parameters()]),
+        [entry["loss"] for entry in run.state.log_history if "loss" in entry],
+    )
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    results = {name: steps(folder, **case) for name, case in json.loads(sys.argv[2]).items()}
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads race the interpreter's exit
