@@ -45,7 +45,7 @@ def test_info_imports_no_optional_library():
     "arguments, message",
     [
         ([], "required: command"),
-        (["train"], "invalid choice: 'train'"),
+        (["distil"], "invalid choice: 'distil'"),
         (["demo", "--fold", "6"], "argument --fold: invalid choice: 6"),
         (["demo", "--epochs", "0"], "argument --epochs: expected a whole number >= 1, got '0'"),
         (["demo", "--seed", "-1"], "argument --seed: expected a whole number >= 0, got '-1'"),

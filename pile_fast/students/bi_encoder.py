@@ -97,8 +97,7 @@ class BiEncoder(PreTrainedModel):
             OSError: there is no such model.
         """
         pooling = pooling or _sentence_transformers_pooling(Path(name_or_path)) or "mean"
-        layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
-        encoder = AutoModel.from_pretrained(name_or_path, **layers)
+        encoder = AutoModel.from_pretrained(name_or_path, **first_layers(name_or_path, num_layers))
         model = cls(BiEncoderConfig(encoder.config, pooling, similarity, scale))
         model.encoder = encoder
         return model
@@ -135,6 +134,21 @@ class BiEncoder(PreTrainedModel):
         """(the queries' tensors, the documents') under the tokenizer's own names."""
         queries = {name.removeprefix("query_"): t for name, t in tokens.items() if name.startswith("query_")}
         return queries, {name: t for name, t in tokens.items() if not name.startswith("query_")}
+
+
+def first_layers(name_or_path: str | Path, num_layers: int | None) -> dict[str, int]:
+    """The keywords of `from_pretrained` that keep a model's first layers; None keeps all.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if num_layers is None:
+        return {}
+    config = AutoConfig.from_pretrained(name_or_path)
+    layers = getattr(config, "encoder", config).num_hidden_layers
+    if not 1 <= num_layers <= layers:
+        raise ValueError(f"{name_or_path}: has {layers} layers, of which the first {num_layers} cannot be kept")
+    return {"num_hidden_layers": num_layers}
 
 
 AutoConfig.register(BiEncoderConfig.model_type, BiEncoderConfig, exist_ok=True)

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator
-from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig
+from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig, first_layers
 from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 
 KINDS = ("features", "cross-encoder", "bi-encoder")
@@ -116,7 +116,8 @@ def load_ranker(
         model = load_cross_encoder(name, trained=True)
         collator = CrossEncoderCollator(*load_tokenizer(name, model, max_length))
     else:
-        model = load_bi_encoder(name, scale=1.0)
+        trained = config["model_type"] == BiEncoderConfig.model_type
+        model = load_bi_encoder(name, scale=None if trained else 1.0)
         collator = BiEncoderCollator(*load_tokenizer(name, model, max_length))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Ranker(kind, name, model.eval().to(device), collator)
@@ -163,7 +164,7 @@ def load_cross_encoder(name: str, *, trained: bool, num_layers: int | None = Non
         raise ValueError(f"{name}: this is a bi-encoder, which cannot be loaded as a cross-encoder")
     if _kind(config) == "cross-encoder" and (outputs := _outputs(config)) != 1:
         raise ValueError(f"{name}: a ranker needs a cross-encoder with one output, this one has {outputs}")
-    layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    layers = first_layers(name, num_layers)
     model, report = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, output_loading_info=True, **layers)
     if trained and report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
@@ -177,14 +178,19 @@ def _outputs(config: dict[str, Any]) -> int:
 
 
 def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> BiEncoder:
-    """A saved `BiEncoder` as it is, or one started from an encoder with `BiEncoder.from_encoder`'s options."""
+    """A saved `BiEncoder`, or one started from an encoder.
+
+    Args:
+        name: folder or hub name.
+        num_layers: keep the encoder's first layers only.
+        **options: pooling, similarity and scale; None = as saved, or `BiEncoder.from_encoder`'s.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
     if model_config(name)["model_type"] != BiEncoderConfig.model_type:
         return BiEncoder.from_encoder(name, num_layers=num_layers, **options)
-    if num_layers is None:
-        return BiEncoder.from_pretrained(name)
-    config = BiEncoderConfig.from_pretrained(name)
-    config.encoder.num_hidden_layers = num_layers
-    return BiEncoder.from_pretrained(name, config=config)
+    saved = BiEncoderConfig.from_pretrained(name).to_dict()
+    saved["encoder"] |= first_layers(name, num_layers)
+    return BiEncoder.from_pretrained(name, config=BiEncoderConfig(**saved | options))
 
 
 def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) -> tuple[PreTrainedTokenizerBase, int | None]:

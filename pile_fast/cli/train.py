@@ -1,0 +1,371 @@
+"""``pile-fast train``: distil the teachers of a data file into a student, with every option of transformers' Trainer."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import pile_fast
+from pile_fast.cli.errors import UserError
+from pile_fast.options import DISTILLATIONS, GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
+
+_KINDS = ("features", "cross-encoder", "bi-encoder")
+_LOSS_OPTIONS = (
+    "alpha", "distillation", "distillation_temperature", "iterations", "step_size", "granularity", "normalize",
+    "temperature", "margin", "pair_weight", "prior", "backend",
+)  # fmt: skip
+# Those that an ensemble made beforehand leaves nothing to do.
+_ENSEMBLE_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "prior")
+# What a folder's config.json says is there is there: it is written last.
+_LAST_FILE = "config.json"
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser("train", help="distil the teachers of a data file into a student", add_help=False)
+    # The Trainer's own options can only be listed by importing it, which only this command should have to do.
+    parser.parse_known_args = lambda args, namespace=None: _parse(_parser(parser), args, namespace)
+
+
+def _parse(parser: argparse.ArgumentParser, args: Sequence[str], namespace) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the config file's options, then the command line's on top."""
+    find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    find.add_argument("--config")
+    config = find.parse_known_args(args)[0].config
+    if config is not None and not {"-h", "--help"} & set(args):
+        error = parser.error
+        parser.error = lambda message: error(f"--config {config}: {message}")
+        namespace, unknown = parser.parse_known_args(_config_arguments(parser, config), namespace)
+        if unknown:
+            parser.error(f"unknown option {unknown[0].removeprefix('--')!r}")
+        parser.error = error
+    namespace, unknown = parser.parse_known_args(args, namespace)
+    if not unknown:
+        _check(parser, namespace)
+    return namespace, unknown
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What neither the command line nor the config file gave."""
+    for flag in ("DATA", "--student", "--output-dir"):
+        if not getattr(args, flag.strip("-").replace("-", "_").lower(), None):
+            parser.error(f"{flag} is missing, here and in a --config file")
+    if args.student != "features" and not args.model:
+        parser.error(f"--student {args.student} needs --model, the encoder to start from")
+
+
+def _config_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """The command line that says what a YAML or JSON file says."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+    except OSError as error:
+        parser.error(error.strerror)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(" ".join(str(error).split()))
+    if not isinstance(options, dict):
+        parser.error(f"expected options as 'name: value', got {type(options).__name__}")
+    switches = {flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings}
+    arguments = []
+    for name, value in options.items():
+        flag = f"--{str(name).replace('_', '-')}"
+        if value is None or (value is False and flag in switches):
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        values = [] if flag in switches and value is True else [str(value) for value in values]
+        # Data first: after an option of several values it would be taken for more of them.
+        arguments = values + arguments if name == "data" else [*arguments, flag, *values]
+    return arguments
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default where there is one to say."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+def _parser(stub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    try:
+        import accelerate  # noqa: F401
+        from transformers import HfArgumentParser, TrainingArguments
+    except ImportError as error:
+        stub.exit(1, f"pile-fast: error: training needs {error.name}: pip install 'pile_fast[train]'\n")
+    own = _own_options()
+    taken = {action.dest for action in own._actions} | {"remove_unused_columns", "label_names"}
+    fields = [copy.copy(field) for field in dataclasses.fields(TrainingArguments) if field.name not in taken]
+    options = dataclasses.make_dataclass(
+        "TrainerOptions",
+        [(field.name, field.type, field) for field in fields],
+        namespace={"_argument_group_name": "options of transformers' Trainer"},
+    )
+    trainer = HfArgumentParser(options, add_help=False)
+    trainer.set_defaults(eval_strategy=None)
+    parser = type(stub)(
+        prog=stub.prog,
+        usage="%(prog)s DATA [DATA ...] --student KIND --output-dir DIR [--model NAME] [options]",
+        description="Distil the teachers' logits in DATA (JSON lines, Parquet, ...; see docs/data.md) into a student: a small "
+        "network on features, a cross-encoder or a bi-encoder. How the teachers of a query are weighed is found from its "
+        "labels (PILE).",
+        epilog="Several processes: torchrun --nproc-per-node=2 -m pile_fast train ...",
+        parents=[own, trainer],
+        add_help=False,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, trainer_options=[field.name for field in fields])
+    return parser
+
+
+def _own_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    data = parser.add_argument_group("data")
+    data.add_argument("data", nargs="*", metavar="DATA", default=argparse.SUPPRESS, help="training rows, a query each")
+    data.add_argument("--validation", nargs="+", metavar="FILE", help="rows to evaluate on: after every epoch, unless "
+                      "--eval-strategy says otherwise, and at the end")  # fmt: skip
+    data.add_argument("--format", help="of all files; by their suffix if not given")
+    data.add_argument("--skip-bad-rows", action="store_true", help="count and report broken rows instead of stopping")
+    data.add_argument("--teacher-columns", nargs="+", metavar="NAME", help="the teachers to learn from, by name (default: all)")
+    data.add_argument("--ensemble-logits", action="store_true", help="learn from the ensemble that `pile-fast ensemble` wrote "
+                      "into the data, as it is, instead of from the teachers")  # fmt: skip
+
+    student = parser.add_argument_group("student")
+    student.add_argument("--student", choices=_KINDS, metavar="KIND", help=f"what to train: {', '.join(_KINDS)}")
+    student.add_argument("--model", metavar="NAME_OR_PATH", help="where a text student starts from: a folder or a name on the "
+                         "Hugging Face hub; for features a saved student to train on")  # fmt: skip
+    student.add_argument("--num-layers", type=_positive, metavar="K", help="keep the first K layers of the encoder")
+    student.add_argument("--max-length", type=_positive, metavar="N", help="tokens per text, or pair of texts for a "
+                         "cross-encoder (default: what the model allows)")  # fmt: skip
+    student.add_argument("--hidden-sizes", nargs="*", type=_positive, metavar="N", default=[64, 64],
+                         help="features: widths of the hidden layers")  # fmt: skip
+    student.add_argument("--dropout", type=float, default=0.1, help="features: after every hidden layer")
+    student.add_argument("--pooling", choices=("mean", "cls"), help="bi-encoder: what embeds a text (default: what a "
+                         "sentence-transformers folder says, else mean)")  # fmt: skip
+    student.add_argument("--similarity", choices=("cosine", "dot"), help="bi-encoder: of query and document (default: cosine)")
+    student.add_argument("--scale", type=float, help="bi-encoder: factor on the similarity (default: 20)")
+
+    loss = parser.add_argument_group("loss (docs/algorithm.md)")
+    loss.add_argument("--alpha", type=float, help="weight of the distillation against the labels, 0 to 1")
+    loss.add_argument("--distillation", choices=DISTILLATIONS, help="how the student's differences follow the ensemble's")
+    loss.add_argument("--distillation-temperature", type=float, help="unit of logit differences in the distillation")
+    loss.add_argument("--iterations", type=int, help="updates of the teachers' weights; 0 = their plain mean")
+    loss.add_argument("--step-size", type=float, help="of an update (default: 3 by document, 1 by query)")
+    loss.add_argument("--granularity", choices=GRANULARITIES, help="weights per document or per query")
+    loss.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration of each teacher per query")
+    loss.add_argument("--temperature", type=float, help="unit of logit differences in the ensemble")
+    loss.add_argument("--margin", type=float, help="difference a pair of the ensemble should reach")
+    loss.add_argument("--pair-weight", choices=[name for name in PAIR_WEIGHTS if name], help="weight of a labelled pair "
+                      "(default: all alike)")  # fmt: skip
+    loss.add_argument(
+        "--prior", nargs="+", type=float, metavar="W", help="the teachers' weights to start from (default: equal)"
+    )
+    loss.add_argument("--backend", help="of the loss: see pile-fast info")
+    for name, parameter in inspect.signature(pile_fast.PILELoss).parameters.items():
+        action = next((action for action in loss._group_actions if action.dest == name), None)
+        if action is not None and parameter.default is not None:
+            action.help += f" (default: {parameter.default})"
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir", "--output_dir", metavar="DIR", help="checkpoints, metrics and the trained student")
+    run.add_argument("--config", metavar="FILE", help="YAML or JSON file of options as 'name: value', with DATA under 'data'; "
+                     "the command line goes before it")  # fmt: skip
+    run.add_argument("--resume-from-checkpoint", "--resume_from_checkpoint", nargs="?", const=True, metavar="DIR",
+                     help="go on from a checkpoint; without DIR from the last whole one in the output folder, or from the "
+                     "beginning if there is none yet")  # fmt: skip
+    run.add_argument("--max-documents-per-batch", type=_positive, metavar="N", help="texts the encoder sees at a time: bounds "
+                     "the memory of long lists without changing the loss, for a second forward")  # fmt: skip
+    run.add_argument("--ndcg-k", type=_positive, default=10, metavar="K", help="rank cut of the NDCG at evaluation")
+    run.add_argument("--no-loss-components", action="store_true", help="do not log the parts of the loss and the teachers' "
+                     "weights")  # fmt: skip
+    run.add_argument("-h", "--help", action="help", help="show this and exit")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return _train(args)
+    except (OSError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _train(args: argparse.Namespace) -> int:
+    import transformers
+
+    from pile_fast.trainer import PileTrainer, last_checkpoint
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and saving; the Trainer's own stays
+    loss = _loss(args)
+    eval_strategy = args.eval_strategy or ("epoch" if args.validation else "no")
+    options = {name: getattr(args, name) for name in args.trainer_options} | {"eval_strategy": eval_strategy}
+    settings = transformers.TrainingArguments(output_dir=args.output_dir, **options)
+    output = _output_folder(args)
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = last_checkpoint(output, processes=settings.world_size)
+        if settings.should_log:
+            print(f"Going on from {checkpoint}." if checkpoint else f"No whole checkpoint in {output}: from the beginning.")
+
+    with settings.main_process_first():
+        train = _rows(args, args.data)
+        validation = _rows(args, args.validation) if args.validation else None
+    _check_teachers(args, train)
+    transformers.set_seed(settings.seed)
+    model, tokenizer, collator = _student(args, train)
+    try:
+        trainer = PileTrainer(
+            model, settings, data_collator=collator, processing_class=tokenizer, train_dataset=train,
+            eval_dataset=validation, loss=loss, max_documents_per_batch=args.max_documents_per_batch, k=args.ndcg_k,
+            log_components=not args.no_loss_components,
+        )  # fmt: skip
+    except (ImportError, RuntimeError) as error:  # an option's library that is not installed
+        raise UserError(" ".join(str(error).split())) from error
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if validation is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        if trainer.is_world_process_zero():
+            print(", ".join(f"{name.removeprefix('eval_')} {metrics[name]:.4f}" for name in metrics if _is_quality(name)))
+    _save(trainer, output)
+    if trainer.is_world_process_zero():
+        print(f"Wrote {output}.")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _is_quality(name: str) -> bool:
+    return name.startswith("eval_") and name.split("@")[0].removeprefix("eval_") in ("loss", "ndcg", "mrr", "map", "pnr")
+
+
+def _loss(args: argparse.Namespace) -> pile_fast.PILELoss:
+    options = {name: getattr(args, name) for name in _LOSS_OPTIONS if getattr(args, name) is not None}
+    if args.ensemble_logits:
+        if given := [name for name in _ENSEMBLE_OPTIONS if name in options] or ["teacher_columns"] * bool(args.teacher_columns):
+            flag = given[0].replace("_", "-")
+            raise UserError(f"--{flag}: does not go with --ensemble-logits, which is an ensemble already")
+        options |= {"iterations": 0, "normalize": "none"}
+    if "prior" in options:
+        options["prior"] = torch.tensor(options["prior"])
+    return pile_fast.PILELoss(reduction="none", **options)
+
+
+def _output_folder(args: argparse.Namespace) -> Path:
+    output = Path(args.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {output}: cannot write there: {error.strerror}") from error
+    if not os.access(output, os.W_OK):
+        raise UserError(f"--output-dir {output}: cannot write there")
+    if not args.resume_from_checkpoint and (any(output.glob("checkpoint-*")) or (output / _LAST_FILE).exists()):
+        raise UserError(
+            f"--output-dir {output}: holds a training run already; go on with it (--resume-from-checkpoint), remove it, or "
+            "write elsewhere"
+        )
+    return output
+
+
+def _rows(args: argparse.Namespace, paths: list[str]):
+    """The rows as a data set that holds what the student and the loss need."""
+    from pile_fast.data import BadRows, RankedLists, load_dataset, read_rows
+
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    if args.student == "features":
+        rows = read_rows(paths, format=args.format, bad_rows=bad_rows)
+        data = RankedLists.from_rows(_choose_teachers(row, args) for row in rows)
+    else:
+        data = load_dataset(paths, format=args.format, bad_rows=bad_rows)
+        for column in ("query", "documents"):
+            if data[0][column] is None:
+                raise UserError(f"{paths[0]}: query {data[0]['query_id']}: no {column!r}, which a {args.student} needs")
+        if args.teacher_columns or args.ensemble_logits:
+            data = data.with_transform(lambda columns: _each_row(columns, args))
+    if bad_rows is not None and bad_rows.count:
+        print(f"Left out {bad_rows.count} broken rows of {', '.join(paths)}: {'; '.join(bad_rows.reasons)}")
+    return data
+
+
+def _each_row(columns: dict[str, list], args: argparse.Namespace) -> dict[str, list]:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = [_choose_teachers(row, args) for row in rows]
+    return {name: [row[name] for row in rows] for name in columns}
+
+
+def _choose_teachers(row: dict, args: argparse.Namespace) -> dict:
+    from pile_fast.data import ensemble_as_teacher
+
+    if args.ensemble_logits:
+        return ensemble_as_teacher(row)
+    if not args.teacher_columns:
+        return row
+    if unknown := [name for name in args.teacher_columns if name not in row["teachers"]]:
+        known = ", ".join(row["teachers"]) or "none"
+        raise UserError(f"--teacher-columns: no teacher {unknown[0]!r} in the data, there are: {known}")
+    columns = [row["teachers"].index(name) for name in args.teacher_columns]
+    logits = [[scores[m] for m in columns] for scores in row["teacher_logits"]]
+    return row | {"teacher_logits": logits, "teachers": list(args.teacher_columns)}
+
+
+def _check_teachers(args: argparse.Namespace, train) -> None:
+    names = train.teacher_names if args.student == "features" else train[0]["teachers"]
+    if not names and args.alpha != 0:
+        raise UserError("the data has no teacher_logits: add teachers (pile-fast score), or train on the labels with --alpha 0")
+    if args.prior is not None and len(args.prior) != len(names):
+        raise UserError(f"--prior: expected a weight for each of the {len(names)} teachers, got {len(args.prior)}")
+
+
+def _student(args: argparse.Namespace, train):
+    """(model, tokenizer or None, collator)."""
+    from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator
+    from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
+    from pile_fast.students.ranker import load_bi_encoder, load_cross_encoder, load_tokenizer
+
+    if args.student == "features":
+        if args.model:
+            return load_ranker(args.model, kind="features", device="cpu").model, None, FeatureCollator()
+        config = FeatureRankerConfig(train.features.shape[1], args.hidden_sizes, args.dropout)
+        return FeatureRanker(config).fit_standardization(train.features), None, FeatureCollator()
+    if args.student == "cross-encoder":
+        model = load_cross_encoder(args.model, trained=False, num_layers=args.num_layers)
+        collator = CrossEncoderCollator(*load_tokenizer(args.model, model, args.max_length))
+    else:
+        model = load_bi_encoder(
+            args.model, num_layers=args.num_layers, pooling=args.pooling, similarity=args.similarity, scale=args.scale
+        )
+        collator = BiEncoderCollator(*load_tokenizer(args.model, model, args.max_length))
+    return model, collator.tokenizer, collator
+
+
+def _save(trainer, output: Path) -> None:
+    """Write the student into `output`, aside first, and `_LAST_FILE` last: without it no half of it can be loaded."""
+    aside = output / "student.tmp"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+        (output / _LAST_FILE).unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(aside))
+    trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == _LAST_FILE):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            path.replace(output / path.name)
+        aside.rmdir()

@@ -1,0 +1,368 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import pile_fast
+from pile_fast.cli import main, train
+from pile_fast.data import make_synthetic, write_rows
+from pile_fast.students import BiEncoder, FeatureRanker, load_ranker
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = ["--use-cpu", "--disable-tqdm", "True", "--max-steps", "3", "--learning-rate", "0.01", "--logging-steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def features():
+    """train.jsonl and validation.jsonl with features and the teachers "teacher 1" to "teacher 6"."""
+    lists = make_synthetic(40, documents=(2, 8), num_features=5)
+    rows = [{"query_id": name, **{key: as_lists(tensor) for key, tensor in row.items()}, "teachers": list(lists.teacher_names)}
+            for name, row in zip(lists.query_ids, lists, strict=True)]  # fmt: skip
+    write("train.jsonl", rows[:30])
+    write("validation.jsonl", rows[30:])
+    return rows
+
+
+def as_lists(tensor):
+    def none(value):
+        return [none(item) for item in value] if isinstance(value, list) else None if value != value else value
+
+    return none(tensor.tolist())
+
+
+def write(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def text(tiny_text_model, tiny_tokenizer, text_rows):
+    """train.parquet, validation.jsonl and the folder "encoder"."""
+    write_rows("train.parquet", text_rows(20))
+    write_rows("validation.jsonl", text_rows(6, seed=1))
+    tiny_text_model("encoder", dropout=0.1).save_pretrained("encoder")
+    tiny_tokenizer.save_pretrained("encoder")
+
+
+def run(*arguments, output="out"):
+    """The trained weights of a command that must end well."""
+    assert main(["train", *arguments, *QUICK, "--output-dir", output]) == 0
+    return load_file(f"{output}/model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def error(capsys, *arguments):
+    """The exit code and the one line that the command ends with, after whatever progress there was."""
+    code = main(["train", *arguments])
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "Traceback" not in err
+    return code, err.strip().splitlines()[-1]
+
+
+FEATURES = ("train.jsonl", "--student", "features")
+
+
+def test_feature_student_from_files_to_a_saved_ranker(capsys, features):
+    run(*FEATURES, "--validation", "validation.jsonl", "--hidden-sizes", "8", "--ndcg-k", "3", "--alpha", "0.5")
+    out = capsys.readouterr().out
+    metrics = json.loads(Path("out/eval_results.json").read_text())
+    for name in ("loss", "ndcg@3", "mrr", "map", "pnr"):
+        assert f"{name} {metrics[f'eval_{name}']:.4f}" in out
+    assert out.strip().endswith("Wrote out.") and not Path("out/student.tmp").exists()
+    student = load_ranker("out")
+    assert isinstance(student.model, FeatureRanker) and student.model.config.hidden_sizes == [8]
+    assert student.model.mean.abs().max() > 0  # standardised on the training rows
+    scores = student.score(features[30:])
+    assert [len(s) for s in scores] == [len(row["labels"]) for row in features[30:]]
+    logs = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    assert logs[0]["label_loss"] > 0 and 0 < logs[0]["teacher_weight/teacher 1"] < 1
+
+
+@pytest.mark.parametrize("student, extra", [("cross-encoder", []), ("bi-encoder", ["--pooling", "cls", "--scale", "9"])])
+def test_text_student(student, extra, text, text_rows):
+    run("train.parquet", "--student", student, "--model", "encoder", "--num-layers", "1", "--max-length", "16", *extra,
+        "--validation", "validation.jsonl", "--max-documents-per-batch", "8")  # fmt: skip
+    ranker = load_ranker("out")
+    assert ranker.kind == student and ranker.collator.max_length == 16
+    config = ranker.model.config
+    if student == "bi-encoder":
+        assert isinstance(ranker.model, BiEncoder) and (config.pooling, config.scale) == ("cls", 9.0)
+    assert getattr(config, "encoder", config).num_hidden_layers == 1
+    assert all(scores.isfinite().all() for scores in ranker.score(text_rows(3)))
+    assert {"eval_ndcg@10", "eval_map"} <= json.loads(Path("out/eval_results.json").read_text()).keys()
+
+
+def test_trained_student_is_a_start_for_another(text):
+    student = ("train.parquet", "--student", "bi-encoder", "--model")
+    weights = run(*student, "encoder", "--scale", "3", "--similarity", "dot")
+    assert main(["train", *student, "out", *QUICK, "--learning-rate", "0", "--scale", "4", "--output-dir", "more"]) == 0
+    assert same(weights, load_file("more/model.safetensors"))
+    config = load_ranker("more").model.config
+    assert (config.scale, config.similarity) == (4, "dot")
+    run(*student, "out", "--num-layers", "1", output="less")
+    assert load_ranker("less").model.config.encoder.num_hidden_layers == 1
+
+
+def test_teacher_columns_are_the_teachers_there_are(text, text_rows, features):
+    rows = [row | {"teacher_logits": [scores[::-1] for scores in row["teacher_logits"]], "teachers": ["t1", "t0"]}
+            for row in text_rows(20)]  # fmt: skip
+    write_rows("swapped.jsonl", rows)
+    write_rows("one.jsonl", [row | {"teacher_logits": [s[1:] for s in row["teacher_logits"]], "teachers": ["t0"]}
+                             for row in rows])  # fmt: skip
+    student = ("--student", "cross-encoder", "--model", "encoder")
+    chosen = run("swapped.jsonl", *student, "--teacher-columns", "t0", output="chosen")
+    assert same(chosen, run("one.jsonl", *student, output="one"))
+    assert not same(chosen, run("swapped.jsonl", *student, output="both"))
+    logs = json.loads(Path("chosen/trainer_state.json").read_text())["log_history"]
+    assert logs[0]["teacher_weight/t0"] == 1
+
+    write("two.jsonl", [row | {"teacher_logits": [[s[4], s[1]] for s in row["teacher_logits"]], "teachers": ["e", "b"]}
+                        for row in features])  # fmt: skip
+    write("all.jsonl", features)
+    chosen = run("all.jsonl", "--student", "features", "--teacher-columns", "teacher 5", "teacher 2", output="f1")
+    assert same(chosen, run("two.jsonl", "--student", "features", output="f2"))
+
+
+@pytest.mark.parametrize("kind", ["features", "text"])
+def test_ensemble_logits_are_distilled_as_they_are(kind, text, features, text_rows):
+    rows, student = (
+        (features, ("--student", "features"))
+        if kind == "features"
+        else (text_rows(20), ("--student", "cross-encoder", "--model", "encoder"))
+    )
+    for row in rows:
+        logits = torch.tensor([[torch.nan if t is None else t for t in scores] for scores in row["teacher_logits"]])
+        labels = torch.tensor([torch.nan if y is None else float(y) for y in row["labels"]])
+        row["ensemble_logits"] = as_lists(pile_fast.pile_ensemble(logits[None], labels[None], iterations=3).logits[0])
+    write("ensembled.jsonl", rows)
+    offline = run("ensembled.jsonl", *student, "--ensemble-logits", output="offline")
+    online = run("ensembled.jsonl", *student, "--iterations", "3", output="online")
+    for name in online:
+        torch.testing.assert_close(offline[name], online[name], rtol=1e-3, atol=1e-5)
+    assert not same(online, run("ensembled.jsonl", *student, "--iterations", "0", output="mean"))
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_config_file_and_flags_that_override_it(features, suffix):
+    options = {
+        "data": ["train.jsonl"], "student": "features", "output_dir": "out", "hidden-sizes": [4], "alpha": 0.25,
+        "teacher_columns": ["teacher 1", "teacher 3"], "use_cpu": True, "disable_tqdm": True, "max_steps": 9,
+        "learning_rate": "1e-2", "optim": "sgd", "lr_scheduler_kwargs": {}, "no_loss_components": True,
+        "skip_bad_rows": False, "validation": None, "report_to": ["none"],
+    }  # fmt: skip
+    dump = yaml.safe_dump if suffix == "yaml" else json.dumps
+    Path(f"run.{suffix}").write_text(dump(options))
+    assert main(["train", "--config", f"run.{suffix}", "--max-steps", "2", "--logging-steps", "1"]) == 0
+    flags = ["train.jsonl", "--student", "features", "--output_dir", "flags", "--hidden-sizes", "4", "--alpha", "0.25",
+             "--teacher-columns", "teacher 1", "teacher 3", "--use_cpu", "--disable_tqdm", "True", "--max_steps", "2",
+             "--learning_rate", "1e-2", "--optim", "sgd"]  # fmt: skip
+    assert main(["train", *flags]) == 0
+    assert same(load_file("out/model.safetensors"), load_file("flags/model.safetensors"))
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    assert state["global_step"] == 2 and "label_loss" not in state["log_history"][0]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("tempo: 3", "--config run.yaml: unknown option 'tempo'"),
+        ("- 3", "--config run.yaml: expected options as 'name: value', got list"),
+        ("alpha: [", "--config run.yaml: while parsing"),
+        ("learning_rate: fast", "--config run.yaml: argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        ("student: tree", "--config run.yaml: argument --student: invalid choice: 'tree'"),
+        (None, "--config run.yaml: No such file or directory"),
+    ],
+)
+def test_broken_config_file(capsys, content, message):
+    if content is not None:
+        Path("run.yaml").write_text(content)
+    code, line = error(capsys, "--config", "run.yaml")
+    assert code == 2 and line.startswith(f"pile-fast train: error: {message}")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "DATA is missing"),
+        (["x.jsonl", "--output-dir", "out"], "--student is missing"),
+        (["x.jsonl", "--student", "features"], "--output-dir is missing"),
+        (["x.jsonl", "--student", "tree"], "argument --student: invalid choice: 'tree'"),
+        (["x.jsonl", "--student", "bi-encoder", "--output-dir", "out"], "--student bi-encoder needs --model"),
+        (["x.jsonl", "--num-layers", "0"], "argument --num-layers: expected a whole number >= 1, got '0'"),
+        (["x.jsonl", "--learning-rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["x.jsonl", "--tempo", "3"], "unrecognized arguments: --tempo"),
+    ],
+)
+def test_wrong_command_line(capsys, arguments, message):
+    code, line = error(capsys, *arguments)
+    assert code == 2 and message in line
+
+
+OUT = ("--output-dir", "out", "--use-cpu")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("none.jsonl", "--student", "features"), "none.jsonl: no such file"),
+        ((*FEATURES, "--alpha", "2"), "alpha: expected a number >= 0 and <= 1, got 2.0"),
+        ((*FEATURES, "--teacher-columns", "bm25"), "--teacher-columns: no teacher 'bm25' in the data, there are: teacher 1, "),
+        ((*FEATURES, "--prior", "1", "2"), "--prior: expected a weight for each of the 6 teachers, got 2"),
+        ((*FEATURES, "--ensemble-logits"), "query q0: no ensemble_logits; write them with pile-fast ensemble"),
+        ((*FEATURES, "--ensemble-logits", "--iterations", "3"), "--iterations: does not go with --ensemble-logits"),
+        ((*FEATURES, "--ensemble-logits", "--teacher-columns", "a"), "--teacher-columns: does not go with --ensemble-logits"),
+        ((*FEATURES, "--save-strategy", "steps", "--load-best-model-at-end", "--validation", "validation.jsonl"),
+         "--load_best_model_at_end requires the save and eval strategy to match"),
+        ((*FEATURES, "--report-to", "codecarbon"), "requires `codecarbon` to be installed"),
+        ((*FEATURES, "--model", "."), ".: no model in this folder, it has no config.json"),
+        ((*FEATURES, "--resume-from-checkpoint", "nowhere"), "nowhere"),
+        (("train.jsonl", "--student", "cross-encoder", "--model", "any"), "query q0: no 'query', which a cross-encoder needs"),
+        (("labels.jsonl", "--student", "features"), "the data has no teacher_logits: add teachers (pile-fast score), or train"),
+        (("broken.jsonl", "--student", "features"), "broken.jsonl:2: "),
+    ],
+)  # fmt: skip
+def test_what_the_user_can_put_right(capsys, features, arguments, message):
+    write("labels.jsonl", [{name: row[name] for name in ("query_id", "features", "labels")} for row in features])
+    write("broken.jsonl", [features[0], features[1] | {"labels": ["good"]}])
+    code, line = error(capsys, *arguments, *OUT)
+    assert code == 1 and line.startswith("pile-fast: error: ") and message in line
+    assert not Path("out/config.json").exists()
+
+
+def test_text_student_s_model_that_is_not_there(capsys, monkeypatch, text):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    student = ("train.parquet", "--student", "cross-encoder", *OUT)
+    code, line = error(capsys, *student, "--model", "nobody/none")
+    assert code == 1 and "nobody/none: no such folder, and not to be had from the Hugging Face hub: " in line
+    code, line = error(capsys, *student, "--model", "encoder", "--num-layers", "3")
+    assert code == 1 and "encoder: has 2 layers, of which the first 3 cannot be kept" in line
+
+
+def test_broken_rows_can_be_left_out(capsys, features):
+    write("train.jsonl", [features[0], {"query_id": "x"}, *features[1:]])
+    run(*FEATURES, "--skip-bad-rows")
+    assert "Left out 1 broken rows of train.jsonl: train.jsonl:2: " in capsys.readouterr().out
+
+
+def test_a_run_is_not_written_over_another(capsys, features):
+    run(*FEATURES)
+    code, line = error(capsys, *FEATURES, *OUT)
+    assert code == 1 and "--output-dir out: holds a training run already" in line
+    Path("file").touch()
+    code, line = error(capsys, *FEATURES, "--output-dir", "file/below")
+    assert code == 1 and "--output-dir file/below: cannot write there: Not a directory" in line
+
+
+# Whoever finds a config.json finds a whole student.
+def test_student_half_written_is_none(monkeypatch, features):
+    class Killed(Exception):
+        pass
+
+    def replace(path, target):
+        if Path(target).name != "model.safetensors":
+            raise Killed
+        os.rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(Killed):
+            run(*FEATURES)
+    assert not Path("out/config.json").exists()
+    resumed = run(*FEATURES, "--resume-from-checkpoint")
+    assert same(resumed, run(*FEATURES, output="whole")) and load_ranker("out").kind == "features"
+
+
+STEPS = ("--max-steps", "24", "--save-steps", "2", "--per-device-train-batch-size", "2", "--save-total-limit", "2",
+         "--gradient-accumulation-steps", "2", "--max-documents-per-batch", "4")  # fmt: skip
+
+
+def killed(arguments, checkpoint, delay):
+    """Start the command and SIGKILL it, `delay` seconds after the folder of a checkpoint appears."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(Path("cache").absolute())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pile_fast", "train", *arguments], env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while process.poll() is None and not Path(checkpoint).exists():
+            time.sleep(0.001)
+        time.sleep(delay)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return process.returncode
+
+
+# The moment is another one in every run: most often in the middle of writing a checkpoint.
+def test_killed_and_resumed_run_ends_at_the_same_weights(capsys, text):
+    arguments = ("train.parquet", "--student", "cross-encoder", "--model", "encoder", *QUICK, *STEPS)
+    assert main(["train", *arguments, "--output-dir", "whole"]) == 0
+    random = np.random.default_rng()
+    step, delay = 2 * random.integers(1, 5), random.uniform(0, 0.05)
+    code = killed([*arguments, "--output-dir", "killed"], f"killed/checkpoint-{step}", delay)
+    assert code == -signal.SIGKILL, "it ended before it was killed"
+    assert not Path("killed/config.json").exists()
+    capsys.readouterr()
+    assert main(["train", *arguments, "--output-dir", "killed", "--resume-from-checkpoint"]) == 0
+    assert capsys.readouterr().out.startswith(("Going on from killed/checkpoint-", "No whole checkpoint in killed"))
+    weights = load_file("killed/model.safetensors"), load_file("whole/model.safetensors")
+    assert same(*weights), f"killed {delay} s after checkpoint {step} appeared"
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_torchrun(text, tiny_text_model):
+    tiny_text_model("encoder").save_pretrained("encoder")  # without dropout
+    arguments = ["train.parquet", "--student", "bi-encoder", "--model", "encoder", "--validation", "validation.jsonl", *QUICK,
+                 "--optim", "sgd", "--learning-rate", "0.5", "--max-documents-per-batch", "8", "--max-steps", "2"]  # fmt: skip
+    assert main(["train", *arguments, "--output-dir", "one", "--per-device-train-batch-size", "8"]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pile_fast", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(Path("cache").absolute())}
+    result = subprocess.run(
+        [*launch, *arguments, "--output-dir", "two", "--per-device-train-batch-size", "4"], env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Wrote two.") == 1
+    one, two = load_file("one/model.safetensors"), load_file("two/model.safetensors")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=5e-4)
+
+
+def test_help_puts_our_options_first(capsys):
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    places = [out.index(f"\n{group}") for group in ("data:", "student:", "loss (", "run:", "options of transformers' Trainer:")]
+    assert places == sorted(places) and "default: None" not in out
+    for flag in ("--student", "--alpha", "--learning-rate", "--fsdp", "--torch-compile"):
+        assert flag in out
+    assert out.index("--learning-rate") > places[-1]
+
+
+def test_training_libraries_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    code, line = error(capsys, "x.jsonl")
+    assert code == 1 and line == "pile-fast: error: training needs accelerate: pip install 'pile_fast[train]'"
+
+
+def test_every_kind_is_offered():
+    from pile_fast.students import KINDS
+
+    assert train._KINDS == KINDS
