@@ -20,7 +20,7 @@ def user_errors(output: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"this command needs {error.name}: pip install 'pile_fast[train]'") from error
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(" ".join(str(error).split())) from error  # transformers' messages have several lines
     except OSError as error:
         about = f"{error.filename}: {error.strerror}" if error.filename else f"{output}: {error.strerror or error}"
         raise UserError(about if error.strerror else str(error)) from error

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 import pile_fast
-from pile_fast.cli.errors import UserError
+from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.data.formats import FORMATS
 from pile_fast.options import DISTILLATIONS, GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
 
 _KINDS = ("features", "cross-encoder", "bi-encoder")
@@ -132,7 +133,8 @@ def _own_options() -> argparse.ArgumentParser:
     data.add_argument("data", nargs="*", metavar="DATA", default=argparse.SUPPRESS, help="training rows, a query each")
     data.add_argument("--validation", nargs="+", metavar="FILE", help="rows to evaluate on: after every epoch, unless "
                       "--eval-strategy says otherwise, and at the end")  # fmt: skip
-    data.add_argument("--format", help="of all files; by their suffix if not given")
+    data.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of all files: {', '.join(FORMATS)} "
+                      "(default: by their suffix)")  # fmt: skip
     data.add_argument("--skip-bad-rows", action="store_true", help="count and report broken rows instead of stopping")
     data.add_argument("--teacher-columns", nargs="+", metavar="NAME", help="the teachers to learn from, by name (default: all)")
     data.add_argument("--ensemble-logits", action="store_true", help="learn from the ensemble that `pile-fast ensemble` wrote "
@@ -197,10 +199,8 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
+    with user_errors(args.output_dir):
         return _train(args)
-    except (OSError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -288,10 +288,10 @@ def _rows(args: argparse.Namespace, paths: list[str]):
 
     bad_rows = BadRows() if args.skip_bad_rows else None
     if args.student == "features":
-        rows = read_rows(paths, format=args.format, bad_rows=bad_rows)
+        rows = read_rows(paths, format=args.source, bad_rows=bad_rows)
         data = RankedLists.from_rows(_choose_teachers(row, args) for row in rows)
     else:
-        data = load_dataset(paths, format=args.format, bad_rows=bad_rows)
+        data = load_dataset(paths, format=args.source, bad_rows=bad_rows)
         for column in ("query", "documents"):
             if data[0][column] is None:
                 raise UserError(f"{paths[0]}: query {data[0]['query_id']}: no {column!r}, which a {args.student} needs")
