@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import pile_fast
 from pile_fast import gradient_cache
+from pile_fast.cli import main
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator
 from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
 from pile_fast.trainer import PileTrainer, last_checkpoint, loss_components, ranking_quality
@@ -372,3 +375,29 @@ def test_components_are_the_parts_of_the_loss(tiny_tokenizer, text_rows, options
     if not options:  # teachers that are both there weigh the same before the first step
         assert mean["teacher_weight_entropy"] > found["teacher_weight_entropy"]
         assert {"teacher_weight/1", "teacher_weight/2"} <= mean.keys()
+
+
+def test_the_documentation_s_snippets_run(tmp_path, monkeypatch, tiny_text_model, tiny_tokenizer, text_rows):
+    text = (Path(__file__).parents[1] / "docs/training.md").read_text()
+    text = text.replace("sentence-transformers/all-MiniLM-L6-v2", str(tmp_path / "model"))
+    text = text.replace("--num-layers 3", "--num-layers 2").replace("num_layers: 3", "num_layers: 2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_text_model("encoder").save_pretrained("model")
+    tiny_tokenizer.save_pretrained("model")
+    for name in ("train", "validation"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text_rows(9)))
+    blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.S)
+    Path("run.yaml").write_text(next(code for language, code in blocks if language == "yaml"))
+    commands = [shlex.split(code.replace("\\\n", "")) for language, code in blocks if language == "bash"]
+    ours = [command for command in commands if command[0] == "pile-fast"]
+    torchrun = ["torchrun", "--nproc-per-node=2", "-m", "pile_fast"]  # is run by test_cli_train
+    assert len(ours) == 2 and [command[:4] for command in commands if command not in ours] == [torchrun]
+    for command in ours:
+        assert main(command[1:]) == 0
+    scope = {}
+    for language, code in blocks:
+        if language == "python":
+            exec(code, scope)
+    assert scope["ranker"].kind == "cross-encoder"
