@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -133,58 +129,3 @@ def test_saved_student_ranks_alike(tmp_path):
     run.save_model(tmp_path / "student")
     again = FeatureRanker.from_pretrained(tmp_path / "student")
     assert torch.equal(again(LISTS.features), run.model.eval()(LISTS.features))
-
-
-WORKER = """
-import os, sys, torch
-from transformers import TrainingArguments
-import pile_fast
-from pile_fast.data import make_synthetic
-from pile_fast.students import FeatureRanker, FeatureRankerConfig
-from pile_fast.trainer import PileTrainer
-
-lists = make_synthetic(72, documents=(1, 12), num_features=6)
-torch.manual_seed(0)
-config = FeatureRankerConfig(num_features=6, hidden_sizes=(8,), dropout=0.0)
-model = FeatureRanker(config).fit_standardization(lists.features)
-arguments = TrainingArguments(
-    sys.argv[1], use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", optim="sgd", learning_rate=1.0,
-    max_grad_norm=0.0, max_steps=2, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-    per_device_eval_batch_size=10,
-)
-loss = pile_fast.PILELoss(alpha=0.0, reduction="none", backend="torch")
-trainer = PileTrainer(model, arguments, loss=loss, train_dataset=lists, eval_dataset=lists)
-trainer.train()
-metrics = trainer.evaluate()
-if trainer.is_world_process_zero():
-    parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    torch.save((parameters, metrics), sys.argv[2])
-if torch.distributed.is_initialized():
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads race the interpreter's exit
-"""
-
-
-# 2 processes × 2 batches × 8 queries; in evaluation the last batch is short, and queries are repeated to fill it.
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes_take_the_same_steps_as_one(tmp_path):
-    one = trainer(tmp_path, pile_fast.PILELoss(alpha=0.0, reduction="none", backend="torch"), evaluation=LISTS)
-    one.train()
-    metrics = one.evaluate()
-    (tmp_path / "worker.py").write_text(WORKER)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        tmp_path / "worker.py",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, tmp_path, tmp_path / "two.pt"], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    parameters, two = torch.load(tmp_path / "two.pt")
-    torch.testing.assert_close(parameters, weights(one.model), rtol=1e-4, atol=1e-6)
-    for name in ("eval_ndcg@10", "eval_mrr", "eval_pnr"):
-        assert two[name] == pytest.approx(metrics[name], rel=1e-4)

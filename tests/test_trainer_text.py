@@ -20,7 +20,7 @@ import pile_fast
 from pile_fast import gradient_cache
 from pile_fast.cli import main
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator
-from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
+from pile_fast.students import KINDS, FeatureRanker, FeatureRankerConfig, load_ranker
 from pile_fast.trainer import PileTrainer, last_checkpoint, loss_components, ranking_quality
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
@@ -36,11 +36,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def folder(tmp_path, tiny_text_model, tiny_tokenizer, text_rows):
-    """Both students and the rows, saved."""
+    """Students of every kind and the rows, saved."""
     for kind in TEXT:
         tiny_text_model(kind).save_pretrained(tmp_path / kind)
         tiny_tokenizer.save_pretrained(tmp_path / kind)
-    (tmp_path / "rows.json").write_text(json.dumps(text_rows(QUERIES)))
+    FeatureRanker(FeatureRankerConfig(num_features=3, hidden_sizes=(8,), dropout=0.0)).save_pretrained(tmp_path / "features")
+    rows = [row | {"features": torch.randn(len(row["documents"]), 3).tolist()} for row in text_rows(QUERIES)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     return tmp_path
 
 
@@ -145,45 +147,47 @@ def test_left_padding_is_cut_too(tiny_text_model, tiny_tokenizer, text_rows):
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("kind", TEXT)
 def test_steps_do_not_depend_on_passes_nor_accumulation_nor_whose_trainer_it_is(folder, kind, accumulation):
-    expected, losses = worker.steps(folder, kind, max_steps=3)
+    expected, losses, _ = worker.steps(folder, kind, max_steps=3)
     start = worker.trainer(folder, kind).model
     assert (expected - torch.cat([p.detach().flatten() for p in start.parameters()])).abs().max() > 1e-3
     batches = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation, "max_steps": 3}
     for case in ({}, {"passes": 5}, {"own": True}):
-        weights, logged = worker.steps(folder, kind, **case, **batches)
+        weights, logged, _ = worker.steps(folder, kind, **case, **batches)
         torch.testing.assert_close(weights, expected, rtol=1e-3, atol=2e-5)
         assert logged == pytest.approx(losses, abs=2e-4)  # the Trainer rounds what it logs
 
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_bf16_steps_in_passes(folder, kind):
-    expected, _ = worker.steps(folder, kind, bf16=True)
-    weights, _ = worker.steps(folder, kind, bf16=True, passes=5)
-    full, _ = worker.steps(folder, kind)
+    expected = worker.steps(folder, kind, bf16=True)[0]
+    weights = worker.steps(folder, kind, bf16=True, passes=5)[0]
+    full = worker.steps(folder, kind)[0]
     assert (weights - expected).norm() < 2 * (expected - full).norm() and not torch.equal(expected, full)
 
 
-# 2 processes × 4 queries: their numbers of passes differ.
+# 2 processes × 4 queries: their numbers of passes differ. In evaluation the last batch is short, and queries are repeated
+# to fill it.
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_take_the_same_steps_as_one(folder):
-    cases = {}
+    one = {"per_device_train_batch_size": 4, "evaluation": True, "per_device_eval_batch_size": 5}
+    two = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    cases = {"features": {"kind": "features"} | two, "features evaluated": {"kind": "features"} | one}
     for kind in TEXT:
-        for accumulation in (1, 2):
-            case = {"kind": kind, "per_device_train_batch_size": 4 // accumulation,
-                    "gradient_accumulation_steps": accumulation}  # fmt: skip
-            cases[f"{kind} {accumulation}"] = case
-            cases[f"{kind} {accumulation} passes"] = case | {"passes": 3}
-            cases[f"{kind} {accumulation} own"] = case | {"own": True}
-    cases["checkpointing"] = {"kind": "cross-encoder", "per_device_train_batch_size": 4, "passes": 3,
-                              "gradient_checkpointing": True}  # fmt: skip
+        cases[f"{kind} in passes"] = {"kind": kind, "passes": 3} | one
+        cases[f"{kind} in passes, accumulated"] = {"kind": kind, "passes": 3} | two
+        cases[f"{kind} with its own Trainer"] = {"kind": kind, "own": True} | two
+    cases["checkpointing"] = cases["cross-encoder in passes"] | {"gradient_checkpointing": True, "evaluation": None}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER]
     result = subprocess.run(
         [*launch, folder, json.dumps(cases)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stderr
-    expected = {kind: worker.steps(folder, kind)[0] for kind in TEXT}
-    for name, (weights, _) in torch.load(folder / "results.pt").items():
-        torch.testing.assert_close(weights, expected[cases[name]["kind"]], rtol=1e-3, atol=2e-5, msg=name)
+    expected = {kind: worker.steps(folder, kind, evaluation=True) for kind in KINDS}
+    for name, (weights, _, metrics) in torch.load(folder / "results.pt").items():
+        one, _, one_metrics = expected[cases[name]["kind"]]
+        torch.testing.assert_close(weights, one, rtol=1e-3, atol=2e-5, msg=name)
+        for metric in ("ndcg@10", "mrr", "map", "pnr") if metrics else ():
+            assert metrics[f"eval_{metric}"] == pytest.approx(one_metrics[f"eval_{metric}"], rel=1e-4), name
 
 
 class Interrupt(TrainerCallback):
@@ -198,7 +202,7 @@ def test_resumed_training_ends_at_the_same_weights(folder, tiny_text_model):
     settings = {"kind": "cross-encoder", "passes": 5, "max_steps": 8, "per_device_train_batch_size": 4,
                 "gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2,
                 "save_strategy": "steps", "save_steps": 2}  # fmt: skip
-    expected, losses = worker.steps(folder, **settings, output_dir=folder / "whole")
+    expected, losses, _ = worker.steps(folder, **settings, output_dir=folder / "whole")
     with pytest.raises(KeyboardInterrupt):
         worker.trainer(folder, **settings, callbacks=[Interrupt()]).train()
     # As if killed while it wrote the next one, and in the middle of another.

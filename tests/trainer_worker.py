@@ -1,4 +1,4 @@
-"""Steps of text students, on one process (`steps`) or, as a script under torchrun, on several."""
+"""Steps of students, on one process (`steps`) or, as a script under torchrun, on several."""
 
 import json
 import os
@@ -10,23 +10,26 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from pile_fast import PILELoss
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator
-from pile_fast.students.ranker import load_bi_encoder, load_cross_encoder
+from pile_fast.students import load_ranker
 from pile_fast.trainer import PileTrainer, pile_compute_loss_func
 
 LOSS = {"alpha": 0.5, "backend": "torch"}
 
 
-def trainer(folder, kind, *, own=False, passes=None, train=None, evaluation=None, callbacks=None, log=True, **arguments):
-    """A Trainer of the student in folder/kind on folder/rows.json: ours, or transformers' own with our loss function."""
+def trainer(folder, kind, *, own=False, passes=None, evaluation=None, callbacks=None, log=True, **arguments):
+    """A Trainer of the student in folder/kind on folder/rows.json: ours, or transformers' own with our loss function.
+
+    evaluation=True evaluates on the training rows.
+    """
     arguments = {
         "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 2,
         "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "per_device_train_batch_size": 8, "output_dir": folder / "out", "remove_unused_columns": False,
     } | arguments  # fmt: skip
-    model = (load_bi_encoder if kind == "bi-encoder" else lambda name: load_cross_encoder(name, trained=True))(folder / kind)
-    tokenizer = AutoTokenizer.from_pretrained(folder / kind)
-    rows = json.loads((folder / "rows.json").read_text()) if train is None else train
-    common = {"train_dataset": rows, "eval_dataset": evaluation, "callbacks": callbacks}
+    model = load_ranker(folder / kind, device="cpu").model
+    tokenizer = None if kind == "features" else AutoTokenizer.from_pretrained(folder / kind)
+    rows = json.loads((folder / "rows.json").read_text())
+    common = {"train_dataset": rows, "eval_dataset": rows if evaluation is True else evaluation, "callbacks": callbacks}
     if own:
         collator = (BiEncoderCollator if kind == "bi-encoder" else CrossEncoderCollator)(tokenizer)
         loss = pile_compute_loss_func(**LOSS)
@@ -38,12 +41,13 @@ def trainer(folder, kind, *, own=False, passes=None, train=None, evaluation=None
 
 
 def steps(*args, **kwargs):
-    """(weights after training, logged losses)."""
+    """(weights after training, logged losses, metrics if there is an evaluation set)."""
     run = trainer(*args, **kwargs)
     run.train()
     return (
         torch.cat([p.detach().flatten() for p in run.model.parameters()]),
         [entry["loss"] for entry in run.state.log_history if "loss" in entry],
+        run.evaluate() if run.eval_dataset is not None else None,
     )
 
 
