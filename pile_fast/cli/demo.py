@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import pile_fast
+from pile_fast.cli.common import require, whole_number, writable_folder
 from pile_fast.cli.errors import UserError
 from pile_fast.data import RankedLists, find_data, load_mq2008, make_synthetic
 
@@ -51,7 +52,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder with mq2008/ and mq2008_agg/ (default: $PILE_FAST_DATA, data/)")
     parser.add_argument("--output", metavar="DIR", default="runs/demo", help="where results go (default: %(default)s)")
     parser.add_argument("--fold", type=int, choices=range(1, 6), default=1, help="LETOR fold (default: %(default)s)")
-    parser.add_argument("--epochs", type=_whole_number(1), default=15, help="per student (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole_number(1), default=15, help="per student (default: %(default)s)")
     parser.add_argument(
         "--missing",
         choices=("bottom", "nan"),
@@ -60,30 +61,15 @@ def add_parser(commands) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=_whole_number(0), default=0, help="of the students and of generated data (default: %(default)s)"
+        "--seed", type=whole_number(0), default=0, help="of the students and of generated data (default: %(default)s)"
     )
     parser.set_defaults(run=run)
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
 def run(args: argparse.Namespace) -> int:
-    try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-
-        from pile_fast import trainer  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the demo needs {error.name}: pip install 'pile_fast[train]'") from error
+    require("the demo", "matplotlib", "rich", "pile_fast.trainer")
     torch.set_num_threads(1)  # networks and lists this small: more threads would mostly wait for each other
-    output = _writable(Path(args.output))
+    output = writable_folder(args.output)
     lists, source, returned = _load(args.data, args.missing, args.seed)
     print(source, flush=True)
     train, validation, test = lists.fold(args.fold)
@@ -108,16 +94,6 @@ def run(args: argparse.Namespace) -> int:
     _plot(rows, caption, output / "quality.png")
     print(f"Wrote {output / 'student'}, {output / 'metrics.json'} and {output / 'quality.png'}.")
     return 0
-
-
-def _writable(output: Path) -> Path:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot write there: {error.strerror}") from error
-    return output
 
 
 def _load(data: str | None, missing: str, seed: int) -> tuple[RankedLists, str, Callable[[RankedLists], Tensor]]:
