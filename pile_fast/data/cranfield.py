@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pile_fast.data.letor import read_cells
+from pile_fast.data.files import read_cells
 from pile_fast.data.locate import find_file
 from pile_fast.scoring import BM25
 

@@ -57,6 +57,17 @@ def read_lines(path: Path, bad_rows: BadRows | None = None) -> Iterator[tuple[in
         raise ValueError(f"{path}: damaged file after line {number}: {error}") from error
 
 
+def read_cells(path: Path, separator: str | None, count: int) -> list[list[str]]:
+    """The cells of every line, `count` of them; None separates at blanks. A broken line raises ``file:line: reason``."""
+    lines = []
+    for number, line in read_lines(path):
+        cells = line.rstrip("\n").split(separator)
+        if len(cells) != count:
+            raise ValueError(f"{path}:{number}: expected {count} cells, got {len(cells)}")
+        lines.append(cells)
+    return lines
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to; on success it replaces `path` in one step, on failure it is removed.

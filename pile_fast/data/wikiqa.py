@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pile_fast.data.letor import read_cells
+from pile_fast.data.files import read_cells
 from pile_fast.data.locate import find_file
 
 SPLITS = ("train", "dev", "test")
