@@ -1,0 +1,246 @@
+"""``pile-fast score``: teacher logits from cross-encoders, bi-encoders, feature rankers and BM25, added to a file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pile_fast
+from pile_fast.cli.common import real_number, require, whole_number
+from pile_fast.cli.errors import UserError
+from pile_fast.scoring import BM25
+
+KINDS = ("cross-encoder", "bi-encoder", "features", "bm25")
+# A kill costs at most about so many documents' work.
+DOCUMENTS_PER_PART = 1024
+
+
+@dataclasses.dataclass
+class Teacher:
+    """A scorer and the name of its column.
+
+    Attributes:
+        score: rows, none of whose documents is empty → a sequence of logits per row.
+    """
+
+    name: str
+    model: str
+    kind: str | None
+    score: Callable[[list[dict]], list] | None = None
+
+    def check(self, row: dict) -> None:
+        """Raises ValueError if the row lacks what the teacher reads."""
+        needed = ("features",) if self.kind == "features" else ("query", "documents")
+        for column in needed:
+            if row[column] is None or (column == "query" and not row["query"].strip()):
+                raise ValueError(f"query {row['query_id']}: no {column}, which teacher {self.name} ({self.kind}) reads")
+
+    def reads(self, row: dict) -> list[int]:
+        """The documents that it scores: all but those without a text to read."""
+        every = range(len(row["doc_ids"]))
+        return list(every) if self.kind == "features" else [i for i in every if row["documents"][i].strip()]
+
+
+@dataclasses.dataclass
+class Contents:
+    """What the first reading of the file found."""
+
+    rows: int
+    documents: int
+    empty: int
+    teachers: list[str]
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="teacher logits from cross-encoders, bi-encoders, feature rankers or BM25, added to a file of queries",
+        description="Scores every document of a file with one or more teachers and writes the file with their logits as "
+        "Parquet. Teachers that the file has already are kept. A run that was killed goes on where it was: repeat the "
+        "command. The finished file is the same, byte for byte, as that of a run without a break.",
+    )
+    parser.add_argument("data", metavar="DATA", help="a file of queries: .jsonl, .parquet, LETOR")
+    parser.add_argument(
+        "--teacher", metavar="NAME=MODEL[:KIND]", type=_teacher, action="append", required=True, dest="teachers",
+        help=f"a folder or a name on the Hugging Face hub, and its kind ({', '.join(KINDS)}) where the model does not tell; "
+        "or just bm25; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FILE.parquet", required=True, help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the logits of teachers that the file has already")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1), default=64, help="texts that a model scores at once (default: 64)"
+    )
+    parser.add_argument("--max-length", type=whole_number(1), help="tokens a text model reads (default: what the model allows)")
+    parser.add_argument("--device", help="where models run, e.g. cuda:1 or cpu (default: the GPU if there is one)")
+    parser.add_argument("--k1", type=real_number(0), default=1.5, help="BM25: saturation of repeated words (default: 1.5)")
+    parser.add_argument("--b", type=real_number(0, 1), default=0.75, help="BM25: discount of long documents (default: 0.75)")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="count broken rows instead of stopping at the first")
+    parser.set_defaults(run=run)
+
+
+def _teacher(text: str) -> Teacher:
+    name, _, model = ("bm25", "=", "bm25") if text == "bm25" else text.partition("=")
+    base, _, kind = model.rpartition(":")
+    model, kind = (base, kind) if kind in KINDS else (model, None)
+    if model == "bm25" and kind is None:
+        kind = "bm25"
+    if not name or not (model or kind == "bm25"):
+        raise argparse.ArgumentTypeError(f"expected NAME=MODEL, NAME=MODEL:KIND or bm25, got {text!r}")
+    return Teacher(name, model, kind)
+
+
+def run(args: argparse.Namespace) -> int:
+    kinds = {teacher.kind for teacher in args.teachers}
+    require("score", "pyarrow", "tqdm", *["bm25s"] * ("bm25" in kinds), *["transformers"] * (kinds != {"bm25"}))
+    from pile_fast.data import BadRows, ResumableOutput
+
+    names = [teacher.name for teacher in args.teachers]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"--teacher: two are called {twice.pop()!r}")
+    if Path(args.output).suffix != ".parquet":
+        raise UserError(f"--output {args.output}: expected a name that ends in .parquet")
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    try:
+        _load_models(args)
+        contents = _look_through(args, bad_rows)
+        with ResumableOutput(args.output, _settings(args)) as output:
+            _write_parts(output, args, contents)
+            output.finish()
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if contents.empty:
+        print(f"{contents.empty:,} empty documents were not scored: their logits are null.")
+    if bad_rows is not None and bad_rows.count:
+        print("\n".join([f"{bad_rows.count:,} broken rows were left out:", *bad_rows.reasons]))
+    print(f"Wrote {args.output}: {contents.rows:,} queries, {contents.documents:,} documents, {', '.join(contents.teachers)}.")
+    return 0
+
+
+def _load_models(args: argparse.Namespace) -> None:
+    for teacher in args.teachers:
+        if teacher.kind == "bm25":
+            continue
+        from pile_fast.students import load_ranker
+
+        ranker = load_ranker(teacher.model, kind=teacher.kind, max_length=args.max_length, device=args.device)
+        teacher.kind = ranker.kind
+        teacher.score = lambda rows, ranker=ranker: [
+            scores.tolist() for scores in ranker.score(rows, batch_size=args.batch_size)
+        ]
+
+
+def _look_through(args: argparse.Namespace, bad_rows) -> Contents:
+    """Read the whole file before the work begins: a broken row shows now, not after hours; BM25 gets its collection."""
+    contents = Contents(0, 0, 0, [])
+    collection: dict[str, None] = {}  # in the order they come
+    lexical = [teacher for teacher in args.teachers if teacher.kind == "bm25"]
+    for row in _rows(args, bad_rows):
+        contents.rows += 1
+        contents.documents += len(row["doc_ids"])
+        contents.empty += len(row["doc_ids"]) - min(len(teacher.reads(row)) for teacher in args.teachers)
+        contents.teachers = row["teachers"]
+        if lexical:
+            collection |= dict.fromkeys(row["documents"][i] for i in lexical[0].reads(row))
+    if not contents.rows:
+        raise UserError(f"{args.data}: no rows are left")
+    taken = [teacher.name for teacher in args.teachers if teacher.name in contents.teachers]
+    if taken and not args.overwrite:
+        raise UserError(f"{args.data} has teacher {taken[0]} already: choose another name, or --overwrite it")
+    contents.teachers = list(dict.fromkeys([*contents.teachers, *(teacher.name for teacher in args.teachers)]))
+    if lexical:
+        bm25 = BM25(collection, k1=args.k1, b=args.b)
+        for teacher in lexical:
+            teacher.score = lambda rows: [bm25.score(row["query"], row["documents"]).tolist() for row in rows]
+    return contents
+
+
+def _rows(args: argparse.Namespace, bad_rows=None) -> Iterator[dict]:
+    """The rows that the teachers can score."""
+    from pile_fast.data import BadRows, read_rows
+
+    for row in read_rows(args.data, bad_rows=BadRows() if args.skip_bad_rows and bad_rows is None else bad_rows):
+        try:
+            for teacher in args.teachers:
+                teacher.check(row)
+        except ValueError as error:
+            if not args.skip_bad_rows:
+                raise ValueError(f"{args.data}: {error}") from None
+            if bad_rows is not None:
+                bad_rows.add(args.data, error)
+            continue
+        yield row
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """All that decides what is written: a run goes on only where these are the same."""
+    from pile_fast.data import fingerprint
+
+    def files(model: str) -> list:
+        return fingerprint(*sorted(path for path in Path(model).rglob("*") if path.is_file())) if Path(model).is_dir() else []
+
+    return {
+        "data": fingerprint(args.data),
+        "teachers": [[teacher.name, teacher.model, teacher.kind, files(teacher.model)] for teacher in args.teachers],
+        **{name: getattr(args, name) for name in ("batch_size", "max_length", "device", "k1", "b", "skip_bad_rows")},
+        "documents_per_part": DOCUMENTS_PER_PART,
+        "pile_fast": pile_fast.__version__,
+    }
+
+
+def _write_parts(output, args: argparse.Namespace, contents: Contents) -> None:
+    from tqdm import tqdm
+
+    with tqdm(total=contents.documents, unit=" documents", disable=None) as bar:
+        for number, rows in enumerate(_parts(_rows(args))):
+            if number not in output.done:
+                output.write(number, _score(rows, args.teachers))
+            bar.update(sum(len(row["doc_ids"]) for row in rows))
+
+
+def _parts(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    part, documents = [], 0
+    for row in rows:
+        part.append(row)
+        documents += len(row["doc_ids"])
+        if documents >= DOCUMENTS_PER_PART:
+            yield part
+            part, documents = [], 0
+    if part:
+        yield part
+
+
+def _score(rows: list[dict], teachers: list[Teacher]) -> list[dict]:
+    """The rows with the teachers' logits."""
+    scored = [
+        row | {"teachers": list(row["teachers"]), "teacher_logits": list(map(list, row["teacher_logits"]))} for row in rows
+    ]
+    for teacher in teachers:
+        read = [(row, places) for row in scored if (places := teacher.reads(row))]
+        logits = teacher.score([_only(row, places) for row, places in read])
+        columns = {}
+        for (row, places), values in zip(read, logits, strict=True):
+            columns[row["query_id"]] = dict(zip(places, values, strict=True))
+        for row in scored:
+            column = columns.get(row["query_id"], {})
+            if not all(map(math.isfinite, column.values())):
+                raise ValueError(f"teacher {teacher.name}: a logit of query {row['query_id']} is not finite")
+            _set_column(row, teacher.name, [column.get(i) for i in range(len(row["doc_ids"]))])
+    return scored
+
+
+def _only(row: dict, places: list[int]) -> dict:
+    """The row with some of its documents, as far as a teacher reads it."""
+    return row | {name: row[name] and [row[name][i] for i in places] for name in ("documents", "features")}
+
+
+def _set_column(row: dict, name: str, logits: list[float | None]) -> None:
+    """A known teacher's logits take the place of its old ones, a new teacher's come last."""
+    known = name in row["teachers"]
+    column = row["teachers"].index(name) if known else len(row["teachers"])
+    for values, logit in zip(row["teacher_logits"], logits, strict=True):
+        values[column : column + 1] = [logit]
+    if not known:
+        row["teachers"].append(name)
