@@ -61,8 +61,8 @@ def require(command: str, *modules: str, extra: str = "train") -> None:
             raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{extra}]'") from error
 
 
-def writable_folder(path: str) -> Path:
-    """--output as a folder that is there and can be written to."""
+def writable_folder(path: str | Path) -> Path:
+    """The folder of --output, there and fit to be written to."""
     output = Path(path)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,17 @@ def writable_folder(path: str) -> Path:
     except OSError as error:
         raise UserError(f"--output {output}: cannot write there: {error.strerror}") from error
     return output
+
+
+def load_ranker(model: str, **options):
+    """`pile_fast.students.load_ranker` without its library's progress bars and notices."""
+    import transformers
+
+    from pile_fast import students
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return students.load_ranker(model, **options)
 
 
 def as_json(value: object) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import pile_fast
-from pile_fast.cli.common import as_json, named, real_number, require, whole_number, writable_folder
+from pile_fast.cli.common import as_json, load_ranker, named, real_number, require, whole_number, writable_folder
 from pile_fast.cli.errors import UserError
 from pile_fast.evaluation import BOOTSTRAP_SAMPLES, DEFAULT_METRICS, PERMUTATIONS, Evaluation, Metric, evaluate, tie_order
 
@@ -194,8 +194,6 @@ def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
 
 
 def _load_model(name: str, path: str, args: argparse.Namespace):
-    from pile_fast.students import load_ranker
-
     try:
         return load_ranker(path, max_length=args.max_length, device=args.device)
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pile_fast
-from pile_fast.cli.common import real_number, require, whole_number
+from pile_fast.cli.common import load_ranker, real_number, require, whole_number, writable_folder
 from pile_fast.cli.errors import UserError
 from pile_fast.scoring import BM25
 
@@ -82,12 +82,12 @@ def add_parser(commands) -> None:
 
 
 def _teacher(text: str) -> Teacher:
-    name, _, model = ("bm25", "=", "bm25") if text == "bm25" else text.partition("=")
-    base, _, kind = model.rpartition(":")
-    model, kind = (base, kind) if kind in KINDS else (model, None)
-    if model == "bm25" and kind is None:
-        kind = "bm25"
-    if not name or not (model or kind == "bm25"):
+    name, _, model = text.partition("=") if text != "bm25" else ("bm25", "=", "bm25")
+    kind = "bm25" if model == "bm25" else None
+    base, colon, suffix = model.rpartition(":")
+    if colon and suffix in KINDS:
+        model, kind = base, suffix
+    if not (name and model):
         raise argparse.ArgumentTypeError(f"expected NAME=MODEL, NAME=MODEL:KIND or bm25, got {text!r}")
     return Teacher(name, model, kind)
 
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--teacher: two are called {twice.pop()!r}")
     if Path(args.output).suffix != ".parquet":
         raise UserError(f"--output {args.output}: expected a name that ends in .parquet")
+    writable_folder(Path(args.output).parent)
     bad_rows = BadRows() if args.skip_bad_rows else None
     try:
         _load_models(args)
@@ -123,8 +124,6 @@ def _load_models(args: argparse.Namespace) -> None:
     for teacher in args.teachers:
         if teacher.kind == "bm25":
             continue
-        from pile_fast.students import load_ranker
-
         ranker = load_ranker(teacher.model, kind=teacher.kind, max_length=args.max_length, device=args.device)
         teacher.kind = ranker.kind
         teacher.score = lambda rows, ranker=ranker: [
@@ -178,12 +177,14 @@ def _settings(args: argparse.Namespace) -> dict:
     """All that decides what is written: a run goes on only where these are the same."""
     from pile_fast.data import fingerprint
 
-    def files(model: str) -> list:
-        return fingerprint(*sorted(path for path in Path(model).rglob("*") if path.is_file())) if Path(model).is_dir() else []
+    def files(teacher: Teacher) -> list:
+        """A model's files; of one from the hub there is only the name."""
+        inside = Path(teacher.model).rglob("*") if teacher.kind != "bm25" else ()
+        return fingerprint(*sorted(path for path in inside if path.is_file()))
 
     return {
         "data": fingerprint(args.data),
-        "teachers": [[teacher.name, teacher.model, teacher.kind, files(teacher.model)] for teacher in args.teachers],
+        "teachers": [[teacher.name, teacher.model, teacher.kind, files(teacher)] for teacher in args.teachers],
         **{name: getattr(args, name) for name in ("batch_size", "max_length", "device", "k1", "b", "skip_bad_rows")},
         "documents_per_part": DOCUMENTS_PER_PART,
         "pile_fast": pile_fast.__version__,
@@ -232,8 +233,9 @@ def _score(rows: list[dict], teachers: list[Teacher]) -> list[dict]:
 
 
 def _only(row: dict, places: list[int]) -> dict:
-    """The row with some of its documents, as far as a teacher reads it."""
-    return row | {name: row[name] and [row[name][i] for i in places] for name in ("documents", "features")}
+    """What a teacher reads of a row: some of its documents, and neither labels nor logits."""
+    chosen = {name: row[name] and [row[name][i] for i in places] for name in ("documents", "features")}
+    return {"query_id": row["query_id"], "query": row["query"], **chosen}
 
 
 def _set_column(row: dict, name: str, logits: list[float | None]) -> None:
