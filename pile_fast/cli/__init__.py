@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import pile_fast
-from pile_fast.cli import convert, demo, ensemble, info, train
+from pile_fast.cli import convert, demo, ensemble, evaluate, info, inspect, score, train
 from pile_fast.cli.errors import UserError
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="pile-fast", description="Distil several teacher rankers into one student (PILE).")
     parser.add_argument("--version", action="version", version=f"pile_fast {pile_fast.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    for command in (demo, convert, ensemble, train, info):
+    for command in (demo, convert, score, ensemble, inspect, train, evaluate, info):
         command.add_parser(commands)
     try:
         args = parser.parse_args(argv)

@@ -6,11 +6,14 @@ import argparse
 import importlib
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from pile_fast.cli.errors import UserError
+from pile_fast.data import BadRows, atomic_path
+from pile_fast.data.formats import FORMATS
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -52,6 +55,22 @@ def named(what: str) -> Callable[[str], tuple[str, str]]:
     return parse
 
 
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that reads one file of queries: `data`, `source` (its format), `skip_bad_rows`."""
+    parser.add_argument("data", metavar="DATA", help="a file of queries: .jsonl, .parquet, .txt (LETOR), ...")
+    parser.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of DATA: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why at the end"
+    )
+
+
+def print_left_out(bad_rows: BadRows | None) -> None:
+    """What --skip-bad-rows left out, on stderr."""
+    if bad_rows is not None and bad_rows.count:
+        shown = "" if bad_rows.count == len(bad_rows.reasons) else f", the first {len(bad_rows.reasons)}"
+        print(f"Left out {bad_rows.count:,} broken rows or lines{shown}:", *bad_rows.reasons, sep="\n  ", file=sys.stderr)
+
+
 def require(command: str, *modules: str, extra: str = "train") -> None:
     """Ends the command with the line that installs what is missing."""
     for module in modules:
@@ -84,9 +103,10 @@ def load_ranker(model: str, **options):
     return students.load_ranker(model, **options)
 
 
-def as_json(value: object) -> str:
-    """JSON text; a number that is not finite, for which JSON has no word, is null."""
-    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+def write_json(path: Path, value: object) -> None:
+    """A number that is not finite, for which JSON has no word, is null."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value):

@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 
 import pile_fast
-from pile_fast.cli.common import as_json, load_ranker, named, real_number, require, whole_number, writable_folder
-from pile_fast.cli.errors import UserError
+from pile_fast.cli.common import (
+    add_input,
+    load_ranker,
+    named,
+    print_left_out,
+    real_number,
+    require,
+    whole_number,
+    writable_folder,
+    write_json,
+)
+from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.data import BadRows, atomic_path, read_rows
+from pile_fast.data.trec import read_qrels
 from pile_fast.evaluation import BOOTSTRAP_SAMPLES, DEFAULT_METRICS, PERMUTATIONS, Evaluation, Metric, evaluate, tie_order
 
 QUERIES_AT_ONCE = 64  # read, then scored by the models, so that texts of the whole file are never in memory
@@ -37,10 +49,10 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="models, TREC runs, teachers and ensembles on the same labelled queries, with confidence intervals and tests",
-        description="Compares rankers on the labelled queries of a file: per-query metrics, means with 95%% confidence "
+        description="Compares rankers on the labelled queries of a file: per-query metrics, means with 95 % confidence "
         "intervals, and paired significance tests against a baseline. Writes a table, metrics.json and metrics.png.",
     )
-    parser.add_argument("data", metavar="DATA", help="queries with labels: .jsonl, .parquet, LETOR")
+    add_input(parser)
     parser.add_argument("--teachers", action="store_true", help="evaluate the file's teachers")
     parser.add_argument(
         "--column", choices=["ensemble_logits"], action="append", default=[], help="evaluate the file's ensemble"
@@ -62,7 +74,11 @@ def add_parser(commands) -> None:
         dest="runs",
         help="evaluate a TREC run file; may be given several times",
     )
-    parser.add_argument("--qrels", metavar="FILE", help="TREC qrels, in place of the file's labels; not judged = not labelled")
+    parser.add_argument("--qrels", metavar="FILE", help="TREC qrels, in place of the file's labels")
+    parser.add_argument(
+        "--unjudged", type=real_number(-math.inf), metavar="LABEL",
+        help="label of what the qrels do not list (default: unlabelled; trec_eval takes 0)",
+    )  # fmt: skip
     parser.add_argument(
         "--metrics", type=_metrics, default=list(DEFAULT_METRICS), help=f"default: {','.join(DEFAULT_METRICS)}; also opa, @k"
     )
@@ -80,14 +96,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--max-length", type=whole_number(1), help="tokens a text model reads (default: the model's)")
     parser.add_argument("--device", help="where models run, e.g. cuda (default: the model's choice)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the resampling (default: 0)")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="count broken rows instead of stopping at the first")
     parser.add_argument("--output", metavar="DIR", required=True, help="where metrics.json and metrics.png go")
     parser.set_defaults(run=run)
 
 
 def _metrics(text: str) -> list[str]:
     try:
-        return [Metric(name.strip()).name for name in text.split(",")]
+        return list(dict.fromkeys(Metric(name.strip()).name for name in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("metrics: ")) from None
 
@@ -97,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
     if not (args.teachers or args.column or args.model or args.runs):
         raise UserError("nothing to evaluate: give --teachers, --column, --model or --run")
     output = writable_folder(args.output)
-    try:
-        query_ids, labels, cu_seqlens, systems, notes = _read(args)
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    with user_errors(args.output):
+        query_ids, labels, cu_seqlens, systems = _read(args, bad_rows)
         if args.baseline is not None and args.baseline not in systems:
             raise UserError(f"--baseline {args.baseline}: expected one of {', '.join(systems)}")
         scores = {name: _tensor(system.scores) for name, system in systems.items()}
@@ -106,28 +122,22 @@ def run(args: argparse.Namespace) -> int:
             scores, labels, cu_seqlens, metrics=args.metrics, baseline=args.baseline, relevant_at=args.relevant_at,
             empty=args.empty, seed=args.seed,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if evaluation.queries.paired == 0:
-        notes.append("No query has two documents of different labels: nothing here can tell rankers apart.")
+        write_json(output / "metrics.json", _report(evaluation, systems, query_ids, args, bad_rows))
+        with atomic_path(output / "metrics.png") as temporary:
+            _plot(evaluation, args, temporary)
     _print_table(evaluation, systems, args)
-    print("\n".join([*_explain(evaluation, args), *notes]))
-    (output / "metrics.json").write_text(as_json(_report(evaluation, systems, query_ids, args, notes)))
-    _plot(evaluation, args, output / "metrics.png")
+    print("\n".join(_explain(evaluation, args)))
+    print_left_out(bad_rows)
     print(f"Wrote {output / 'metrics.json'} and {output / 'metrics.png'}.")
     return 0
 
 
-def _read(args: argparse.Namespace) -> tuple[list[str], Tensor, Tensor, dict[str, System], list[str]]:
-    """Query ids, labels (D,), cu_seqlens, the systems with their scores, and what the reader should know."""
+def _read(args: argparse.Namespace, bad_rows: BadRows | None) -> tuple[list[str], Tensor, Tensor, dict[str, System]]:
+    """Query ids, labels (D,), cu_seqlens, and the systems with their scores."""
     from tqdm import tqdm
 
-    from pile_fast.data import BadRows, read_rows
-    from pile_fast.data.trec import read_qrels, read_run
-
-    bad_rows = BadRows() if args.skip_bad_rows else None
-    rows = read_rows(args.data, bad_rows=bad_rows)
-    qrels = read_qrels(args.qrels) if args.qrels else None
+    rows = read_rows(args.data, format=args.source, bad_rows=bad_rows)
+    qrels = read_qrels(Path(args.qrels)) if args.qrels else None
     systems: dict[str, System] = {}
 
     def add(kind: str, name: str, source: str) -> System:
@@ -141,7 +151,7 @@ def _read(args: argparse.Namespace) -> tuple[list[str], Tensor, Tensor, dict[str
     if args.teachers and not teachers:
         raise UserError(f"--teachers: {args.data} has no teachers")
     columns = [add("column", name, args.data) for name in dict.fromkeys(args.column)]
-    runs = [(add("run", name, path), read_run(path)) for name, path in args.runs]
+    runs = [(add("run", name, path), _read_run(path)) for name, path in args.runs]
     models = [(add("model", name, path), _load_model(name, path, args)) for name, path in args.model]
 
     query_ids, lengths, labels = [], [0], array("d")
@@ -156,7 +166,7 @@ def _read(args: argparse.Namespace) -> tuple[list[str], Tensor, Tensor, dict[str
             grades = row["labels"]
             if qrels is not None:
                 judged = qrels.get(row["query_id"], {})
-                grades = [judged.get(doc_id) for doc_id in row["doc_ids"]]
+                grades = [judged.get(doc_id, args.unjudged) for doc_id in row["doc_ids"]]
             append(grades, labels)
             for m, system in enumerate(teachers):
                 append([logits[m] for logits in row["teacher_logits"]], system.scores)
@@ -172,16 +182,21 @@ def _read(args: argparse.Namespace) -> tuple[list[str], Tensor, Tensor, dict[str
             query_ids.append(row["query_id"])
             lengths.append(len(order))
 
-    notes = []
-    if bad_rows is not None and bad_rows.count:
-        notes += [f"{bad_rows.count} broken rows were left out:", *bad_rows.reasons]
     known = set(query_ids)
     for system, run in runs:
         if not known & run.keys():
             raise UserError(f"--run {system.name}={system.source}: none of its queries is in {args.data}")
     if qrels is not None and not known & qrels.keys():
         raise UserError(f"--qrels {args.qrels}: none of its queries is in {args.data}")
-    return query_ids, _tensor(labels), torch.tensor(lengths).cumsum(0), systems, notes
+    return query_ids, _tensor(labels), torch.tensor(lengths).cumsum(0), systems
+
+
+def _read_run(path: str) -> dict[str, dict[str, float]]:
+    """Scores by query and document."""
+    return {
+        row["query_id"]: {name: score for name, (score,) in zip(row["doc_ids"], row["teacher_logits"], strict=True)}
+        for row in read_rows(path, format="trec")
+    }
 
 
 def _tensor(values: array) -> Tensor:
@@ -194,17 +209,15 @@ def _batches(rows: Iterator[dict]) -> Iterator[list[dict]]:
 
 
 def _load_model(name: str, path: str, args: argparse.Namespace):
-    try:
+    with user_errors(f"--model {name}"):
         return load_ranker(path, max_length=args.max_length, device=args.device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}={path}: {error}") from error
 
 
 def _model_scores(system: System, ranker, rows: list[dict], args: argparse.Namespace) -> list[Tensor]:
     try:
         return ranker.score(rows, batch_size=args.batch_size)
     except ValueError as error:
-        raise UserError(f"--model {system.name}={system.source}: {error}") from error
+        raise UserError(f"--model {system.name}: {args.data}: {error}") from error
 
 
 def _sorted(evaluation: Evaluation, metrics: list[str]) -> list[str]:
@@ -267,6 +280,8 @@ def _explain(evaluation: Evaluation, args: argparse.Namespace) -> Iterator[str]:
         f"{queries.total:,} queries, {queries.labelled:,} with a label, {queries.relevant:,} with a relevant document "
         f"(label >= {args.relevant_at:g}), {queries.paired:,} with documents of different labels."
     )
+    if not queries.paired:
+        yield "No query has documents of different labels: nothing here can tell rankers apart."
     if queries.relevant < queries.labelled:
         treated = {"skip": "do not count", "zero": "count as 0", "one": "count as 1"}[args.empty]
         ranked = ", ".join(name.upper() for name in args.metrics if Metric(name).base not in ("pnr", "opa"))
@@ -289,7 +304,7 @@ def _explain(evaluation: Evaluation, args: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def _report(evaluation: Evaluation, systems: dict[str, System], query_ids: list[str], args, notes: list[str]) -> dict:
+def _report(evaluation: Evaluation, systems: dict[str, System], query_ids: list[str], args, bad_rows) -> dict:
     counts = evaluation.queries
     return {
         "data": args.data,
@@ -297,10 +312,10 @@ def _report(evaluation: Evaluation, systems: dict[str, System], query_ids: list[
         "pile_fast": pile_fast.__version__,
         "settings": {
             "metrics": args.metrics, "baseline": args.baseline, "relevant_at": args.relevant_at, "empty": args.empty,
-            "seed": args.seed, "bootstrap_samples": BOOTSTRAP_SAMPLES, "permutations": PERMUTATIONS,
+            "unjudged": args.unjudged, "seed": args.seed, "bootstrap_samples": BOOTSTRAP_SAMPLES, "permutations": PERMUTATIONS,
         },
         "queries": dataclasses.asdict(counts),
-        "notes": notes,
+        "bad_rows": bad_rows.count if bad_rows else 0,
         "systems": [
             {
                 "name": name,

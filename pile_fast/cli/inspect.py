@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 import pile_fast
-from pile_fast.cli.common import as_json, require, whole_number, writable_folder
-from pile_fast.cli.errors import UserError
+from pile_fast.cli.common import add_input, print_left_out, require, whole_number, writable_folder, write_json
+from pile_fast.cli.errors import user_errors
+from pile_fast.data import BadRows, atomic_path, read_rows
 
 LONGEST_EXCERPT = 300
 
@@ -19,11 +20,10 @@ def add_parser(commands) -> None:
         description="Looks at a file's labels and teachers: how much each teacher scored and how well, which are saturated, "
         "which agree, and which labels most of them contradict. Writes report.html, report.png and report.json.",
     )
-    parser.add_argument("data", metavar="DATA", help="a file of queries: .jsonl, .parquet, LETOR")
+    add_input(parser)
     parser.add_argument(
         "--most", type=whole_number(0), default=20, metavar="N", help="suspicious queries and pairs to list (default: 20)"
     )
-    parser.add_argument("--skip-bad-rows", action="store_true", help="count broken rows instead of stopping at the first")
     parser.add_argument("--output", metavar="DIR", required=True, help="where the report goes")
     parser.set_defaults(run=run)
 
@@ -34,34 +34,34 @@ def run(args: argparse.Namespace) -> int:
     from pile_fast.inspection_report import plot, write_html
 
     output = writable_folder(args.output)
-    try:
-        contents = Contents.from_rows(_rows(args, notes := []))
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    with user_errors(args.output):
+        contents = Contents.from_rows(_rows(args, bad_rows))
         report = inspect(contents, most=args.most)
         _add_texts(report, args)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
-    report["findings"] = notes + report["findings"]
-    report = {"data": args.data, "pile_fast": pile_fast.__version__} | report
+        report = {
+            "data": args.data,
+            "pile_fast": pile_fast.__version__,
+            "bad_rows": bad_rows.count if bad_rows else 0,
+            **report,
+        }
+        paths = {kind: output / f"report.{kind}" for kind in ("html", "png", "json")}
+        title = f"{Path(args.data).name}: labels and teachers"
+        write_json(paths["json"], report)
+        with atomic_path(paths["png"]) as temporary:
+            plot(contents, report, title, temporary)
+        with atomic_path(paths["html"]) as temporary:
+            write_html(report, title, paths["png"], temporary)
     _print(report)
-    paths = {kind: output / f"report.{kind}" for kind in ("html", "png", "json")}
-    title = f"{Path(args.data).name}: labels and teachers"
-    paths["json"].write_text(as_json(report))
-    plot(contents, report, title, paths["png"])
-    write_html(report, title, paths["png"], paths["html"])
+    print_left_out(bad_rows)
     print(f"Wrote {paths['html']}, {paths['png']} and {paths['json']}.")
     return 0
 
 
-def _rows(args: argparse.Namespace, notes: list[str]):
-    """The file's rows; at its end, `notes` tells of the broken ones."""
+def _rows(args: argparse.Namespace, bad_rows: BadRows | None):
     from tqdm import tqdm
 
-    from pile_fast.data import BadRows, read_rows
-
-    bad_rows = BadRows() if args.skip_bad_rows else None
-    yield from tqdm(read_rows(args.data, bad_rows=bad_rows), unit=" queries", disable=None)
-    if bad_rows is not None and bad_rows.count:
-        notes.append(f"{bad_rows.count:,} broken rows were left out, the first: {bad_rows.reasons[0]}")
+    return tqdm(read_rows(args.data, format=args.source, bad_rows=bad_rows), unit=" queries", disable=None)
 
 
 def _add_texts(report: dict, args: argparse.Namespace) -> None:
@@ -71,7 +71,7 @@ def _add_texts(report: dict, args: argparse.Namespace) -> None:
         wanted.setdefault(entry["query_id"], []).append(entry)
     if not wanted:
         return
-    for row in _rows(args, []):
+    for row in _rows(args, BadRows() if args.skip_bad_rows else None):
         for entry in wanted.get(row["query_id"], ()):
             entry["query"] = _excerpt(row["query"])
             for document in (entry[side] for side in ("lower", "higher") if side in entry):

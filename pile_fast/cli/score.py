@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pile_fast
-from pile_fast.cli.common import load_ranker, real_number, require, whole_number, writable_folder
-from pile_fast.cli.errors import UserError
+from pile_fast.cli.common import add_input, load_ranker, print_left_out, real_number, require, whole_number, writable_folder
+from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.data import BadRows, ResumableOutput, fingerprint, read_rows
+from pile_fast.data.rows import reject
 from pile_fast.scoring import BM25
 
 KINDS = ("cross-encoder", "bi-encoder", "features", "bm25")
@@ -62,7 +64,7 @@ def add_parser(commands) -> None:
         "Parquet. Teachers that the file has already are kept. A run that was killed goes on where it was: repeat the "
         "command. The finished file is the same, byte for byte, as that of a run without a break.",
     )
-    parser.add_argument("data", metavar="DATA", help="a file of queries: .jsonl, .parquet, LETOR")
+    add_input(parser)
     parser.add_argument(
         "--teacher", metavar="NAME=MODEL[:KIND]", type=_teacher, action="append", required=True, dest="teachers",
         help=f"a folder or a name on the Hugging Face hub, and its kind ({', '.join(KINDS)}) where the model does not tell; "
@@ -77,7 +79,6 @@ def add_parser(commands) -> None:
     parser.add_argument("--device", help="where models run, e.g. cuda:1 or cpu (default: the GPU if there is one)")
     parser.add_argument("--k1", type=real_number(0), default=1.5, help="BM25: saturation of repeated words (default: 1.5)")
     parser.add_argument("--b", type=real_number(0, 1), default=0.75, help="BM25: discount of long documents (default: 0.75)")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="count broken rows instead of stopping at the first")
     parser.set_defaults(run=run)
 
 
@@ -95,8 +96,6 @@ def _teacher(text: str) -> Teacher:
 def run(args: argparse.Namespace) -> int:
     kinds = {teacher.kind for teacher in args.teachers}
     require("score", "pyarrow", "tqdm", *["bm25s"] * ("bm25" in kinds), *["transformers"] * (kinds != {"bm25"}))
-    from pile_fast.data import BadRows, ResumableOutput
-
     names = [teacher.name for teacher in args.teachers]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"--teacher: two are called {twice.pop()!r}")
@@ -104,18 +103,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output}: expected a name that ends in .parquet")
     writable_folder(Path(args.output).parent)
     bad_rows = BadRows() if args.skip_bad_rows else None
-    try:
+    with user_errors(args.output):
         _load_models(args)
         contents = _look_through(args, bad_rows)
         with ResumableOutput(args.output, _settings(args)) as output:
             _write_parts(output, args, contents)
             output.finish()
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
     if contents.empty:
         print(f"{contents.empty:,} empty documents were not scored: their logits are null.")
-    if bad_rows is not None and bad_rows.count:
-        print("\n".join([f"{bad_rows.count:,} broken rows were left out:", *bad_rows.reasons]))
+    print_left_out(bad_rows)
     print(f"Wrote {args.output}: {contents.rows:,} queries, {contents.documents:,} documents, {', '.join(contents.teachers)}.")
     return 0
 
@@ -158,24 +154,20 @@ def _look_through(args: argparse.Namespace, bad_rows) -> Contents:
 
 def _rows(args: argparse.Namespace, bad_rows=None) -> Iterator[dict]:
     """The rows that the teachers can score."""
-    from pile_fast.data import BadRows, read_rows
-
-    for row in read_rows(args.data, bad_rows=BadRows() if args.skip_bad_rows and bad_rows is None else bad_rows):
+    if args.skip_bad_rows and bad_rows is None:
+        bad_rows = BadRows()
+    for row in read_rows(args.data, format=args.source, bad_rows=bad_rows):
         try:
             for teacher in args.teachers:
                 teacher.check(row)
         except ValueError as error:
-            if not args.skip_bad_rows:
-                raise ValueError(f"{args.data}: {error}") from None
-            if bad_rows is not None:
-                bad_rows.add(args.data, error)
+            reject(bad_rows, args.data, error)
             continue
         yield row
 
 
 def _settings(args: argparse.Namespace) -> dict:
     """All that decides what is written: a run goes on only where these are the same."""
-    from pile_fast.data import fingerprint
 
     def files(teacher: Teacher) -> list:
         """A model's files; of one from the hub there is only the name."""
@@ -185,7 +177,7 @@ def _settings(args: argparse.Namespace) -> dict:
     return {
         "data": fingerprint(args.data),
         "teachers": [[teacher.name, teacher.model, teacher.kind, files(teacher)] for teacher in args.teachers],
-        **{name: getattr(args, name) for name in ("batch_size", "max_length", "device", "k1", "b", "skip_bad_rows")},
+        **{name: getattr(args, name) for name in ("source", "batch_size", "max_length", "device", "k1", "b", "skip_bad_rows")},
         "documents_per_part": DOCUMENTS_PER_PART,
         "pile_fast": pile_fast.__version__,
     }

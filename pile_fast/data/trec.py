@@ -37,7 +37,7 @@ def read_rows(
     teachers = [path.name.split(".")[0] for path in paths]
     if len(set(teachers)) != len(teachers):
         raise ValueError(f"expected runs of different names, got {', '.join(teachers)}")
-    grades = _read_qrels(qrels, bad_rows) if qrels else {}
+    grades = read_qrels(qrels, bad_rows) if qrels else {}
     query_texts = _read_texts(queries, bad_rows) if queries else {}
     check = RowChecker()
     with contextlib.ExitStack() as files:
@@ -112,7 +112,8 @@ def _parse_run(line: str) -> tuple[str, float]:
         raise ValueError(f"score: expected a number, got {fields[4]!r}") from None
 
 
-def _read_qrels(path: Path, bad_rows: BadRows | None) -> dict[str, dict[str, float]]:
+def read_qrels(path: Path, bad_rows: BadRows | None = None) -> dict[str, dict[str, float]]:
+    """Grades by query and document of a file of ``query iteration document grade``."""
     grades: dict[str, dict[str, float]] = {}
     for number, line in read_lines(path, bad_rows):
         fields = line.split()
