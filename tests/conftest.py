@@ -20,6 +20,19 @@ def mq2008_folder():
     return folder
 
 
+@pytest.fixture(scope="session")
+def text_data_folder():
+    """A function of a data set's name, "wikiqa" or "cranfield": the data folder that holds it."""
+
+    def find(name):
+        folder = find_data(name)
+        if folder is None or not (folder / name).is_dir():
+            pytest.skip(f"needs the {name} files: set PILE_FAST_DATA to the folder that holds {name}/")
+        return folder
+
+    return find
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """What torch.empty and its kin return is NaN first: an output element that a kernel does not write shows."""

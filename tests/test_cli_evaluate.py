@@ -2,13 +2,18 @@
 
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
+import pile_fast
 from pile_fast.cli import main
 from pile_fast.cli.evaluate import QUERIES_AT_ONCE
 from pile_fast.data import load_mq2008, read_rows, write_rows
+from pile_fast.data.wikiqa import load_wikiqa
 from pile_fast.metrics import average_precision, ndcg, pnr
 from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
 
@@ -206,6 +211,42 @@ def test_a_file_without_teachers_says_so(text_rows, capsys):
 def test_wrong_arguments_are_exit_code_2(capsys, arguments, message):
     assert main(["evaluate", "data.jsonl", "--output", "out", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_page_on_evaluation_runs_as_written(text_rows, tiny_text_model, tiny_tokenizer, capsys):
+    page = (Path(pile_fast.__file__).parents[1] / "docs/evaluation.md").read_text()
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
+    rows = text_rows(12)
+    write_rows("data.jsonl", rows)
+    for name in ("cross-encoder", "student"):
+        tiny_text_model("cross-encoder").save_pretrained(f"models/{name}")
+        tiny_tokenizer.save_pretrained(f"models/{name}")
+    with open("old.run", "w") as run, open("qrels.txt", "w") as qrels:
+        for row in rows:
+            for i in range(len(row["documents"])):
+                run.write(f"{row['query_id']} Q0 {row['query_id']}.{i + 1} {i + 1} {-i} old\n")
+            qrels.write(f"{row['query_id']} 0 {row['query_id']}.1 1\n")
+    commands = 0
+    for language, block in blocks:
+        if language == "python":
+            exec(block, {})
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "pile-fast" and main(arguments) == 0, capsys.readouterr().err
+            commands += 1
+    assert commands == 4 and "0.75 2\n" in capsys.readouterr().out
+    runs = json.loads(Path("reports/runs/metrics.json").read_text())
+    assert runs["settings"]["baseline"] == "old" and system(runs, "old")["metrics"]["ndcg@10"]["value"] == 1
+
+
+def test_wikiqas_published_numbers(text_data_folder):
+    write_rows("test.parquet", load_wikiqa(text_data_folder("wikiqa"), "test"))
+    report = evaluate("test.parquet", "--teachers", "--metrics", "map,mrr")
+    for name, wanted in (("CNN", (0.628, 0.637)), ("CNN-Cnt", (0.668, 0.682))):
+        metrics = system(report, name)["metrics"]
+        assert (metrics["map"]["queries"], metrics["mrr"]["queries"]) == (243, 243)
+        assert (metrics["map"]["value"], metrics["mrr"]["value"]) == pytest.approx(wanted, abs=0.0006)
 
 
 def test_features_of_mq2008(mq2008_folder):

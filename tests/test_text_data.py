@@ -2,16 +2,8 @@
 
 import pytest
 
-from pile_fast.data import find_data
 from pile_fast.data.cranfield import load_cranfield
 from pile_fast.data.wikiqa import load_wikiqa
-
-
-def data_folder(name):
-    folder = find_data(name)
-    if folder is None or not (folder / name).is_dir():
-        pytest.skip(f"needs the {name} files: set PILE_FAST_DATA to the folder that holds {name}/")
-    return folder
 
 
 @pytest.fixture
@@ -75,8 +67,8 @@ def test_wikiqa_missing_file_and_unknown_split(small_wikiqa):
     "split, questions, answered, pairs, answers",
     [("train", 2_118, 873, 20_360, 1_040), ("dev", 296, 126, 2_733, 140), ("test", 633, 243, 6_165, 293)],
 )
-def test_wikiqa_has_the_documented_size(split, questions, answered, pairs, answers):
-    rows = load_wikiqa(data_folder("wikiqa"), split)
+def test_wikiqa_has_the_documented_size(text_data_folder, split, questions, answered, pairs, answers):
+    rows = load_wikiqa(text_data_folder("wikiqa"), split)
     assert len(rows) == len({row["query_id"] for row in rows}) == questions
     assert sum(max(row["labels"]) > 0 for row in rows) == answered
     assert sum(len(row["documents"]) for row in rows) == pairs
@@ -113,8 +105,8 @@ def test_cranfield_errors(small_cranfield):
         load_cranfield(small_cranfield, k=-1)
 
 
-def test_cranfield_has_the_documented_size():
-    rows = load_cranfield(data_folder("cranfield"), k=50)
+def test_cranfield_has_the_documented_size(text_data_folder):
+    rows = load_cranfield(text_data_folder("cranfield"), k=50)
     labels = [label for row in rows for label in row["labels"]]
     # One judged abstract is empty, so 1,836 of the 1,837 judgements are left.
     assert len(rows) == 225 and [labels.count(grade) for grade in (4, 3, 2, 1)] == [353, 387, 733, 363]
