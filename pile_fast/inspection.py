@@ -334,7 +334,7 @@ def _findings(report: dict) -> list[str]:
         if some:
             found.append(f"{what}: {', '.join(some)}.")
 
-    among("Teachers that scored less than half of the documents", "coverage", lambda share: share < LOW_COVERAGE)
+    among(f"Teachers that scored less than {LOW_COVERAGE:.0%} of the documents", "coverage", lambda share: share < LOW_COVERAGE)
     among("Constant lists, one logit for every document of a query", "constant_lists", lambda share: share > MANY_CONSTANT)
     among("Logits piled up at the lowest value the teacher gives", "near_min", lambda share: MANY_EXTREME < share < 1)
     among("Logits piled up at the highest value the teacher gives", "near_max", lambda share: MANY_EXTREME < share < 1)

@@ -22,7 +22,7 @@ class BM25:
 
     >>> bm25 = BM25(["a black cat", "two dogs", "a cat and a dog"])
     >>> [round(float(score), 3) for score in bm25.score("cat", ["a black cat", "two dogs"])]
-    [0.225, 0.0]
+    [0.201, 0.0]
     """
 
     def __init__(self, documents: Iterable[str], *, k1: float = 1.5, b: float = 0.75):

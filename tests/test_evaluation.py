@@ -1,6 +1,5 @@
 """Means, intervals and tests of several systems, against scipy and by hand."""
 
-import doctest
 import math
 
 import numpy as np
@@ -228,7 +227,3 @@ def test_ties_are_broken_by_names_whatever_the_order_of_the_file():
     backwards = names[::-1]
     assert [backwards[i] for i in tie_order("q", backwards)] == order
     assert [names[i] for i in tie_order("p", names)] != order
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(pile_fast.evaluation).failed == 0

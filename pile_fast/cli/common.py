@@ -93,14 +93,30 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def load_ranker(model: str, **options):
-    """`pile_fast.students.load_ranker` without its library's progress bars and notices."""
+    """`pile_fast.students.load_ranker` without its libraries' progress bars and notices, retries of downloads among them."""
+    import huggingface_hub
     import transformers
 
     from pile_fast import students
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return students.load_ranker(model, **options)
+
+
+def percent(share: float | None) -> str:
+    """A share in a table: 12%, <1%, or – where there is none."""
+    if share is None or math.isnan(share):
+        return "–"
+    return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
+
+
+def decimal(value: float | None) -> str:
+    """A number in a table: three decimals or so, ∞, or – where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return "∞" if value == math.inf else f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def write_json(path: Path, value: object) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor
 import pile_fast
 from pile_fast.cli.common import (
     add_input,
+    decimal,
     load_ranker,
     named,
+    percent,
     print_left_out,
     real_number,
     require,
@@ -158,29 +160,19 @@ def _read(args: argparse.Namespace, bad_rows: BadRows | None) -> tuple[list[str]
     for batch in _batches(tqdm(itertools.chain([first], rows), unit=" queries", disable=None)):
         scored = [(system, _model_scores(system, ranker, batch, args)) for system, ranker in models]
         for i, row in enumerate(batch):
-            order = tie_order(row["query_id"], row["doc_ids"])
-
-            def append(values, to):
-                to.extend(math.nan if values[i] is None else values[i] for i in order)  # noqa: B023
-
-            grades = row["labels"]
-            if qrels is not None:
-                judged = qrels.get(row["query_id"], {})
-                grades = [judged.get(doc_id, args.unjudged) for doc_id in row["doc_ids"]]
-            append(grades, labels)
-            for m, system in enumerate(teachers):
-                append([logits[m] for logits in row["teacher_logits"]], system.scores)
-            for system in columns:
-                if row[system.name] is None:
-                    raise UserError(f"--column {system.name}: query {row['query_id']} of {args.data} has no such column")
-                append(row[system.name], system.scores)
-            for system, run in runs:
-                scores = run.get(row["query_id"], {})
-                append([scores.get(doc_id) for doc_id in row["doc_ids"]], system.scores)
-            for system, scores in scored:
-                append(scores[i].tolist(), system.scores)
-            query_ids.append(row["query_id"])
-            lengths.append(len(order))
+            query_id, names = row["query_id"], row["doc_ids"]
+            if columns and row["ensemble_logits"] is None:
+                raise UserError(f"--column ensemble_logits: query {query_id} of {args.data} has no such column")
+            found = [(system.scores, [logits[m] for logits in row["teacher_logits"]]) for m, system in enumerate(teachers)]
+            found += [(system.scores, row[system.name]) for system in columns]
+            found += [(system.scores, _listed(run.get(query_id, {}), names)) for system, run in runs]
+            found += [(system.scores, scores[i].tolist()) for system, scores in scored]
+            found.append((labels, row["labels"] if qrels is None else _listed(qrels.get(query_id, {}), names, args.unjudged)))
+            order = tie_order(query_id, names)
+            for column, values in found:
+                column.extend(math.nan if values[d] is None else values[d] for d in order)
+            query_ids.append(query_id)
+            lengths.append(len(names))
 
     known = set(query_ids)
     for system, run in runs:
@@ -189,6 +181,10 @@ def _read(args: argparse.Namespace, bad_rows: BadRows | None) -> tuple[list[str]
     if qrels is not None and not known & qrels.keys():
         raise UserError(f"--qrels {args.qrels}: none of its queries is in {args.data}")
     return query_ids, _tensor(labels), torch.tensor(lengths).cumsum(0), systems
+
+
+def _listed(values: dict[str, float], names: list[str], otherwise: float | None = None) -> list[float | None]:
+    return [values.get(name, otherwise) for name in names]
 
 
 def _read_run(path: str) -> dict[str, dict[str, float]]:
@@ -248,29 +244,21 @@ def _print_table(evaluation: Evaluation, systems: dict[str, System], args: argpa
         label = f"{rich.markup.escape(name)}\n[dim]{systems[name].kind}{', baseline' * (name == args.baseline)}[/dim]"
         cells = []
         for result in evaluation.results[name].values():
-            lines = [f"[bold]{_number(result.value)}[/bold]", f"[dim]{_number(result.low)}–{_number(result.high)}[/dim]"]
+            lines = [f"[bold]{decimal(result.value)}[/bold]", f"[dim]{decimal(result.low)}–{decimal(result.high)}[/dim]"]
             if result.p is not None:
                 significant = result.p_holm < SIGNIFICANT
                 color = ("green" if result.difference > 0 else "red") if significant else "dim"
                 lines.append(f"[{color}]{result.difference:+.3f} p {_p(result.p_holm)}{'*' if significant else ' '}[/{color}]")
             cells.append("\n".join(lines))
-        table.add_row(label, *cells, f"{evaluation.queries.documents - coverage.documents:,}", _percent(coverage.tied_pairs))
+        table.add_row(label, *cells, f"{evaluation.queries.documents - coverage.documents:,}", percent(coverage.tied_pairs))
     console = rich.console.Console()
     if not console.is_terminal:  # a pipe has no width; never break numbers for it
         console = rich.console.Console(width=60 + 20 * len(args.metrics))
     console.print(table)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "∞" if value > 0 else "–"
-
-
 def _p(value: float) -> str:
-    return "–" if math.isnan(value) else "<.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _percent(share: float) -> str:
-    return "–" if math.isnan(share) else "<1 %" if 0 < share < 0.01 else f"{share:.0%}".replace("%", " %")
+    return "<.001" if value < 0.001 else decimal(value)
 
 
 def _explain(evaluation: Evaluation, args: argparse.Namespace) -> Iterator[str]:
@@ -360,7 +348,7 @@ def _plot(evaluation: Evaluation, args: argparse.Namespace, path: Path) -> None:
                 axes.plot(result.value, position, "o", color=color, markersize=5)
             else:
                 axes.annotate(
-                    _number(result.value), (0.97, position), xycoords=("axes fraction", "data"), ha="right", va="center"
+                    decimal(result.value), (0.97, position), xycoords=("axes fraction", "data"), ha="right", va="center"
                 )
         if args.baseline is not None:
             axes.axvline(evaluation.results[args.baseline][metric].value, color="black", linestyle=":", linewidth=1)

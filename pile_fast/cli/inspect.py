@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 
 import pile_fast
-from pile_fast.cli.common import add_input, print_left_out, require, whole_number, writable_folder, write_json
+from pile_fast.cli.common import add_input, decimal, percent, print_left_out, require, whole_number, writable_folder, write_json
 from pile_fast.cli.errors import user_errors
+from pile_fast.cli.inspect_report import plot, write_html
 from pile_fast.data import BadRows, atomic_path, read_rows
+from pile_fast.inspection import Contents, inspect
 
 LONGEST_EXCERPT = 300
 
@@ -30,8 +32,6 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require("inspect", "matplotlib", "rich", "jinja2", "tqdm")
-    from pile_fast.inspection import Contents, inspect
-    from pile_fast.inspection_report import plot, write_html
 
     output = writable_folder(args.output)
     bad_rows = BadRows() if args.skip_bad_rows else None
@@ -89,8 +89,6 @@ def _print(report: dict) -> None:
     import rich.console
     import rich.markup
     import rich.table
-
-    from pile_fast.inspection_report import decimal, percent
 
     labels, lengths = report["labels"], report["list_lengths"]
     print(

@@ -47,7 +47,7 @@ class Teacher:
 
 
 @dataclasses.dataclass
-class Contents:
+class Totals:
     """What the first reading of the file found."""
 
     rows: int
@@ -104,15 +104,16 @@ def run(args: argparse.Namespace) -> int:
     writable_folder(Path(args.output).parent)
     bad_rows = BadRows() if args.skip_bad_rows else None
     with user_errors(args.output):
+        read_rows(args.data, format=args.source)  # a missing file shows before models are loaded
         _load_models(args)
-        contents = _look_through(args, bad_rows)
+        totals = _look_through(args, bad_rows)
         with ResumableOutput(args.output, _settings(args)) as output:
-            _write_parts(output, args, contents)
+            _write_parts(output, args, totals)
             output.finish()
-    if contents.empty:
-        print(f"{contents.empty:,} empty documents were not scored: their logits are null.")
+    if totals.empty:
+        print(f"{totals.empty:,} empty documents were not scored: their logits are null.")
     print_left_out(bad_rows)
-    print(f"Wrote {args.output}: {contents.rows:,} queries, {contents.documents:,} documents, {', '.join(contents.teachers)}.")
+    print(f"Wrote {args.output}: {totals.rows:,} queries, {totals.documents:,} documents, {', '.join(totals.teachers)}.")
     return 0
 
 
@@ -127,29 +128,29 @@ def _load_models(args: argparse.Namespace) -> None:
         ]
 
 
-def _look_through(args: argparse.Namespace, bad_rows) -> Contents:
+def _look_through(args: argparse.Namespace, bad_rows) -> Totals:
     """Read the whole file before the work begins: a broken row shows now, not after hours; BM25 gets its collection."""
-    contents = Contents(0, 0, 0, [])
+    totals = Totals(0, 0, 0, [])
     collection: dict[str, None] = {}  # in the order they come
     lexical = [teacher for teacher in args.teachers if teacher.kind == "bm25"]
     for row in _rows(args, bad_rows):
-        contents.rows += 1
-        contents.documents += len(row["doc_ids"])
-        contents.empty += len(row["doc_ids"]) - min(len(teacher.reads(row)) for teacher in args.teachers)
-        contents.teachers = row["teachers"]
+        totals.rows += 1
+        totals.documents += len(row["doc_ids"])
+        totals.empty += len(row["doc_ids"]) - min(len(teacher.reads(row)) for teacher in args.teachers)
+        totals.teachers = row["teachers"]
         if lexical:
             collection |= dict.fromkeys(row["documents"][i] for i in lexical[0].reads(row))
-    if not contents.rows:
+    if not totals.rows:
         raise UserError(f"{args.data}: no rows are left")
-    taken = [teacher.name for teacher in args.teachers if teacher.name in contents.teachers]
+    taken = [teacher.name for teacher in args.teachers if teacher.name in totals.teachers]
     if taken and not args.overwrite:
         raise UserError(f"{args.data} has teacher {taken[0]} already: choose another name, or --overwrite it")
-    contents.teachers = list(dict.fromkeys([*contents.teachers, *(teacher.name for teacher in args.teachers)]))
+    totals.teachers = list(dict.fromkeys([*totals.teachers, *(teacher.name for teacher in args.teachers)]))
     if lexical:
         bm25 = BM25(collection, k1=args.k1, b=args.b)
         for teacher in lexical:
             teacher.score = lambda rows: [bm25.score(row["query"], row["documents"]).tolist() for row in rows]
-    return contents
+    return totals
 
 
 def _rows(args: argparse.Namespace, bad_rows=None) -> Iterator[dict]:
@@ -183,10 +184,10 @@ def _settings(args: argparse.Namespace) -> dict:
     }
 
 
-def _write_parts(output, args: argparse.Namespace, contents: Contents) -> None:
+def _write_parts(output, args: argparse.Namespace, totals: Totals) -> None:
     from tqdm import tqdm
 
-    with tqdm(total=contents.documents, unit=" documents", disable=None) as bar:
+    with tqdm(total=totals.documents, unit=" documents", disable=None) as bar:
         for number, rows in enumerate(_parts(_rows(args))):
             if number not in output.done:
                 output.write(number, _score(rows, args.teachers))

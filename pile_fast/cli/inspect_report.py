@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pile_fast.cli.common import decimal, percent
 from pile_fast.inspection import Contents
 
 _BINS = 40
@@ -180,20 +181,6 @@ def write_html(report: dict, title: str, picture: Path, path: Path) -> None:
     environment.filters |= {"percent": percent, "decimal": decimal}
     encoded = base64.b64encode(picture.read_bytes()).decode()
     path.write_text(environment.from_string(_PAGE).render(report=report, title=title, picture=encoded), encoding="utf-8")
-
-
-def percent(share: float | None) -> str:
-    """A share in words of a table: 12 %, <1 %, or – where there is none."""
-    if share is None or math.isnan(share):
-        return "–"
-    return "<1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
-
-
-def decimal(value: float | None) -> str:
-    """A number in a table: three decimals or so, ∞, or – where there is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    return "∞" if value == math.inf else f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 _PAGE = """\
