@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,14 @@ def test_python_m_tells_versions_and_backends():
     backends = [line for line in result.stdout.splitlines() if line.startswith("backend")]
     for line, (name, status) in zip(backends, pile_fast.available_backends().items(), strict=True):
         assert name in line and ("works" in line if status.available else status.reason in line)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, "-m", "pile_fast", "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_info_imports_no_optional_library():

@@ -6,6 +6,7 @@ Building the parser imports no optional library; a command imports what it needs
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,10 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit:  # after --help, --version or a wrong command line
         return exit.code
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"pile-fast: error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of the output, `head` say, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 141
     except KeyboardInterrupt:
         print("pile-fast: interrupted", file=sys.stderr)
         return 130

@@ -353,6 +353,7 @@ def _plot(evaluation: Evaluation, args: argparse.Namespace, path: Path) -> None:
         if args.baseline is not None:
             axes.axvline(evaluation.results[args.baseline][metric].value, color="black", linestyle=":", linewidth=1)
         axes.set_title(f"{metric.upper()}  (n = {evaluation.results[names[0]][metric].queries:,})", fontsize=10)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", alpha=0.3)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
