@@ -57,12 +57,20 @@ class Coverage:
     Attributes:
         documents: labelled documents with a score.
         queries: queries with a scored labelled document.
-        tied_pairs: share of the pairs that the labels order and the system does not; NaN without such a pair.
+        right_pairs, wrong_pairs, tied_pairs: of the pairs that the labels order. Any variant of PNR follows from them.
     """
 
     documents: int
     queries: int
-    tied_pairs: float
+    right_pairs: int
+    wrong_pairs: int
+    tied_pairs: int
+
+    @property
+    def tied_share(self) -> float:
+        """NaN without a pair."""
+        pairs = self.right_pairs + self.wrong_pairs + self.tied_pairs
+        return self.tied_pairs / pairs if pairs else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +105,8 @@ class Metric:
     """A metric by its name: "ndcg@10", "mrr", "map", "pnr", "opa"; @k goes with the first three.
 
     Per query it is a fraction whose numerator and denominator add up over queries: their ratio is the value of any set of
-    queries. A ranked metric's denominator is 1; PNR's fraction is C / (C + D), from which it is x / (1 − x).
+    queries. A ranked metric's denominator is 1. PNR's fraction is x, the share of pairs in the right order, a tied one
+    half right (as in training: what a system did not score ties), and PNR is x / (1 − x).
 
     >>> Metric("ndcg@10").k
     10
@@ -113,8 +122,8 @@ class Metric:
     def fractions(self, scores: Tensor, labels: Tensor, cu_seqlens: Tensor, relevant_at: float, empty: str) -> np.ndarray:
         """(Q, 2) numerator and denominator, 0 / 0 for a query that does not count."""
         if self.base == "pnr":
-            counts = pair_counts(scores, labels, cu_seqlens=cu_seqlens)
-            return torch.stack([counts.concordant, counts.concordant + counts.discordant], 1).double().numpy()
+            right, wrong, tied = (count.double() for count in pair_counts(scores, labels, cu_seqlens=cu_seqlens))
+            return torch.stack([right + tied / 2, right + wrong + tied], 1).numpy()
         if self.base == "opa":
             values = opa(scores, labels, cu_seqlens=cu_seqlens, reduction="none")
         else:
@@ -125,7 +134,7 @@ class Metric:
         return torch.stack([values.nan_to_num(0.0), (~values.isnan()).double()], 1).numpy()
 
     def value(self, fraction: np.ndarray) -> np.ndarray:
-        """The metric from C / (C + D), or from the mean, of a set of queries."""
+        """The metric of a set of queries from the ratio of its sums."""
         if self.base != "pnr":
             return fraction
         with np.errstate(divide="ignore"):
@@ -157,7 +166,7 @@ def evaluate(
 
     Confidence intervals are the percentile bootstrap over queries, differences resampled in pairs. The test exchanges
     system and baseline per query at random (Fisher's randomisation test, two-sided); for PNR it compares
-    C / (C + D). Holm's correction is per metric, over the systems compared.
+    the shares of pairs in the right order. Holm's correction is per metric, over the systems compared.
 
     Args:
         systems: name → (D,) scores, higher ranks first; NaN = not scored, ranks last.
@@ -193,8 +202,7 @@ def evaluate(
     for name, scores in systems.items():
         scored = ~scores.isnan() & labelled
         counts = [count.sum().item() for count in pair_counts(ranked[name], labels, cu_seqlens=cu_seqlens)]
-        tied = counts[2] / sum(counts) if sum(counts) else math.nan
-        coverage[name] = Coverage(int(scored.sum()), int((per_query(scored) > 0).sum()), tied)
+        coverage[name] = Coverage(int(scored.sum()), int((per_query(scored) > 0).sum()), *counts)
     pairs = sum(pair_counts(torch.zeros_like(labels), labels, cu_seqlens=cu_seqlens))
     queries = QueryCounts(
         cu_seqlens.shape[0] - 1,

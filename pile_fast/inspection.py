@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.functional import pile_ensemble
-from pile_fast.metrics import ndcg, pair_counts
+from pile_fast.metrics import ndcg, pair_counts, pnr
 
 # A logit within this share of the teacher's whole range from its end counts as at the extreme.
 NEAR_EXTREME = 0.01
@@ -194,11 +194,12 @@ def _quality(contents: Contents, m: int) -> dict:
     logits = contents.teacher_logits[:, m]
     labels = contents.labels_where(~logits.isnan())
     right, wrong, tied = (int(count.sum()) for count in pair_counts(logits, labels, cu_seqlens=contents.cu_seqlens))
+    pairs = right + wrong + tied
     quality = {
-        "pairs": right + wrong + tied,
-        "pnr": right / wrong if wrong else math.inf if right else math.nan,
-        "pair_accuracy": right / (right + wrong) if right + wrong else math.nan,
-        "tied_pairs": tied / (right + wrong + tied) if right + wrong + tied else math.nan,
+        "pairs": pairs,
+        "pair_accuracy": (right + tied / 2) / pairs if pairs else math.nan,
+        "pnr": float(pnr(logits, labels, cu_seqlens=contents.cu_seqlens, ties="half")),
+        "tied_pairs": tied / pairs if pairs else math.nan,
         "ndcg@10": None,
     }
     if not bool((labels < 0).any()):

@@ -78,7 +78,7 @@ def test_teachers_models_runs_and_the_ensemble_on_the_same_queries(
     values = {name: metric["value"] for name, metric in system(report, "ce")["metrics"].items()}
     assert values == {
         "map": pytest.approx(average_precision(flat, labels, empty="skip", **layout).item()),
-        "pnr": pytest.approx(pnr(flat, labels, **layout).item()),
+        "pnr": pytest.approx(pnr(flat, labels, ties="half", **layout).item()),
         "ndcg@5": pytest.approx(ndcg(flat, labels, k=5, empty="skip", **layout).item()),
     }
     # The run holds the model's scores, so it is the model, also where the tests are concerned.
@@ -117,7 +117,7 @@ def test_numbers_do_not_depend_on_the_order_of_the_file_even_with_ties(text_rows
     assert first["per_query"] == last["per_query"]
     for entry in first["systems"]:
         assert entry["metrics"]["mrr"]["value"] < 0.9 and entry["metrics"]["opa"]["value"] == 0
-        assert entry["coverage"]["tied_pairs"] == 1
+        assert entry["coverage"]["tied_pairs"] > 0 == entry["coverage"]["right_pairs"] + entry["coverage"]["wrong_pairs"]
     assert [entry["coverage"]["documents"] for entry in first["systems"]] == [first["queries"]["documents"], 0]
 
 

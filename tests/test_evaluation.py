@@ -47,13 +47,13 @@ def test_values_are_the_metrics(lists):
             "mrr@2": mrr(scores, labels, k=2, empty="skip", **layout),
             "map": average_precision(scores, labels, empty="skip", **layout),
             "map@4": average_precision(scores, labels, k=4, empty="skip", **layout),
-            "pnr": pnr(scores, labels, **layout),
+            "pnr": pnr(scores, labels, ties="half", **layout),
             "opa": opa(scores, labels, **layout),
         }
         assert {metric: result.value for metric, result in results[name].items()} == {
             metric: pytest.approx(value.item()) for metric, value in wanted.items()
         }
-        ratios = pnr(scores, labels, average="none", **layout)
+        ratios = pnr(scores, labels, average="none", ties="half", **layout)
         np.testing.assert_allclose(results[name]["pnr"].per_query, ratios)
         np.testing.assert_allclose(results[name]["map"].per_query, average_precision(
             scores, labels, empty="skip", reduction="none", **layout
@@ -90,7 +90,7 @@ def test_what_a_system_did_not_score_ranks_last_and_is_counted(lists):
     systems, labels, cu_seqlens = lists
     coverage = evaluate(systems, labels, cu_seqlens, metrics=["mrr"]).coverage
     known = ~labels.isnan()
-    assert coverage["good"].documents == int(known.sum()) and coverage["good"].tied_pairs == 0
+    assert coverage["good"].documents == int(known.sum()) and coverage["good"].tied_share == 0
     scored = known & ~systems["gaps"].isnan()
     assert coverage["gaps"].documents == int(scored.sum()) < int(known.sum())
     assert coverage["gaps"].queries == sum(
@@ -98,7 +98,9 @@ def test_what_a_system_did_not_score_ranks_last_and_is_counted(lists):
     )
     last = torch.where(systems["gaps"].isnan(), -1e9, systems["gaps"])
     right, wrong, tied = (count.sum().item() for count in pair_counts(last, labels, cu_seqlens=cu_seqlens))
-    assert coverage["gaps"].tied_pairs == tied / (right + wrong + tied) > 0
+    counts = coverage["gaps"]
+    assert (counts.right_pairs, counts.wrong_pairs, counts.tied_pairs) == (right, wrong, tied)
+    assert counts.tied_share == tied / (right + wrong + tied) > 0
     together = evaluate({"gaps": systems["gaps"], "last": last}, labels, cu_seqlens, metrics=ALL).results
     assert {m: r.value for m, r in together["gaps"].items()} == {m: r.value for m, r in together["last"].items()}
 
@@ -199,7 +201,7 @@ def test_nothing_to_evaluate_gives_no_values_and_no_error():
     evaluation = evaluate({"a": torch.ones(4), "b": torch.ones(4)}, labels, cu_seqlens, metrics=ALL, baseline="a")
     for result in evaluation.results["b"].values():
         assert result.queries == 0 and math.isnan(result.value) and math.isnan(result.low) and math.isnan(result.p)
-    assert evaluation.queries.labelled == 0 and math.isnan(evaluation.coverage["a"].tied_pairs)
+    assert evaluation.queries.labelled == 0 and math.isnan(evaluation.coverage["a"].tied_share)
 
 
 def test_holm_by_hand():

@@ -250,7 +250,7 @@ def _print_table(evaluation: Evaluation, systems: dict[str, System], args: argpa
                 color = ("green" if result.difference > 0 else "red") if significant else "dim"
                 lines.append(f"[{color}]{result.difference:+.3f} p {_p(result.p_holm)}{'*' if significant else ' '}[/{color}]")
             cells.append("\n".join(lines))
-        table.add_row(label, *cells, f"{evaluation.queries.documents - coverage.documents:,}", percent(coverage.tied_pairs))
+        table.add_row(label, *cells, f"{evaluation.queries.documents - coverage.documents:,}", percent(coverage.tied_share))
     console = rich.console.Console()
     if not console.is_terminal:  # a pipe has no width; never break numbers for it
         console = rich.console.Console(width=60 + 20 * len(args.metrics))
@@ -279,8 +279,7 @@ def _explain(evaluation: Evaluation, args: argparse.Namespace) -> Iterator[str]:
     if partial:
         yield (
             f"{partial} of {len(evaluation.coverage)} systems did not score all of the {queries.documents:,} labelled "
-            "documents; what a system did not score ranks last. Two such documents tie: PNR leaves them out, so read it "
-            "together with the column of tied pairs."
+            "documents; what a system did not score ranks last. Two such documents tie, which PNR counts as half right."
         )
     yield f"Below each value: its 95 % confidence interval over queries (bootstrap, {BOOTSTRAP_SAMPLES:,} samples)."
     if args.baseline is None:

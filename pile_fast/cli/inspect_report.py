@@ -247,7 +247,8 @@ queries have a label above 0, {{ "{:,}".format(report.labels.queries_with_pairs)
 </table>
 </div>
 <p><small>Quality is judged on the documents that the teacher scored, so teachers that scored different ones are judged on
-different pairs; <code>pile-fast evaluate</code> ranks all documents. PNR and the right order leave tied pairs out.</small></p>
+different pairs; <code>pile-fast evaluate</code> ranks all documents. In PNR and the right order a tied pair is half
+right.</small></p>
 {% endif %}
 {% if report.suspicious_queries %}
 <h2>Queries whose labels the teachers contradict</h2>
