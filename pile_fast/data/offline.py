@@ -114,18 +114,19 @@ class OfflineEnsemble:
         """The columns it reads."""
         return ("teacher_logits", "labels") if self.needs_labels else ("teacher_logits",)
 
-    def __call__(self, table: pa.Table, first_row: int = 0) -> pa.Table:
+    def __call__(self, table: pa.Table, *, first_row: int = 0, like: pa.Table | None = None) -> pa.Table:
         """The table with the ensemble.
 
         Args:
             table: rows.
             first_row: how many rows stand before the table's first, for the row numbers of error messages.
+            like: a row whose teachers the table's must be; None = the table's own first.
 
         Raises:
             ValueError: a column is missing or a row is broken: "row 7: reason", counted from 1.
         """
         teacher_logits, labels, cu_seqlens = _packed(table, labelled=self.needs_labels, first_row=first_row)
-        _same_teachers(table, teacher_logits.shape[1], first_row)
+        _same_teachers(table, teacher_logits.shape[1], first_row, table if like is None else like)
         if self.method == "pile":
             logits, weights, _ = self._function(teacher_logits, labels, cu_seqlens=cu_seqlens)
             if weights is not None:
@@ -240,22 +241,23 @@ def _floats(values: pa.Array) -> tuple[Tensor, int | None]:
     return torch.from_dlpack(filled), broken
 
 
-def _same_teachers(table: pa.Table, count: int, first_row: int) -> None:
-    """Every row that names its teachers must name the same ones, in one order."""
+def _same_teachers(table: pa.Table, count: int, first_row: int, like: pa.Table) -> None:
+    """Every row must have as many teachers as the first, and name the same ones, in one order, if it names them."""
+    if like is not table and table.num_rows and (wanted := _packed(like, labelled=False)[0].shape[1]) != count:
+        raise ValueError(f"row {first_row + 1}: teacher_logits: expected {wanted} teachers as in the first row, got {count}")
     if "teachers" not in table.column_names or table["teachers"].null_count == table.num_rows:
         return
     names = table["teachers"].combine_chunks()
     rows = np.flatnonzero(names.is_valid().to_numpy(zero_copy_only=False))
     lengths = np.diff(_starts(names))[rows]
-    values = names.flatten()
-    first = values[: lengths[0]]
+    first = names[rows[0]] if like is table or not like["teachers"][0].is_valid else like["teachers"][0]
     wrong = lengths != count
-    if not wrong.any():
-        same = pa.compute.equal(values, first.take(pa.array(np.tile(np.arange(count), len(rows)))))
+    if not wrong.any() and len(first) == count:
+        same = pa.compute.equal(names.flatten(), first.values.take(pa.array(np.tile(np.arange(count), len(rows)))))
         wrong = ~same.fill_null(False).to_numpy(zero_copy_only=False).reshape(-1, count).all(1)
     if wrong.any():
         row = int(rows[np.argmax(wrong)])
-        wanted = first.to_pylist() if lengths[0] == count else f"{count} names"
+        wanted = first.as_py() if len(first) == count else f"{count} names"
         raise ValueError(f"row {first_row + row + 1}: teachers: expected {wanted}, got {names[row].as_py()}")
 
 
@@ -333,9 +335,10 @@ def ensemble_file(
     settings = {"input": fingerprint(path), "format": format, "ensemble": ensemble.settings}
     with ResumableOutput(output, settings) as out, ThreadPoolExecutor(1) as writer:
         writing = None
+        like = _first_row(path, format)
         for number, first_row, table in ahead(_parts(path, format, frozenset(out.done))):
             try:
-                result = ensemble(table, first_row)
+                result = ensemble(table, first_row=first_row, like=like)
             except ValueError as error:
                 raise ValueError(f"{path}:{error}") from None
             if writing is not None:
@@ -345,6 +348,16 @@ def ensemble_file(
         if writing is not None:
             writing.result()
         out.finish()
+
+
+def _first_row(path: Path, format: str) -> pa.Table:
+    if format != "parquet":
+        return parquet.rows_to_table([next(read_rows(path, format=format))])
+    with parquet.open_parquet(path) as file:
+        columns = [name for name in ("teacher_logits", "teachers") if name in file.schema_arrow.names]
+        if not file.metadata.num_rows:
+            raise ValueError(f"{path}: no rows")
+        return next(parquet.read_tables(file, 0, 1, 1, columns))[1]
 
 
 def _counted(rows: list[dict], progress: Callable[[int], None]) -> Iterator[dict]:

@@ -80,7 +80,9 @@ def read_rows(paths: list[Path], bad_rows: BadRows | None = None) -> Iterator[di
                 raise ValueError(f"{path}: damaged file after row {number}: {error}") from error
 
 
-def read_tables(file: pq.ParquetFile, start: int, stop: int, size: int) -> Iterator[tuple[int, pa.Table]]:
+def read_tables(
+    file: pq.ParquetFile, start: int, stop: int, size: int, columns: list[str] | None = None
+) -> Iterator[tuple[int, pa.Table]]:
     """(number of its first row, table) for the rows from `start` to `stop`, `size` each, the last one the rest.
 
     Raises:
@@ -91,7 +93,7 @@ def read_tables(file: pq.ParquetFile, start: int, stop: int, size: int) -> Itera
     position = int(ends[groups[0] - 1]) if groups[0] else 0
     waiting, rows = [], 0
     try:
-        for batch in file.iter_batches(batch_size=size, row_groups=list(groups)):
+        for batch in file.iter_batches(batch_size=size, row_groups=list(groups), columns=columns):
             before, position = position, position + batch.num_rows
             batch = batch.slice(max(0, start - before), max(0, min(position, stop) - max(before, start)))
             while batch.num_rows:

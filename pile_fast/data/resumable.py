@@ -54,11 +54,11 @@ class ResumableOutput:
         try:
             for stale in self.folder.glob(".*"):  # of a process that was killed while it wrote
                 stale.unlink()
+            self.done = {int(file.stem) for file in self.folder.glob("*.parquet")}
             self._check_settings(json.loads(json.dumps(settings)))
         except BaseException:
             self.close()
             raise
-        self.done = {int(file.stem) for file in self.folder.glob("*.parquet")}
 
     def _take_lock(self) -> int:
         while True:
@@ -83,7 +83,7 @@ class ResumableOutput:
 
     def _check_settings(self, settings: dict) -> None:
         file = self.folder / "settings.json"
-        if not file.exists():
+        if not self.done:
             with atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
             return
@@ -124,6 +124,10 @@ class ResumableOutput:
             raise ValueError(f"{self.path}: no parts were written")
         with atomic_path(self.path, folder=self.folder) as temporary:
             self._join(temporary)
+        self._remove()
+        self.close()
+
+    def _remove(self) -> None:
         # The lock goes last: who takes a new one then finds no part.
         for file in self.folder.iterdir():
             if file.name != "lock":
@@ -131,7 +135,6 @@ class ResumableOutput:
         (self.folder / "lock").unlink()
         with contextlib.suppress(OSError):  # another process has begun to write there
             self.folder.rmdir()
-        self.close()
 
     def _join(self, temporary: Path) -> None:
         import pyarrow.parquet as pq
@@ -142,10 +145,13 @@ class ResumableOutput:
         write_tables(temporary, pq.read_schema(parts[0]), ahead(pq.read_table(part) for part in parts))
 
     def close(self) -> None:
-        """Let go of the lock; the parts stay."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Let go of the lock; the parts, if there are any, stay."""
+        if self._lock is None:
+            return
+        if self.folder.exists() and not any(self.folder.glob("*.parquet")):
+            self._remove()
+        os.close(self._lock)
+        self._lock = None
 
     def __enter__(self) -> ResumableOutput:
         return self
