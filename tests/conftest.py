@@ -1,5 +1,7 @@
 """Fixtures that more than one test file uses."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,11 @@ def text_rows():
         return rows
 
     return make
+
+
+@pytest.fixture
+def disk_full():
+    """Makes the next whole file that this process writes to a path, which goes to a temporary one first, meet a full disk."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    return lambda path: path.with_name(f".{os.getpid()}.{path.name}").symlink_to("/dev/full")

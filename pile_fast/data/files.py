@@ -94,6 +94,10 @@ def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Itera
     # The suffix stays the last: writers choose compression by it.
     temporary = (folder or path.parent) / f".{os.getpid()}.{path.name}"
     try:
+        try:
+            open(temporary, "wb").close()
+        except OSError as error:  # about a name that the user has never heard of
+            raise OSError(error.errno, f"cannot write there: {error.strerror}", str(path)) from None
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
