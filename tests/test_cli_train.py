@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import pile_fast
 from pile_fast.cli import main, train
 from pile_fast.data import make_synthetic, write_rows
-from pile_fast.students import BiEncoder, FeatureRanker, load_ranker
+from pile_fast.students import BiEncoder, FeatureRanker, FeatureRankerConfig, load_ranker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -234,7 +234,7 @@ OUT = ("--output-dir", "out", "--use-cpu")
         ((*FEATURES, "--report-to", "codecarbon"), "requires `codecarbon` to be installed"),
         ((*FEATURES, "--model", "."), ".: no model in this folder, it has no config.json"),
         ((*FEATURES, "--resume-from-checkpoint", "nowhere"), "nowhere"),
-        (("train.jsonl", "--student", "cross-encoder", "--model", "any"), "query q0: no 'query', which a cross-encoder needs"),
+        (("train.jsonl", "--student", "cross-encoder", "--model", "ranker"), "query q0: no 'query', which a cross-encoder"),
         (("labels.jsonl", "--student", "features"), "the data has no teacher_logits: add teachers (pile-fast score), or train"),
         (("broken.jsonl", "--student", "features"), "broken.jsonl:2: "),
     ],
@@ -242,6 +242,7 @@ OUT = ("--output-dir", "out", "--use-cpu")
 def test_what_the_user_can_put_right(capsys, features, arguments, message):
     write("labels.jsonl", [{name: row[name] for name in ("query_id", "features", "labels")} for row in features])
     write("broken.jsonl", [features[0], features[1] | {"labels": ["good"]}])
+    FeatureRanker(FeatureRankerConfig(num_features=5)).save_pretrained("ranker")
     code, line = error(capsys, *arguments, *OUT)
     assert code == 1 and line.startswith("pile-fast: error: ") and message in line
     assert not Path("out/config.json").exists()

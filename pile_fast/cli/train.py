@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -204,16 +205,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    import huggingface_hub
     import transformers
 
+    from pile_fast.students.ranker import model_config
     from pile_fast.trainer import PileTrainer, last_checkpoint
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving; the Trainer's own stays
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
     loss = _loss(args)
     eval_strategy = args.eval_strategy or ("epoch" if args.validation else "no")
     options = {name: getattr(args, name) for name in args.trainer_options} | {"eval_strategy": eval_strategy}
     settings = transformers.TrainingArguments(output_dir=args.output_dir, **options)
+    if args.model:
+        model_config(args.model)  # before anything that takes time
     output = _output_folder(args)
     checkpoint = args.resume_from_checkpoint
     if checkpoint is True:
