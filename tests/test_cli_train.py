@@ -260,7 +260,7 @@ def test_text_student_s_model_that_is_not_there(capsys, monkeypatch, text):
 def test_broken_rows_can_be_left_out(capsys, features):
     write("train.jsonl", [features[0], {"query_id": "x"}, *features[1:]])
     run(*FEATURES, "--skip-bad-rows")
-    assert "Left out 1 broken rows of train.jsonl: train.jsonl:2: " in capsys.readouterr().out
+    assert "Left out 1 broken rows or lines:\n  train.jsonl:2: " in capsys.readouterr().err
 
 
 def test_a_run_is_not_written_over_another(capsys, features):

@@ -80,28 +80,33 @@ def require(command: str, *modules: str, extra: str = "train") -> None:
             raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{extra}]'") from error
 
 
-def writable_folder(path: str | Path) -> Path:
-    """The folder of --output, there and fit to be written to."""
+def writable_folder(path: str | Path, flag: str = "--output") -> Path:
+    """The folder of --output, or of another flag, there and fit to be written to."""
     output = Path(path)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise UserError(f"--output {output}: cannot write there: {error.strerror}") from error
+        raise UserError(f"{flag} {output}: cannot write there: {error.strerror}") from error
     return output
 
 
-def load_ranker(model: str, **options):
-    """`pile_fast.students.load_ranker` without its libraries' progress bars and notices, retries of downloads among them."""
+def quiet_loading() -> None:
+    """No progress bars and notices of the libraries that load and save models, retries of downloads among them."""
     import huggingface_hub
     import transformers
-
-    from pile_fast import students
 
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def load_ranker(model: str, **options):
+    """`pile_fast.students.load_ranker`, quietly."""
+    from pile_fast import students
+
+    quiet_loading()
     return students.load_ranker(model, **options)
 
 

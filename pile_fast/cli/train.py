@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import pile_fast
+from pile_fast.cli.common import print_left_out, quiet_loading, whole_number, writable_folder
 from pile_fast.cli.errors import UserError, user_errors
 from pile_fast.data.formats import FORMATS
 from pile_fast.options import DISTILLATIONS, GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
@@ -27,7 +28,7 @@ _LOSS_OPTIONS = (
 )  # fmt: skip
 # Those that an ensemble made beforehand leaves nothing to do.
 _ENSEMBLE_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "prior")
-# What a folder's config.json says is there is there: it is written last.
+# Without it a folder cannot be loaded as a model, so it is written last.
 _LAST_FILE = "config.json"
 
 
@@ -136,7 +137,7 @@ def _own_options() -> argparse.ArgumentParser:
                       "--eval-strategy says otherwise, and at the end")  # fmt: skip
     data.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of all files: {', '.join(FORMATS)} "
                       "(default: by their suffix)")  # fmt: skip
-    data.add_argument("--skip-bad-rows", action="store_true", help="count and report broken rows instead of stopping")
+    data.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
     data.add_argument("--teacher-columns", nargs="+", metavar="NAME", help="the teachers to learn from, by name (default: all)")
     data.add_argument("--ensemble-logits", action="store_true", help="learn from the ensemble that `pile-fast ensemble` wrote "
                       "into the data, as it is, instead of from the teachers")  # fmt: skip
@@ -145,10 +146,10 @@ def _own_options() -> argparse.ArgumentParser:
     student.add_argument("--student", choices=_KINDS, metavar="KIND", help=f"what to train: {', '.join(_KINDS)}")
     student.add_argument("--model", metavar="NAME_OR_PATH", help="where a text student starts from: a folder or a name on the "
                          "Hugging Face hub; for features a saved student to train on")  # fmt: skip
-    student.add_argument("--num-layers", type=_positive, metavar="K", help="keep the first K layers of the encoder")
-    student.add_argument("--max-length", type=_positive, metavar="N", help="tokens per text, or pair of texts for a "
+    student.add_argument("--num-layers", type=whole_number(1), metavar="K", help="keep the first K layers of the encoder")
+    student.add_argument("--max-length", type=whole_number(1), metavar="N", help="tokens per text, or pair of texts for a "
                          "cross-encoder (default: what the model allows)")  # fmt: skip
-    student.add_argument("--hidden-sizes", nargs="*", type=_positive, metavar="N", default=[64, 64],
+    student.add_argument("--hidden-sizes", nargs="*", type=whole_number(1), metavar="N", default=[64, 64],
                          help="features: widths of the hidden layers")  # fmt: skip
     student.add_argument("--dropout", type=float, default=0.1, help="features: after every hidden layer")
     student.add_argument("--pooling", choices=("mean", "cls"), help="bi-encoder: what embeds a text (default: what a "
@@ -184,19 +185,13 @@ def _own_options() -> argparse.ArgumentParser:
     run.add_argument("--resume-from-checkpoint", "--resume_from_checkpoint", nargs="?", const=True, metavar="DIR",
                      help="go on from a checkpoint; without DIR from the last whole one in the output folder, or from the "
                      "beginning if there is none yet")  # fmt: skip
-    run.add_argument("--max-documents-per-batch", type=_positive, metavar="N", help="texts the encoder sees at a time: bounds "
-                     "the memory of long lists without changing the loss, for a second forward")  # fmt: skip
-    run.add_argument("--ndcg-k", type=_positive, default=10, metavar="K", help="rank cut of the NDCG at evaluation")
+    run.add_argument("--max-documents-per-batch", type=whole_number(1), metavar="N", help="texts the encoder sees at a time: "
+                     "bounds the memory of long lists without changing the loss, for a second forward")  # fmt: skip
+    run.add_argument("--ndcg-k", type=whole_number(1), default=10, metavar="K", help="rank cut of the NDCG at evaluation")
     run.add_argument("--no-loss-components", action="store_true", help="do not log the parts of the loss and the teachers' "
                      "weights")  # fmt: skip
     run.add_argument("-h", "--help", action="help", help="show this and exit")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -205,15 +200,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import huggingface_hub
     import transformers
 
     from pile_fast.students.ranker import model_config
     from pile_fast.trainer import PileTrainer, last_checkpoint
 
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading and saving; the Trainer's own stays
+    quiet_loading()
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
     loss = _loss(args)
     eval_strategy = args.eval_strategy or ("epoch" if args.validation else "no")
@@ -274,13 +266,7 @@ def _loss(args: argparse.Namespace) -> pile_fast.PILELoss:
 
 
 def _output_folder(args: argparse.Namespace) -> Path:
-    output = Path(args.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {output}: cannot write there: {error.strerror}") from error
-    if not os.access(output, os.W_OK):
-        raise UserError(f"--output-dir {output}: cannot write there")
+    output = writable_folder(args.output_dir, "--output-dir")
     if not args.resume_from_checkpoint and (any(output.glob("checkpoint-*")) or (output / _LAST_FILE).exists()):
         raise UserError(
             f"--output-dir {output}: holds a training run already; go on with it (--resume-from-checkpoint), remove it, or "
@@ -304,8 +290,7 @@ def _rows(args: argparse.Namespace, paths: list[str]):
                 raise UserError(f"{paths[0]}: query {data[0]['query_id']}: no {column!r}, which a {args.student} needs")
         if args.teacher_columns or args.ensemble_logits:
             data = data.with_transform(lambda columns: _each_row(columns, args))
-    if bad_rows is not None and bad_rows.count:
-        print(f"Left out {bad_rows.count} broken rows of {', '.join(paths)}: {'; '.join(bad_rows.reasons)}")
+    print_left_out(bad_rows)
     return data
 
 
