@@ -137,6 +137,13 @@ def test_features_are_scored_by_a_feature_ranker_and_by_nothing_else(capsys):
     assert main(["score", "features.jsonl", "--teacher", "mlp=mlp", "--output", "out.parquet"]) == 0
     wanted = [scores.tolist() for scores in load_ranker("mlp").score(rows)]
     assert column("out.parquet", "mlp") == [pytest.approx(scores, rel=1e-5) for scores in wanted]
+    FeatureRanker(FeatureRankerConfig(num_features=3)).save_pretrained("wide")
+    assert error_of(capsys, "features.jsonl", "--teacher", "m=wide", "--output", "no.parquet") == (
+        "features: expected (D, F) = (D, 3), got (6, 2)"
+    )
+    assert error_of(capsys, "features.jsonl", "--teacher", "m=mlp", "--device", "abacus", "--output", "no.parquet").startswith(
+        "--device abacus: "
+    )
     assert error_of(capsys, "features.jsonl", "--teacher", "bm25", "--output", "no.parquet") == (
         "features.jsonl: query q0: no query, which teacher bm25 (bm25) reads"
     )

@@ -102,12 +102,18 @@ def quiet_loading() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load_ranker(model: str, **options):
-    """`pile_fast.students.load_ranker`, quietly."""
+def load_ranker(model: str, *, device: str | None, **options):
+    """`pile_fast.students.load_ranker`, quietly, on a device of the command line."""
+    import torch
+
     from pile_fast import students
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device; not built for it
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     quiet_loading()
-    return students.load_ranker(model, **options)
+    return students.load_ranker(model, device=device, **options)
 
 
 def percent(share: float | None) -> str:

@@ -69,6 +69,8 @@ class FeatureRanker(PreTrainedModel):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (D,) of documents' features (D, F)."""
+        if features.dim() != 2 or features.shape[1] != self.config.num_features:
+            raise ValueError(f"features: expected (D, F) = (D, {self.config.num_features}), got {tuple(features.shape)}")
         return self.layers((features - self.mean) * self.scale).squeeze(-1)
 
 
