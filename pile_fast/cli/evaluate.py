@@ -232,7 +232,7 @@ def _print_table(evaluation: Evaluation, systems: dict[str, System], args: argpa
     import rich.markup
     import rich.table
 
-    table = rich.table.Table(title=f"{args.data}", box=rich.box.SIMPLE_HEAD, leading=1)
+    table = rich.table.Table(title=rich.markup.escape(args.data), box=rich.box.SIMPLE_HEAD, leading=1)
     table.add_column("system")
     any_system = next(iter(evaluation.results.values()))
     for name in args.metrics:
@@ -248,7 +248,8 @@ def _print_table(evaluation: Evaluation, systems: dict[str, System], args: argpa
             if result.p is not None:
                 significant = result.p_holm < SIGNIFICANT
                 color = ("green" if result.difference > 0 else "red") if significant else "dim"
-                lines.append(f"[{color}]{result.difference:+.3f} p {_p(result.p_holm)}{'*' if significant else ' '}[/{color}]")
+                difference = "+" * (result.difference > 0) + decimal(result.difference)
+                lines.append(f"[{color}]{difference} p {_p(result.p_holm)}{'*' if significant else ' '}[/{color}]")
             cells.append("\n".join(lines))
         table.add_row(label, *cells, f"{evaluation.queries.documents - coverage.documents:,}", percent(coverage.tied_share))
     console = rich.console.Console()
