@@ -272,6 +272,14 @@ def test_a_run_is_not_written_over_another(capsys, features):
     assert code == 1 and "--output-dir file/below: cannot write there: Not a directory" in line
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_disk_full(capsys, features):
+    Path("out/checkpoint-3").mkdir(parents=True)
+    Path("out/checkpoint-3/optimizer.pt").symlink_to("/dev/full")
+    code, line = error(capsys, *FEATURES, *QUICK, *OUT, "--resume-from-checkpoint")
+    assert code == 1 and line.startswith("pile-fast: error: --output-dir out: cannot write a checkpoint: ")
+
+
 # Whoever finds a config.json finds a whole student.
 def test_student_half_written_is_none(monkeypatch, features):
     class Killed(Exception):

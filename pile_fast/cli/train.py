@@ -195,8 +195,16 @@ def _own_options() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    with user_errors(args.output_dir):
-        return _train(args)
+    from safetensors import SafetensorError
+
+    try:
+        with user_errors(args.output_dir):
+            return _train(args)
+    except (SafetensorError, RuntimeError) as error:
+        # What the two writers of a checkpoint say when the disk is full, each without the file's name.
+        if isinstance(error, SafetensorError) or "inline_container" in str(error):
+            raise UserError(f"--output-dir {args.output_dir}: cannot write a checkpoint: {error}") from error
+        raise
 
 
 def _train(args: argparse.Namespace) -> int:
