@@ -18,7 +18,8 @@ def user_errors(output: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f"this command needs {error.name}: pip install 'pile_fast[train]'") from error
+        wanted = f"this command needs {error.name}: pip install 'pile_fast[train]'"
+        raise UserError(wanted if error.name else str(error)) from error
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error  # transformers' messages have several lines
     except OSError as error:

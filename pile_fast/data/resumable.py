@@ -54,7 +54,7 @@ class ResumableOutput:
         try:
             for stale in self.folder.glob(".*"):  # of a process that was killed while it wrote
                 stale.unlink()
-            self.done = {int(file.stem) for file in self.folder.glob("*.parquet")}
+            self.done = {int(file.stem) for file in self.folder.glob("[0-9]*.parquet")}
             self._check_settings(json.loads(json.dumps(settings)))
         except BaseException:
             self.close()
@@ -148,7 +148,7 @@ class ResumableOutput:
         """Let go of the lock; the parts, if there are any, stay."""
         if self._lock is None:
             return
-        if self.folder.exists() and not any(self.folder.glob("*.parquet")):
+        if self.folder.exists() and not any(self.folder.glob("[0-9]*.parquet")):
             self._remove()
         os.close(self._lock)
         self._lock = None
