@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test test-fast sanitize bench gpu-check triton-table lint clean
+.PHONY: setup demo test test-fast sanitize bench bench-ensemble gpu-check triton-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ triton-table: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+# pile-fast ensemble from Parquet to Parquet: pairs per second and peak memory.
+bench-ensemble: setup
+	$(BIN)/python benchmarks/ensemble_file.py
 
 clean:
 	rm -rf build *.egg-info pile_fast/*.so .pytest_cache .hypothesis .ruff_cache

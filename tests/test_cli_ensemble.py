@@ -121,7 +121,7 @@ from pathlib import Path
 from pile_fast.cli import main
 from pile_fast.data import offline, parquet
 
-parquet.BATCH_VALUES = 2000  # some 30 queries a part
+parquet.BATCH_VALUES = 2600  # some 30 queries a part
 parts, rng = Path("b.parquet.parts"), random.Random(int(sys.argv[1]))
 
 def run(output):

@@ -257,9 +257,26 @@ def test_every_range_of_rows_comes_whatever_the_row_groups(tmp_path):
                 assert pa.concat_tables([part for _, part in parts]).equals(table.slice(start, stop - start))
 
 
+def test_rows_at_a_time_follow_the_bytes_the_numbers_and_the_texts(tmp_path, monkeypatch):
+    def rows_of(table):
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
+        return parquet.rows_at_a_time(pq.read_metadata(tmp_path / "a.parquet"))
+
+    numbers = pa.table({"q": range(100), "x": [[[1.0, 2.0, 3.0]] * 10] * 100})  # 30 to a row
+    texts = pa.table({"documents": [["the same text over and over"] * 10] * 100})  # 10 texts to a row
+    assert rows_of(numbers) == rows_of(texts) == 100
+    monkeypatch.setattr(parquet, "BATCH_VALUES", 240)
+    assert rows_of(numbers) == 8 and rows_of(texts) == 3
+    monkeypatch.setattr(parquet, "BATCH_VALUES", 1)
+    assert rows_of(numbers) == 1
+    monkeypatch.setattr(parquet, "BATCH_VALUES", 10**9)
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 1000)
+    assert 1 <= rows_of(pa.table({"x": [np.random.default_rng(0).random(50)] * 1 + [np.zeros(50)] * 99})) < 100
+
+
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(parquet, "BATCH_VALUES", 500)  # some six queries a part
+    monkeypatch.setattr(parquet, "BATCH_VALUES", 700)  # some six queries a part
     monkeypatch.setattr(parquet, "ROWS_PER_TABLE", 6)
 
 
@@ -299,6 +316,28 @@ def test_goes_on_with_the_parts_that_are_missing(tmp_path, rows, small_parts, mo
     ensemble_file(tmp_path / name, tmp_path / "b.parquet", OfflineEnsemble(), progress=computed.append)
     assert (tmp_path / "b.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert 0 < sum(computed) < 40
+
+
+def test_any_column_passes_through_a_file(tmp_path, table, small_parts):
+    count = table.num_rows
+    extra = {
+        "split": pa.array(["train", None, "a", "b"] * (count // 4)).dictionary_encode(),
+        "meta": pa.array([{"a": [1, 2], "b": None}, None] * (count // 2)),
+        "tags": pa.array([[{"name": "x", "value": 1.5}], []] * (count // 2)),
+        "when": pa.array(range(count), pa.timestamp("us", "UTC")),
+        "large": pa.array([f"text {i}" for i in range(count)], pa.large_string()),
+        "bytes": pa.array([b"\x00\xff"] * count),
+        "map": pa.array([[("k", 1)]] * count, pa.map_(pa.string(), pa.int32())),
+        "price": pa.array([i * 0.5 for i in range(count)]).cast(pa.decimal128(10, 2)),
+        "nothing": pa.nulls(count),
+    }
+    for name, column in extra.items():
+        table = table.append_column(name, column)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=9)
+    ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
+    back = pq.read_table(tmp_path / "b.parquet")
+    assert back.schema.equals(table.schema)
+    assert back.drop_columns("ensemble_logits").to_pylist() == table.drop_columns("ensemble_logits").to_pylist()
 
 
 def test_a_broken_row_is_named_by_file_and_row_in_the_file(tmp_path, rows, small_parts):

@@ -26,9 +26,11 @@ SCHEMA = pa.schema(
         ("ensemble_logits", pa.list_(pa.float32())),
     ]
 )
-# How much of a file is in memory at a time, as encoded bytes and as values of its longest column.
+# How much of a file is in memory at a time: encoded bytes, and numbers in its longest column. A text counts as several numbers,
+# as texts that repeat are short when they are encoded, and long again in memory.
 BATCH_BYTES = 2**25
 BATCH_VALUES = 2**20
+_VALUES_PER_TEXT = 8
 ROWS_PER_TABLE = 1000
 _READ_BUFFER = 2**20
 
@@ -53,7 +55,11 @@ def rows_at_a_time(metadata: pq.FileMetaData) -> int:
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         size += group.total_byte_size
-        values += max((group.column(c).num_values for c in range(group.num_columns)), default=0)
+        columns = (group.column(c) for c in range(group.num_columns))
+        values += max(
+            (column.num_values * (_VALUES_PER_TEXT if column.physical_type == "BYTE_ARRAY" else 1) for column in columns),
+            default=0,
+        )
     rows = max(1, metadata.num_rows)
     return max(1, min(rows, BATCH_BYTES * rows // max(size, 1), BATCH_VALUES * rows // max(values, 1)))
 
