@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     print(source, flush=True)
     train, validation, test = lists.fold(args.fold)
 
-    rows = [*_teachers(test), _row("baseline", "count: number of teachers that returned it", returned(test), test)]
+    rows = [*_teachers(test), _row("baseline", "count of teachers that returned it", returned(test), test)]
     rows += _ensembles(train, test)
     for name, student in _students(train, validation, args):
         with torch.no_grad():
