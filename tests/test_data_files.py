@@ -1,5 +1,7 @@
 """Outputs that are whole or not there: written aside, resumed after a kill, one process at a time."""
 
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,19 +93,38 @@ def test_interrupted_and_resumed_gives_the_same_file(tmp_path):
     assert sorted(tmp_path.iterdir()) == [path, whole]
 
 
-def test_killed_between_the_rename_and_the_removal_of_the_parts(tmp_path, monkeypatch):
+def test_killed_while_the_parts_are_removed(tmp_path, monkeypatch):
+    """The file is in its place by then; the same command once more leaves it as it is, and nothing else."""
     path = tmp_path / "a.parquet"
-    output = ResumableOutput(path, {})
-    output.write(0, rows(5))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(type(output.folder), "iterdir", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
-        output.finish()
-    output.close()
+    unlink, left = type(path).unlink, [0]
+
+    def unlink_some(file, *arguments, **options):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(file, *arguments, **options)
+
+    def run():
+        with ResumableOutput(path, {"a": 1}) as output:
+            for number in range(3):
+                if number not in output.done:
+                    output.write(number, rows(5, 5 * number))
+            output.finish()
+
+    run()
     content = path.read_bytes()
-    with ResumableOutput(path, {}) as output:
-        assert output.done == {0}
-        output.finish()
-    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    for files in range(5):  # of three parts, settings and lock
+        output = ResumableOutput(path, {"a": 1})
+        for number in range(3):
+            output.write(number, rows(5, 5 * number))
+        left[0] = files
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(type(path), "unlink", unlink_some)
+            output.finish()
+        os.close(output._lock)  # as when the process ends
+        assert path.read_bytes() == content
+        run()
+        assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
 
 
 def test_other_settings_or_another_input_are_refused(tmp_path):

@@ -46,7 +46,7 @@ class ResumableOutput:
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict):
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))  # the parts go where the file will be, if it is a link
         if self.path.exists() and not self.path.is_file():
             raise OSError(f"{path}: not a regular file")
         self.folder = self.path.with_name(self.path.name + ".parts")
@@ -128,11 +128,9 @@ class ResumableOutput:
         self.close()
 
     def _remove(self) -> None:
-        # The lock goes last: who takes a new one then finds no part.
-        for file in self.folder.iterdir():
-            if file.name != "lock":
-                file.unlink()
-        (self.folder / "lock").unlink()
+        # Parts before what they belong to, should this be interrupted; the lock last: who takes a new one finds no part.
+        for file in [*sorted(self.folder.glob("*.parquet")), self.folder / "settings.json", self.folder / "lock"]:
+            file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process has begun to write there
             self.folder.rmdir()
 
