@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test test-fast sanitize bench gpu-check triton-table lint clean
+.PHONY: setup demo test test-fast test-lightning-ir sanitize bench gpu-check triton-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,13 @@ test: setup lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Lightning-IR needs transformers 4, so its tests run in an environment of their own.
+test-lightning-ir: setup build/peers/lightning-ir/pyvenv.cfg
+	build/peers/lightning-ir/bin/python -m pytest tests/test_integrations_lightning_ir.py
+
+build/peers/%/pyvenv.cfg: $(VENV)/.installed
+	$(BIN)/python benchmarks/peers/setup.py $*
 
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
 sanitize: setup

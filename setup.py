@@ -19,7 +19,7 @@ from setuptools.extension import Extension
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "pile_fast/__init__.py").read_text()).group(1)
-PACKAGES = ["pile_fast", "pile_fast.backends", "pile_fast.cli", "pile_fast.data", "pile_fast.kernels"]
+PACKAGES = ["pile_fast", *(f"pile_fast.{name}" for name in ("backends", "cli", "data", "integrations", "kernels"))]
 
 COMMON = [
     "-std=c++17",
