@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test test-fast test-lightning-ir sanitize bench gpu-check triton-table lint clean
+.PHONY: setup demo test test-fast test-lightning-ir sanitize bench bench-peers-setup gpu-check triton-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -36,7 +36,7 @@ test-lightning-ir: setup build/peers/lightning-ir/pyvenv.cfg
 	build/peers/lightning-ir/bin/python -m pytest tests/test_integrations_lightning_ir.py
 
 build/peers/%/pyvenv.cfg: $(VENV)/.installed
-	$(BIN)/python benchmarks/peers/setup.py $*
+	$(BIN)/python benchmarks/peers/environments.py $*
 
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
 sanitize: setup
@@ -51,8 +51,14 @@ gpu-check:
 triton-table: setup
 	$(BIN)/python tests/triton_aot.py --write
 
+# This package alone, then beside the peers that are installed (bench-peers-setup, once): figures want an idle machine.
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/peers/compare.py
+
+# An environment in build/peers for each peer that cannot live in .venv.
+bench-peers-setup: setup
+	$(BIN)/python benchmarks/peers/environments.py
 
 clean:
 	rm -rf build *.egg-info pile_fast/*.so .pytest_cache .hypothesis .ruff_cache
