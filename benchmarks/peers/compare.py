@@ -10,6 +10,7 @@ float64 reference first, then timed forward + backward, in turns with the others
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -142,7 +143,10 @@ class Worker:
             )
 
     def first(self) -> dict:
-        """What worker.py says of the first call, or a "failure"."""
+        """Have the first call made: what worker.py says of it, or a "failure"."""
+        with contextlib.suppress(BrokenPipeError):  # it has failed already, and said why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], START_LIMIT)[0]:
             self.stop()
             return {"failure": f"too slow: no result after {START_LIMIT:.0f} s"}
@@ -166,7 +170,8 @@ class Worker:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
 
 

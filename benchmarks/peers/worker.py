@@ -2,7 +2,8 @@
 
     python worker.py FILE VARIANT OP LISTS.npz GRADIENT.npy LIMIT_BYTES
 
-Line by line, as JSON: first what the first call gave, then for each line "REPEATS BATCH SHORT" the seconds that calls took.
+Line by line, as JSON: for an empty line what the first call gave, then for each line "REPEATS BATCH SHORT" the seconds that calls
+took.
 """
 
 import ctypes
@@ -32,6 +33,7 @@ def start(file: str, variant: str, op: str, lists: str, gradient: str, limit: in
     # Code, tables, threads: once per process. Nothing of that outlasts a compilation.
     small = make_lists([3, 5] if provider.RAGGED else [4, 4])
     provider.prepare(op, small, "eager" if variant == "torch.compile" else variant)()
+    sys.stdin.readline()  # all start at once, but make their first calls one after the other
     with np.load(lists) as arrays:
         problem = Lists(*(arrays[name] for name in Lists._fields))
     if limit:
