@@ -2,8 +2,8 @@
 
     python worker.py FILE VARIANT OP LISTS.npz GRADIENT.npy LIMIT_BYTES
 
-Line by line, as JSON: for an empty line what the first call gave, then for each line "REPEATS BATCH SHORT" the seconds that calls
-took.
+Answers line by line, as JSON: an empty line with what the first call gave, then each "REPEATS BATCH SHORT" with the seconds that
+calls took.
 """
 
 import ctypes
