@@ -65,7 +65,7 @@ def markdown(result: dict) -> str:
         for op, title in TITLES.items():
             if found := of(rows, section, op):
                 parts.append(f"### {title}, {heading}\n\n" + table(columns, lines(found)))
-    if found := of(rows, "step", "pairwise_logistic"):
+    if found := [row for row in rows if row["section"] == "step"]:
         step = next((row["p50_ms"] for row in found if row["provider"] == "MiniLM-L6 step"), None)
         body = []
         for row in found:

@@ -57,6 +57,7 @@ class Provider(NamedTuple):
     environment: str = ""  # of build/peers; "" = this one
     time_by: str = "pairs"
     memory_by: str = "pairs"
+    computes: str = ""  # if not the problem's op
 
 
 PROVIDERS = {
@@ -71,7 +72,10 @@ PROVIDERS = {
     "lightning-ir": Provider("lightning_ir", environment="lightning-ir"),
     "rax": Provider("rax", environment="rax"),
 }
-STEP = {"MiniLM-L6 step": Provider("step", "step"), "pile_loss, 4 teachers": Provider("step", "pile_loss")}
+STEP = {
+    "MiniLM-L6 step": Provider("step", "step", computes="training_step"),
+    "pile_loss, 4 teachers": Provider("step", "pile_loss", computes="pile_loss"),
+}
 # By squared differences this package has but one way to sum; the others have no such loss over all pairs.
 DISTILLING = ("pile_fast", "eager", "torch.compile", "lightning-ir", "rax")
 EQUAL_LENGTHS = ("lightning-ir",)
@@ -164,7 +168,9 @@ class Worker:
             time.sleep(PAUSE)
         worker.process.stdin.write(f"{repeats} {batch} {int(short)}\n")
         worker.process.stdin.flush()
-        return json.loads(worker.process.stdout.readline())
+        if not (line := worker.process.stdout.readline()):
+            raise ChildProcessError(f"{worker.gradient.stem} ended while it was timed")
+        return json.loads(line)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -192,7 +198,7 @@ class Comparison:
 
         say("reference in float64")
         expected = Expected(op, lists)
-        size = {"documents": int(lists.lengths.sum()), "pairs": int((lists.lengths**2).sum()), "step": 1}
+        size = {"documents": int(lists.lengths.sum()), "pairs": int((lists.lengths**2).sum())}
         with tempfile.TemporaryDirectory() as folder:
             problem = Path(folder, "lists.npz")
             np.savez(problem, **lists._asdict())
@@ -201,7 +207,8 @@ class Comparison:
                 if op == "pairwise_distillation" and name not in DISTILLING:
                     continue
                 row = dict(
-                    section=section, provider=name, version=None, environment=provider.environment or "main", op=op,
+                    section=section, provider=name, version=None, environment=provider.environment or "main",
+                    op=provider.computes or op,
                     mode="forward+backward", dtype="float32", queries=queries, documents=longest, total=size["documents"],
                     label_pairs=int(lists.pairs("pairwise_logistic").sum()), layout="ragged" if lists.ragged else "equal",
                     p20_ms=None, p50_ms=None, p80_ms=None, reps=0, peak_extra_bytes=None, scale=None,
@@ -265,9 +272,12 @@ class Comparison:
                 sound[index] = worker
         if sound:
             say("timing")
-            times = interleave(sound, self.seconds, min_rounds=3, turn=Worker.turn)
-            for index in sound:
-                rows[index].update(times[index]._asdict())
+            try:
+                for index, times in interleave(sound, self.seconds, min_rounds=3, turn=Worker.turn).items():
+                    rows[index].update(times._asdict())
+            except (ChildProcessError, BrokenPipeError) as error:
+                for index in sound:
+                    rows[index]["failure"] = f"failed: {error}"
 
 
 def by_length(comparison: Comparison) -> None:

@@ -2,7 +2,7 @@
 
     python worker.py FILE VARIANT OP LISTS.npz GRADIENT.npy LIMIT_BYTES
 
-Answers line by line, as JSON: an empty line with what the first call gave, then each "REPEATS BATCH SHORT" with the seconds that
+Answers line by line, as JSON: an empty line with what the first call gave, each "REPEATS BATCH SHORT" with the seconds that
 calls took.
 """
 
