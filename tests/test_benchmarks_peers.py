@@ -91,7 +91,15 @@ def test_hopeless_sizes_are_not_tried(compare):
     provider = compare.PROVIDERS["eager"]
     size = {"documents": 65_536, "pairs": 65_536**2}
     assert comparison.estimate("n", row, provider, size) is None  # nothing known yet
-    known = row | {"section": "n", "queries": 4, "documents": 4096, "total": 4 * 4096, "p50_ms": 2000.0, "failure": None}
+    known = row | {
+        "section": "n",
+        "queries": 4,
+        "documents": 4096,
+        "total": 4 * 4096,
+        "p20_ms": 2000.0,
+        "p50_ms": 2500.0,
+        "failure": None,
+    }
     comparison.rows = [known | {"peak_extra_bytes": 3 * 2**30}]
     assert comparison.estimate("n", row, provider, size) == (
         "out of memory: would take about 192 GiB by what 4×4,096 took; the limit is 4"

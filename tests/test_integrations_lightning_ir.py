@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ import pile_fast
 pytest.importorskip("lightning_ir", reason="needs lightning-ir: make test-lightning-ir")
 
 from lightning import Trainer  # noqa: E402
-from lightning_ir import CrossEncoderModule, CrossEncoderOutput, TrainBatch  # noqa: E402
+from lightning_ir import CrossEncoderModule, CrossEncoderOutput, RunDataset, TrainBatch  # noqa: E402
 from lightning_ir.models import MonoConfig  # noqa: E402
 from transformers import BertConfig, BertModel, BertTokenizer  # noqa: E402
 
@@ -77,6 +78,23 @@ def test_bad_targets(parts):
         PILELoss(label_column=2).compute_loss(output, batch(teachers))
     with pytest.raises(ValueError, match="reduction"):
         PILELoss(reduction="none")
+
+
+def test_targets_of_a_run_file(tmp_path):
+    """Columns in the file's order, holes filled with 0: what the documentation says of `RunDataset`."""
+    run = {
+        "query_id": ["a", "a", "b", "b"], "doc_id": ["1", "2", "3", "4"], "rank": [1, 2, 1, 2], "query": ["x", "x", "y", "y"],
+        "text": ["p", "q", "r", "s"], "label_score": [2.0, 1.0, 0.0, 1.0], "bm25_score": [12.0, 9.0, float("nan"), 1.0],
+        "an_encoders_score": [4.1, 0.3, 1.0, 2.0],
+    }  # fmt: skip
+    pandas.DataFrame(run).to_parquet(tmp_path / "run.parquet")
+    data = RunDataset(tmp_path / "run.parquet", targets="score", depth=2, sample_size=2)
+    scores = torch.randn(2, 2)
+    got = PILELoss(missing_value=0.0).compute_loss(
+        CrossEncoderOutput(scores=scores), batch(torch.stack([data[query].targets for query in range(2)]))
+    )
+    labels, bm25, encoder = (torch.tensor(run[name], dtype=torch.float32).view(2, 2) for name in list(run)[-3:])
+    torch.testing.assert_close(got, pile_fast.pile_loss(scores, torch.stack([bm25, encoder], -1), labels))
 
 
 def test_trains_a_cross_encoder(tmp_path, parts):

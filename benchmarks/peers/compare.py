@@ -242,7 +242,7 @@ class Comparison:
         if not (last := next((r for r in reversed(done) if r["p50_ms"]), None)):
             return done[-1]["failure"]
         before = {"documents": last["total"], "pairs": last["queries"] * last["documents"] ** 2}
-        seconds = last["p50_ms"] / 1e3 * size[provider.time_by] / before[provider.time_by]
+        seconds = last["p20_ms"] / 1e3 * size[provider.time_by] / before[provider.time_by]
         gib = (last["peak_extra_bytes"] or 0) / 2**30 * size[provider.memory_by] / before[provider.memory_by]
         by = f"by what {last['queries']:,}×{last['documents']:,} took"
         if gib > MEMORY_LIMIT / 2**30:

@@ -92,7 +92,7 @@ class PILELoss(nn.Module):
         labels, device = _check_labels(labels, lengths, bool(columns)), self.model.device
         teachers = _flatten_columns(columns, lengths) if columns else np.empty((sum(lengths), 0), np.float32)
         teachers, cu_seqlens = _to_device(teachers, np.cumsum([0, *lengths], dtype=np.int32), device)
-        labels = torch.cat([own.to(device) for own in labels if len(own)])
+        labels = torch.cat([own for own in labels if len(own)]).to(device)
         if not columns:
             labels, teachers = labels[:, 0], labels[:, 1:].float()
         if not self._checked_teachers:
