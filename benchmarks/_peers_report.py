@@ -85,6 +85,7 @@ def plot(result: dict, folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = result["rows"]
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(row["provider"] for row in rows))}
 
     def times_faster(row):
         same = [r for r in rows if all(r[key] == row[key] for key in ("section", "op", "queries", "documents"))]
@@ -94,7 +95,7 @@ def plot(result: dict, folder: Path) -> None:
     def megabytes(row):
         return row["peak_extra_bytes"] and row["peak_extra_bytes"] / 1e6
 
-    length = ("n", "documents", "documents in a list")
+    length = ("n", "documents", "documents in a list (batches of 16,384, or one list)")
     questions = {
         "time_by_length": (*length, "ms", lambda row: row["p50_ms"]),
         "time_by_queries": ("queries", "queries", "lists of 32 documents", "ms", lambda row: row["p50_ms"]),
@@ -102,7 +103,7 @@ def plot(result: dict, folder: Path) -> None:
         "against_eager": (*length, "times faster than eager", times_faster),
         "of_the_limit": (*length, "share of the machine's limit", lambda row: row.get("fraction")),
     }
-    for name, (section, x, x_label, y_label, value) in questions.items():
+    for question, (section, x, x_label, y_label, value) in questions.items():
         ops = [op for op in TITLES if of(rows, section, op)]
         if not ops:
             continue
@@ -112,11 +113,12 @@ def plot(result: dict, folder: Path) -> None:
                 points = [(row[x], value(row)) for row in sorted(group, key=lambda row: row[x])]
                 points = [(at, y) for at, y in points if y]
                 if points:
-                    ours = group[0]["provider"] == OURS
-                    panel.plot(*zip(*points, strict=True), marker="o", linewidth=3 if ours else 1.2, label=group[0]["provider"])
+                    name = group[0]["provider"]
+                    style = {"color": colours[name], "linewidth": 3 if name == OURS else 1.2, "marker": "o"}
+                    panel.plot(*zip(*points, strict=True), label=name, **style)
             panel.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=TITLES[op])
             panel.grid(alpha=0.3)
             if panel.lines:
                 panel.legend(fontsize=8)
-        figure.savefig(folder / f"peers_{name}.png", dpi=120)
+        figure.savefig(folder / f"peers_{question}.png", dpi=120)
         plt.close(figure)
