@@ -57,7 +57,7 @@ class Provider(NamedTuple):
     environment: str = ""  # of build/peers; "" = this one
     time_by: str = "pairs"
     memory_by: str = "pairs"
-    computes: str = ""  # if not the problem's op
+    computes: str = ""  # if not the problem's op: then there is nothing to hold it against
 
 
 PROVIDERS = {
@@ -73,8 +73,8 @@ PROVIDERS = {
     "rax": Provider("rax", environment="rax"),
 }
 STEP = {
-    "MiniLM-L6 step": Provider("step", "step", computes="training_step"),
-    "pile_loss, 4 teachers": Provider("step", "pile_loss", computes="pile_loss"),
+    "MiniLM-L6 step": Provider("step", computes="training_step"),
+    "pile_loss, 4 teachers": Provider("pile_fast", computes="pile_loss"),
 }
 # By squared differences this package has but one way to sum; the others have no such loss over all pairs.
 DISTILLING = ("pile_fast", "eager", "torch.compile", "lightning-ir", "rax")
@@ -220,7 +220,7 @@ class Comparison:
                 else:
                     row["failure"] = self.estimate(section, row, provider, size)
                 if not row["failure"]:
-                    workers[len(rows) - 1] = Worker(name, provider, op, problem, self.threads)
+                    workers[len(rows) - 1] = Worker(name, provider, row["op"], problem, self.threads)
             try:
                 self.check_and_time(expected, rows, workers, say)
             finally:

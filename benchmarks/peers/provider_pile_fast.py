@@ -1,4 +1,4 @@
-"""This package by each of its ways to sum over pairs, and its reference as it is and under torch.compile."""
+"""This package by each of its ways to sum over pairs, its reference as it is and under torch.compile, and `pile_loss`."""
 
 import torch
 
@@ -7,6 +7,7 @@ from pile_fast import reference
 from pile_fast.options import loss_options
 
 SCALES = dict.fromkeys(("pairwise_logistic", "pairwise_distillation"), "mean over queries of the mean over pairs")
+SCALES["pile_loss"] = None
 RAGGED = True
 PACKAGE = "pile_fast"
 OPTIONS = {
@@ -18,6 +19,8 @@ OPTIONS = {
 def prepare(op, lists, variant):
     if variant in ("eager", "torch.compile"):
         return plain(op, lists, variant)
+    if op == "pile_loss":
+        return distil(lists)
     valid = lists.valid if lists.ragged else ...
     shape = (-1,) if lists.ragged else lists.scores.shape  # ragged lists are packed, not padded
     against = lists.labels if op == "pairwise_logistic" else lists.targets
@@ -34,6 +37,21 @@ def prepare(op, lists, variant):
     def run():
         scores.grad = None
         loss = function(scores, against, **options)
+        loss.backward()
+        return loss.detach(), scores.grad
+
+    return run
+
+
+def distil(lists):
+    """`pile_loss` with four teachers, on lists of one length."""
+    scores, labels, targets = (torch.from_numpy(x) for x in lists[:3])
+    scores.requires_grad_()
+    teachers = targets.unsqueeze(-1) + torch.randn(*targets.shape, 4)
+
+    def run():
+        scores.grad = None
+        loss = pile_fast.pile_loss(scores, teachers, labels, alpha=0.7)
         loss.backward()
         return loss.detach(), scores.grad
 
