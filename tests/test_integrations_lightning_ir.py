@@ -11,8 +11,10 @@ import pile_fast
 
 pytest.importorskip("lightning_ir", reason="needs lightning-ir: make test-lightning-ir")
 
+import jsonargparse  # noqa: E402
 from lightning import Trainer  # noqa: E402
 from lightning_ir import CrossEncoderModule, CrossEncoderOutput, RunDataset, TrainBatch  # noqa: E402
+from lightning_ir.loss import ScoringLossFunction  # noqa: E402
 from lightning_ir.models import MonoConfig  # noqa: E402
 from transformers import BertConfig, BertModel, BertTokenizer  # noqa: E402
 
@@ -115,6 +117,14 @@ def test_trains_a_cross_encoder(tmp_path, parts):
     module.log = lambda name, value, **_: losses.append(value.item()) if name == "PILELoss" else None
     trainer.fit(module, torch.utils.data.DataLoader([batch(targets)], batch_size=None, collate_fn=lambda b: batch(targets)))
     assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
+
+
+def test_can_be_named_in_a_configuration():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--losses", type=list[ScoringLossFunction])
+    named = {"class_path": "pile_fast.integrations.lightning_ir.PILELoss", "init_args": {"alpha": 0.7, "prior": [1.0, 2.0]}}
+    (loss,) = parser.instantiate_classes(parser.parse_object({"losses": [named]})).losses
+    assert isinstance(loss, PILELoss) and loss.loss.options["alpha"] == 0.7 and loss.loss.prior.tolist() == [1.0, 2.0]
 
 
 def test_the_documented_example():
