@@ -33,7 +33,8 @@ def start(file: str, variant: str, op: str, lists: str, gradient: str, limit: in
     # Code, tables, threads: once per process. Nothing of that outlasts a compilation.
     small = make_lists([3, 5] if provider.RAGGED else [4, 4])
     provider.prepare(op, small, "eager" if variant == "torch.compile" else variant)()
-    sys.stdin.readline()  # all start at once, but make their first calls one after the other
+    if not sys.stdin.readline():  # all start at once, but make their first calls one after the other
+        sys.exit("compare.py ended")
     with np.load(lists) as arrays:
         problem = Lists(*(arrays[name] for name in Lists._fields))
     if limit:
