@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test test-fast sanitize bench bench-ensemble gpu-check triton-table lint clean
+.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble gpu-check triton-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Lightning-IR needs transformers 4, so its tests run in an environment of their own.
+test-lightning-ir: setup build/peers/lightning-ir/pyvenv.cfg
+	build/peers/lightning-ir/bin/python -m pytest tests/test_integrations_lightning_ir.py
+
+build/peers/%/pyvenv.cfg: $(VENV)/.installed
+	$(BIN)/python benchmarks/peers/environments.py $*
+
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
@@ -44,8 +51,14 @@ gpu-check:
 triton-table: setup
 	$(BIN)/python tests/triton_aot.py --write
 
+# This package alone, then beside the peers that are installed (bench-peers-setup, once): figures want an idle machine.
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/peers/compare.py
+
+# An environment in build/peers for each peer that cannot live in .venv.
+bench-peers-setup: setup
+	$(BIN)/python benchmarks/peers/environments.py
 
 # pile-fast ensemble from Parquet to Parquet: pairs per second and peak memory.
 bench-ensemble: setup

@@ -180,6 +180,8 @@ TILT = {"document": 15, "query": 4}  # per teacher, iteration and vector of docu
 DEPOSIT = 12  # per document, whatever the vector's width: its powers are one vector
 EVALUATE = 20  # per vector of documents
 DISTILL = 35  # per vector of pairs: two sigmoids and a logarithm
+LABELS = 22  # per vector of pairs: a sigmoid and a logarithm
+SQUARES = 8  # per vector of documents: sums of the differences and of their squares, then the gradient
 
 
 def model(op: str, granularity: str, provider: str, shape: tuple[int, int, int], label_pairs: int, floors: dict) -> dict:
@@ -221,5 +223,23 @@ def model(op: str, granularity: str, provider: str, shape: tuple[int, int, int],
         "operations_ms": operations / 1e6,
         "bytes_ms": memory / 1e6,
         "bytes": moved,
+        "binding": "operations" if operations >= memory else "bytes",
+    }
+
+
+def pair_loss_model(op: str, documents: int, label_pairs: int, floors: dict) -> dict:
+    """The same for a loss alone, by the cheaper of the two sums: `pairwise_logistic`, or `pairwise_distillation` of squared
+    differences, which is linear. Bytes: 8 in and 4 out per document."""
+    threads = max(floors["vectors_per_ns"], key=int)
+    lanes, fma = floors["lanes"], floors["vectors_per_ns"][threads]["fma"]
+    if op == "pairwise_logistic":
+        operations = min(label_pairs * LABELS / lanes, documents * 2 * (DEPOSIT + EVALUATE / (lanes / 2))) / fma
+    else:
+        operations = documents * SQUARES / lanes / fma
+    memory = 12 * documents / floors["copy_bytes_per_ns"][threads]
+    return {
+        "operations_ms": operations / 1e6,
+        "bytes_ms": memory / 1e6,
+        "bytes": 12 * documents,
         "binding": "operations" if operations >= memory else "bytes",
     }

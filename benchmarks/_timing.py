@@ -34,9 +34,25 @@ class Times(NamedTuple):
     reps: int
 
 
+def turn(run: Callable, repeats: int, batch: int, short: bool, before: Callable | None = None) -> list[float]:
+    """Seconds of `repeats` times `batch` calls of `run`, which was called before."""
+    if short:
+        time.sleep(PAUSE)
+        run()
+    times = []
+    for _ in range(repeats):
+        if before:
+            before()
+        start = time.perf_counter()
+        for _ in range(batch):
+            run()
+        times.append((time.perf_counter() - start) / batch)
+    return times
+
+
 def interleave(
     calls: dict[Any, Callable], seconds: float, *, before: dict[Any, Callable] | None = None, batch: int = 1,
-    min_rounds: int = 5, max_rounds: int = 60,
+    min_rounds: int = 5, max_rounds: int = 60, turn: Callable = turn,
 ) -> dict[Any, Times]:  # fmt: skip
     """Time `calls` in rounds, each of which gives every call one turn, in random order.
 
@@ -47,8 +63,10 @@ def interleave(
         calls: what to time; each was called before.
         seconds: about how long all of it may take, within `min_rounds` and `max_rounds`.
         before: what runs, not timed, right before each time of some calls.
+        turn: how a turn is taken, if `calls` are not functions of this process.
     """
-    cost = {name: _seconds(run, batch) for name, run in calls.items()}
+    before = before or {}
+    cost = {name: turn(run, 1, batch, False)[0] for name, run in calls.items()}
     repeats = {name: min(20, max(1, int(TURN / (spent * batch)))) for name, spent in cost.items()}
     one_round = sum(cost[name] * batch * repeats[name] for name in calls)
     rounds = min(max_rounds, max(min_rounds, int(seconds / one_round)))
@@ -60,23 +78,11 @@ def interleave(
         for _ in range(rounds):
             shuffled.shuffle(order)
             for name in order:
-                if cost[name] < SHORT:
-                    time.sleep(PAUSE)
-                    calls[name]()
-                for _ in range(repeats[name]):
-                    if before and name in before:
-                        before[name]()
-                    times[name].append(_seconds(calls[name], batch))
+                more = [before[name]] if name in before else []
+                times[name] += turn(calls[name], repeats[name], batch, cost[name] < SHORT, *more)
     finally:
         gc.enable()
     return {name: Times(*(np.percentile(t, [20, 50, 80]) * 1e3).tolist(), len(t) * batch) for name, t in times.items()}
-
-
-def _seconds(run: Callable, batch: int) -> float:
-    start = time.perf_counter()
-    for _ in range(batch):
-        run()
-    return (time.perf_counter() - start) / batch
 
 
 def where(threads: int) -> dict:

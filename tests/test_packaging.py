@@ -35,6 +35,8 @@ def test_public_names():
     ),
 )
 def test_docstring_examples(name):
+    if name.startswith("pile_fast.integrations."):
+        pytest.importorskip(name, exc_type=ImportError)  # its library may be missing
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 

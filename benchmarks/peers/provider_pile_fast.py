@@ -1,0 +1,82 @@
+"""This package by each of its ways to sum over pairs, its reference as it is and under torch.compile, and `pile_loss`."""
+
+import torch
+
+import pile_fast
+from pile_fast import reference
+from pile_fast.options import loss_options
+
+SCALES = dict.fromkeys(("pairwise_logistic", "pairwise_distillation"), "mean over queries of the mean over pairs")
+SCALES["pile_loss"] = None
+RAGGED = True
+PACKAGE = "pile_fast"
+OPTIONS = {
+    "pairwise_logistic": loss_options(0.0, "logistic", 1.0, None, "mean", "auto"),
+    "pairwise_distillation": loss_options(1.0, "mse", 1.0, None, "mean", "auto"),
+}
+
+
+def prepare(op, lists, variant):
+    if variant in ("eager", "torch.compile"):
+        return plain(op, lists, variant)
+    if op == "pile_loss":
+        return distil(lists)
+    valid = lists.valid if lists.ragged else ...
+    shape = (-1,) if lists.ragged else lists.scores.shape  # ragged lists are packed, not padded
+    against = lists.labels if op == "pairwise_logistic" else lists.targets
+    scores, against = (torch.from_numpy(x[valid].reshape(shape)) for x in (lists.scores, against))
+    scores.requires_grad_()
+    options = {"backend": "cpp"}
+    if lists.ragged:
+        options["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(lists.lengths).cumsum(0)])
+    if op == "pairwise_logistic":
+        function, options["pairwise"] = pile_fast.pairwise_logistic_loss, variant
+    else:
+        function, options["kind"] = pile_fast.pairwise_distillation_loss, "mse"
+
+    def run():
+        scores.grad = None
+        loss = function(scores, against, **options)
+        loss.backward()
+        return loss.detach(), scores.grad
+
+    return run
+
+
+def distil(lists):
+    """`pile_loss` with four teachers, on lists of one length."""
+    scores, labels, targets = (torch.from_numpy(x) for x in lists[:3])
+    scores.requires_grad_()
+    teachers = targets.unsqueeze(-1) + torch.randn(*targets.shape, 4)
+
+    def run():
+        scores.grad = None
+        loss = pile_fast.pile_loss(scores, teachers, labels, alpha=0.7)
+        loss.backward()
+        return loss.detach(), scores.grad
+
+    return run
+
+
+def plain(op, lists, variant):
+    """Plain autograd over the reference: what one would write in PyTorch, masks and all."""
+    scores, labels, targets = (torch.from_numpy(x) for x in lists[:3])
+    scores.requires_grad_()
+    valid = torch.from_numpy(lists.valid)
+
+    def function(scores):
+        pairs = reference.pair_loss(scores, targets, labels, valid, OPTIONS[op])
+        return reference.reduce(pairs, "mean")
+
+    if variant == "torch.compile":
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def run():
+        scores.grad = None
+        loss = function(scores)
+        loss.backward()
+        return loss.detach(), scores.grad
+
+    if variant == "torch.compile":
+        run()  # compilation is not counted
+    return run

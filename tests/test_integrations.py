@@ -1,0 +1,24 @@
+"""What holds for every integration, with or without its library."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+LIBRARIES = {"sentence_transformers": "sentence-transformers", "lightning_ir": "lightning-ir"}
+
+
+def test_the_package_imports_no_library():
+    code = "import sys, pile_fast.integrations; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "pile_fast" in loaded and not {*LIBRARIES, "ray", "transformers", "datasets", "lightning"} & set(loaded)
+
+
+@pytest.mark.parametrize("module, extra", LIBRARIES.items())
+def test_a_missing_library_says_what_to_install(monkeypatch, module, extra):
+    for name in [name for name in sys.modules if name.split(".")[0] == module] + [module]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"pile_fast.integrations.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"{module}.*pip install 'pile_fast\[{extra}\]'"):
+        importlib.import_module(f"pile_fast.integrations.{module}")
