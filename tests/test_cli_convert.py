@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pile_fast.cli import main
-from pile_fast.data import check_row, read_rows, write_rows
+from pile_fast.data import RankedLists, check_row, load_mq2008, read_rows, write_rows
 
 ROW = {
     "query_id": "q",
@@ -132,7 +133,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(capsys, tmp_path, disk_full,
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: INPUT, --output"),
+        ([], "the following arguments are required: --output"),
         (["a.jsonl", "--output", "b", "--to", "csv"], "argument --to: invalid choice: 'csv'"),
         (["a.jsonl", "--output", "b", "--unjudged", "none"], "argument --unjudged: invalid float value: 'none'"),
     ],
@@ -148,3 +149,25 @@ def test_help_imports_no_optional_library():
         "sys.exit(bool({'pyarrow', 'datasets', 'ray', 'transformers', 'sklearn'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_public_data_set_by_name(mq2008_folder, capsys):
+    arguments = ["convert", "--data", str(mq2008_folder), "--dataset"]
+    assert main([*arguments, "mq2008-S4", "--output", "all.parquet"]) == 0
+    assert main([*arguments, "mq2008-S4", "--with-pairs", "--output", "pairs.parquet"]) == 0
+    lists = load_mq2008(mq2008_folder, missing="bottom").part("S4")
+    read = RankedLists.from_rows(read_rows("all.parquet"))
+    for name in ("features", "labels", "teacher_logits", "cu_seqlens"):
+        torch.testing.assert_close(getattr(read, name), getattr(lists, name), rtol=0, atol=0, equal_nan=True)
+    assert (read.query_ids, read.doc_ids, read.teacher_names) == (lists.query_ids, lists.doc_ids, lists.teacher_names)
+    pairs = [row["query_id"] for row in read_rows("pairs.parquet")]
+    assert pairs == [q for q, row in zip(lists.query_ids, lists, strict=True) if len(row["labels"].unique()) > 1]
+    assert 0 < len(pairs) < len(lists)
+
+
+def test_a_public_data_set_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("PILE_FAST_DATA", raising=False)
+    wikiqa = ("convert", "--output", "a.jsonl", "--dataset", "wikiqa-dev")
+    assert "WikiQA-dev.txt: no such file" in error_of(capsys, *wikiqa, "--data", str(tmp_path))
+    assert error_of(capsys, "convert", "--output", "a.jsonl") == "expected either INPUT files or --dataset"
+    assert main([*wikiqa[:-1], "wikiqa"]) == 2 and "wikiqa-train" in capsys.readouterr().err

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from pile_fast.cli.errors import UserError, user_errors
 from pile_fast.data.formats import FORMATS, read_rows, write_rows
-from pile_fast.data.rows import BadRows
+from pile_fast.data.named import NAMED, read_named, with_pairs
+from pile_fast.data.rows import BadRows, check_row
 
 
 def add_parser(commands) -> None:
@@ -19,7 +20,11 @@ def add_parser(commands) -> None:
         "its name (.jsonl, .parquet, .txt or .svm for LETOR, .run for TREC; then .gz or .xz) or by --from and --to. Several "
         "TREC runs become one teacher each. A broken line stops the command with its file, number and reason.",
     )
-    parser.add_argument("input", nargs="+", metavar="INPUT", help="files of one format; TREC: a run per teacher")
+    parser.add_argument("input", nargs="*", metavar="INPUT", help="files of one format; TREC: a run per teacher")
+    parser.add_argument(
+        "--dataset", choices=NAMED, metavar="NAME", help=f"instead of INPUT, public data that is at hand: {', '.join(NAMED)}"
+    )
+    parser.add_argument("--data", metavar="DIR", help="where the data sets' folders lie (default: $PILE_FAST_DATA, data/)")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, replaced once it is whole")
     parser.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of the input: {', '.join(FORMATS)}")
     parser.add_argument("--to", dest="target", choices=FORMATS, metavar="FORMAT", help="of the output")
@@ -35,13 +40,23 @@ def add_parser(commands) -> None:
         help="to TREC, BGE or Tevatron, which hold one: whose scores; 'ensemble' = what pile-fast ensemble wrote "
         "(default: the ensemble if there is one, else the only teacher)",
     )
+    parser.add_argument("--with-pairs", action="store_true", help="leave out queries whose labels order no two documents")
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="leave broken lines out, and report how many and why at the end"
     )
     parser.set_defaults(run=run)
 
 
+def _rows(args: argparse.Namespace, bad_rows: BadRows | None) -> Iterator[dict]:
+    if args.dataset:
+        return map(check_row, read_named(args.dataset, args.data))
+    options = {name: getattr(args, name) for name in ("qrels", "queries", "documents", "unjudged")}
+    return read_rows(args.input, format=args.source, bad_rows=bad_rows, **options)
+
+
 def run(args: argparse.Namespace) -> int:
+    if bool(args.input) == bool(args.dataset):
+        raise UserError("expected either INPUT files or --dataset")
     bad_rows = BadRows() if args.skip_bad_rows else None
     count = 0
 
@@ -54,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     with user_errors(args.output):
         from tqdm import tqdm
 
-        options = {name: getattr(args, name) for name in ("qrels", "queries", "documents", "unjudged")}
-        rows = read_rows(args.input, format=args.source, bad_rows=bad_rows, **options)
+        rows = _rows(args, bad_rows)
+        if args.with_pairs:
+            rows = with_pairs(rows)
         with tqdm(counted(rows), unit=" queries", disable=None) as progress:  # None: only on a terminal
             try:
                 write_rows(args.output, progress, format=args.target, teacher=args.teacher)

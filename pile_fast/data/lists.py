@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -101,6 +101,24 @@ class RankedLists:
             raise IndexError(f"query {query} of {len(self)}")
         start, end = self.cu_seqlens[query % len(self)].item(), self.cu_seqlens[query % len(self) + 1].item()
         return {name: getattr(self, name)[start:end] for name in ("features", "labels", "teacher_logits")}
+
+    def rows(self) -> Iterator[dict]:
+        """The queries as rows of the data schema (docs/data.md); NaN becomes None."""
+        bounds = self.cu_seqlens.tolist()
+        for q, query_id in enumerate(self.query_ids):
+            of = slice(bounds[q], bounds[q + 1])
+            labels, logits = (
+                [None if x != x else x for x in tensor[of].flatten().tolist()] for tensor in (self.labels, self.teacher_logits)
+            )
+            m = len(self.teacher_names)
+            yield {
+                "query_id": query_id,
+                "features": self.features[of].tolist(),
+                "doc_ids": list(self.doc_ids[of]),
+                "labels": labels,
+                "teacher_logits": [logits[i * m : (i + 1) * m] for i in range(len(labels))],
+                "teachers": list(self.teacher_names),
+            }
 
     def select(self, queries: Iterable[int]) -> RankedLists:
         """The given queries, in the given order."""
