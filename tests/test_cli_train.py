@@ -208,6 +208,7 @@ def test_broken_config_file(capsys, content, message):
         (["x.jsonl", "--student", "bi-encoder", "--output-dir", "out"], "--student bi-encoder needs --model"),
         (["x.jsonl", "--num-layers", "0"], "argument --num-layers: expected a whole number >= 1, got '0'"),
         (["x.jsonl", "--learning-rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["x.jsonl", "--config"], "argument --config: expected one argument"),
         (["x.jsonl", "--tempo", "3"], "unrecognized arguments: --tempo"),
     ],
 )

@@ -40,7 +40,7 @@ def add_parser(commands) -> None:
 
 def _parse(parser: argparse.ArgumentParser, args: Sequence[str], namespace) -> tuple[argparse.Namespace, list[str]]:
     """Parse the config file's options, then the command line's on top."""
-    find = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    find = type(parser)(prog=parser.prog, add_help=False, allow_abbrev=False)
     find.add_argument("--config")
     config = find.parse_known_args(args)[0].config
     if config is not None and not {"-h", "--help"} & set(args):
