@@ -198,8 +198,10 @@ def test_bitwise_repeatable(launches):
 
 def test_what_it_cannot_do_it_says():
     z, t, y, _ = contract.make(4)
-    with pytest.raises(TypeError, match="float32.*backend='torch'"):
+    with pytest.raises(RuntimeError, match="backend 'triton' computes in float32, got float64"):
         pile_fast.pile_loss(z.double(), t, y, backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' takes at most 128 teachers, got 129"):
+        pile_fast.pile_ensemble(torch.zeros(1, 4, 129), y[:1], backend="triton")
     with pytest.raises(NotImplementedError, match="chebyshev"):
         pile_fast.pile_loss(z, t, y, backend="triton", pairwise="chebyshev")
 
@@ -207,7 +209,7 @@ def test_what_it_cannot_do_it_says():
 def test_auto_never_picks_it_on_a_cpu():
     from pile_fast.backends import select
 
-    assert select("auto", torch.zeros(1)) != "triton"
+    assert select("auto", pile_fast.batch.RankingBatch(student_logits=torch.zeros(1, 1))) != "triton"
 
 
 def test_compiles_as_one_graph():

@@ -41,6 +41,14 @@ def unavailable() -> str:
     return ""
 
 
+def refusal(batch: RankingBatch) -> str:
+    if batch.dtype is torch.float64:
+        return "computes in float32, got float64 logits; use backend='auto' or 'torch', or cast them"
+    if batch.num_teachers > MAX_TEACHERS:
+        return f"takes at most {MAX_TEACHERS} teachers, got {batch.num_teachers}; use backend='auto' or 'torch'"
+    return ""
+
+
 def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,12 +83,8 @@ def pile_loss(
 
 
 def _check(batch: RankingBatch, pairwise: str) -> None:
-    if batch.dtype is torch.float64:
-        raise TypeError("backend 'triton' computes in float32, got float64 logits; use backend='torch' or cast them")
     if pairwise == "chebyshev":
         raise NotImplementedError("pairwise='chebyshev': backend 'triton' has only 'direct' pair sums; use 'auto' or 'direct'")
-    if batch.num_teachers > MAX_TEACHERS:
-        raise ValueError(f"teacher_logits: backend 'triton' takes at most {MAX_TEACHERS} teachers, got {batch.num_teachers}")
 
 
 def _documents(batch: RankingBatch, like: Tensor, shape, dtype: torch.dtype, fill: float) -> Tensor:
