@@ -156,12 +156,12 @@ def of_teachers(per_query, k: tl.constexpr, M, MP: tl.constexpr, other):
 
 @triton.jit
 def rank_rows(
-    labels, stride, mask, mask_stride, n, rows, fields, S,
+    labels, stride, mask, mask_stride, n, padded, rows, fields, S,
     BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     label = load_labels(labels, rows, stride, mask, mask_stride, n, MASKED)
     rank = label_ranks(labels, stride, mask, mask_stride, n, label, BR, BC, MASKED)
-    inside = rows < n
+    inside = rows < padded
     tl.store(fields + RANK * S + rows, tl.where(label == label, rank, float("nan")), mask=inside)
     if WEIGHT != "none":
         # Gains relative to the lowest label: their differences keep their digits in float32.
@@ -209,30 +209,33 @@ def tilt(t, slope, energy):
 
 
 @triton.jit
-def store_u(s, rows, n, fields, S, to, per_query, M, inv_temperature):
-    u = s * inv_temperature
+def store_u(s, scored, rows, padded, fields, S, to, per_query, M, inv_temperature):
     middle = tl.load(per_query + 5 * M + MIDDLE)
+    # Two pairs share a reciprocal: a document out of all pairs must not be out of range.
+    u = tl.where(scored, s * inv_temperature, middle)
     if tl.load(per_query + 5 * M + WIDE) == 0.0:
         u = tl.exp(middle - u)
-    tl.store(fields + (U + to) * S + rows, u, mask=rows < n)
+    tl.store(fields + (U + to) * S + rows, u, mask=rows < padded)
 
 
 @triton.jit
 def calibrate_rows(
-    teachers, stride_d, stride_m, mask, mask_stride, n, M, rows, fields, table, S, per_query, inv_temperature,
+    teachers, stride_d, stride_m, mask, mask_stride, n, padded, M, rows, fields, table, S, per_query, inv_temperature,
     MP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    inside = rows < n
+    inside = rows < padded
     valid = load_valid(mask, rows, mask_stride, n, MASKED)
-    s, _ = calibrate_and_start(teachers, rows, valid, stride_d, stride_m, M, rows, inside, fields, table, S, per_query, MP)
-    store_u(s, rows, n, fields, S, 0, per_query, M, inv_temperature)
+    s, scored, _ = calibrate_and_start(
+        teachers, rows, valid, stride_d, stride_m, M, rows, inside, fields, table, S, per_query, MP
+    )
+    store_u(s, scored, rows, padded, fields, S, 0, per_query, M, inv_temperature)
 
 
 @triton.jit
 def calibrate_and_start(
     teachers, slots, valid, stride_d, stride_m, M, rows, inside, fields, table, S, per_query, MP: tl.constexpr
 ):  # fmt: skip
-    """Calibrate the teachers at `slots` into the table's `rows`. The mean ensemble's logits, and the rows' SCORED_RANK."""
+    """Calibrate the teachers at `slots` into the table's `rows`. The mean ensemble's logits, where they are, SCORED_RANK."""
     m = tl.arange(0, MP)
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
     t = load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP)
@@ -246,16 +249,16 @@ def calibrate_and_start(
     rank = tl.where(scored, rank, float("nan"))
     tl.store(fields + SCORED_RANK * S + rows, rank, mask=inside)
     tl.store(fields + EXPONENT * S + rows, slope, mask=inside)
-    return s, rank
+    return s, scored, rank
 
 
 @triton.jit
-def count_rows(rows, n, fields, S, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr):
+def count_rows(rows, n, padded, fields, S, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr):
     inside = rows < n
     ranks = fields + SCORED_RANK * S
     gains = fields + GAIN * S
     rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
-    above, below = pair_counts(ranks, rank, gains, gain, n, BR, BC, WEIGHTED)
+    above, below = pair_counts(ranks, rank, gains, gain, padded, BR, BC, WEIGHTED, False)
     tl.store(fields + ABOVE * S + rows, above, mask=inside)
     tl.store(fields + ROW * S + rows, below, mask=inside)
     k = above + below
@@ -284,7 +287,7 @@ def sum_field(fields, k: tl.constexpr, S, n, BR: tl.constexpr):
 
 @triton.jit
 def iterate_rows(
-    rows, n, M, fields, table, S, read, per_query, inv_temperature, offset, step,
+    rows, n, padded, M, fields, table, S, read, per_query, inv_temperature, offset, step,
     BR: tl.constexpr, BC: tl.constexpr, MP: tl.constexpr, BY_DOCUMENT: tl.constexpr, WEIGHTED: tl.constexpr,
     MARGIN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -296,15 +299,15 @@ def iterate_rows(
     rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
     u_row = tl.load(u + rows, mask=inside, other=1.0)
     wide = tl.load(per_query + 5 * M + WIDE) != 0.0
-    pull = label_pull(u, u_row, ranks, rank, gains, gain, n, wide, offset, BR, BC, WEIGHTED, MARGIN, APPROX)
+    pull = label_pull(u, u_row, ranks, rank, gains, gain, padded, wide, offset, BR, BC, WEIGHTED, MARGIN, APPROX, False)
     direction = pull - tl.load(fields + ABOVE * S + rows, mask=inside, other=0.0)
     t = calibrated(table, rows, n, M, MP)
     if BY_DOCUMENT:
         exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
         exponent += step * direction * tl.load(fields + PER_PAIR * S + rows, mask=inside, other=0.0)
         tl.store(fields + EXPONENT * S + rows, exponent, mask=inside)
-        s, _, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
-        store_u(s, rows, n, fields, S, 1 - read, per_query, M, inv_temperature)
+        s, scored, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
+        store_u(s, scored, rows, padded, fields, S, 1 - read, per_query, M, inv_temperature)
     else:
         share = tl.sum(tl.where(t == t, of_teachers(per_query, 4, M, MP, 0.0)[None, :], 0.0), 1)
         tl.store(fields + ROW * S + rows, direction / tl.maximum(share, MIN_SHARE), mask=inside)
@@ -334,22 +337,22 @@ def store_energy(pull, per_query, M, step, MP: tl.constexpr):
 
 
 @triton.jit
-def tilt_rows(rows, n, M, fields, table, S, per_query, inv_temperature, MP: tl.constexpr):
+def tilt_rows(rows, n, padded, M, fields, table, S, per_query, inv_temperature, MP: tl.constexpr):
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    s, _, _ = tilt(calibrated(table, rows, n, M, MP), rows * 0.0, energy)
-    store_u(s, rows, n, fields, S, 0, per_query, M, inv_temperature)
+    s, scored, _ = tilt(calibrated(table, rows, n, M, MP), rows * 0.0, energy)
+    store_u(s, scored, rows, padded, fields, S, 0, per_query, M, inv_temperature)
 
 
 @triton.jit
 def trace_rows(
-    rows, n, fields, S, read, offset, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr
+    rows, n, padded, fields, S, read, offset, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr
 ):  # fmt: skip
     u = fields + (U + read) * S
     ranks = fields + SCORED_RANK * S
     gains = fields + GAIN * S
     rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
     u_row = tl.load(u + rows, mask=rows < n, other=0.0)
-    loss, _ = label_losses(u, u_row, ranks, rank, gains, gain, n, offset, BR, BC, WEIGHTED, APPROX)
+    loss, _ = label_losses(u, u_row, ranks, rank, gains, gain, padded, offset, BR, BC, WEIGHTED, APPROX, False)
     tl.store(fields + (ROW + 1) * S + rows, loss, mask=rows < n)
 
 

@@ -169,10 +169,11 @@ def query_statistics_kernel(
 
 
 @triton.jit
-def store_logits(s, rows, inside, fields, S, to, per_query, M, inv_temperature):
-    u = s * inv_temperature
+def store_logits(s, scored, rows, inside, fields, S, to, per_query, M, inv_temperature):
+    middle = tl.load(per_query + 5 * M + MIDDLE)
+    u = tl.where(scored, s * inv_temperature, middle)  # see store_u
     tl.store(fields + (U + to) * S + rows, u, mask=inside)
-    tl.store(fields + (E + to) * S + rows, tl.exp(tl.load(per_query + 5 * M + MIDDLE) - u), mask=inside)
+    tl.store(fields + (E + to) * S + rows, tl.exp(middle - u), mask=inside)
 
 
 @triton.jit(do_not_specialize=["teachers_q", "teachers_d", "teachers_m", "mask_q", "mask_d", "width", "Q", "N", "S", "M"])
@@ -200,12 +201,12 @@ def calibrate_kernel(
         rows = row + tl.arange(0, BR)
         inside = rows < end
         slots, valid = load_slots(order, rows, inside, first, mask, mask_d, MASKED, PACKED)
-        s, rank = calibrate_and_start(
+        s, scored, rank = calibrate_and_start(
             teachers, slots, valid, teachers_d, teachers_m, M, rows, inside, fields, table, S, per_query, MP
         )
         # Both copies: documents that no iteration moves are read from either.
-        store_logits(s, rows, inside, fields, S, 0, per_query, M, inv_temperature)
-        store_logits(s, rows, inside, fields, S, 1, per_query, M, inv_temperature)
+        store_logits(s, scored, rows, inside, fields, S, 0, per_query, M, inv_temperature)
+        store_logits(s, scored, rows, inside, fields, S, 1, per_query, M, inv_temperature)
         count += tl.where(rank == rank, 1.0, 0.0)
         if WEIGHTED:
             gains += tl.where(rank == rank, tl.load(fields + GAIN * S + rows, mask=inside, other=0.0), 0.0)
@@ -264,7 +265,7 @@ def counts_kernel(
         above = tl.zeros((BR,), tl.float32)
         below = above
         if mixed:
-            above, below = pair_counts(ranks + b_begin, rank, gains + b_begin, gain, b_end - b_begin, BR, BC, WEIGHTED)
+            above, below = pair_counts(ranks + b_begin, rank, gains + b_begin, gain, b_end - b_begin, BR, BC, WEIGHTED, True)
         tl.store(fields + ABOVE * S + rows, above, mask=inside)
         if WEIGHTED:
             wide_gain = gain.to(tl.float64)
@@ -331,7 +332,7 @@ def iterate_kernel(
             u = tl.load(column + rows, mask=inside, other=1.0)
             pull = label_pull(
                 column + b_begin, u, ranks + b_begin, rank, gains + b_begin, gain, b_end - b_begin, wide, offset,
-                BR, BC, WEIGHTED, MARGIN, APPROX,
+                BR, BC, WEIGHTED, MARGIN, APPROX, True,
             )  # fmt: skip
             direction = pull - tl.load(fields + ABOVE * S + rows, mask=inside, other=0.0)
         if not DIRECT:
@@ -344,8 +345,8 @@ def iterate_kernel(
             exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
             exponent += step * direction * tl.load(fields + PER_PAIR * S + rows, mask=inside, other=0.0)
             tl.store(fields + EXPONENT * S + rows, exponent, mask=inside)
-            s, _, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
-            store_logits(s, rows, inside, fields, S, 1 - read, per_query, M, inv_temperature)
+            s, scored, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
+            store_logits(s, scored, rows, inside, fields, S, 1 - read, per_query, M, inv_temperature)
         else:
             share = tl.sum(tl.where(t == t, of_teachers(per_query, 4, M, MP, 0.0)[None, :], 0.0), 1)
             direction = direction / tl.maximum(share, MIN_SHARE)
@@ -397,8 +398,8 @@ def tilt_kernel(
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
     for row in range(begin, end, BR):
         rows = row + tl.arange(0, BR)
-        s, _, _ = tilt(calibrated(table + first * M, rows, end, M, MP), rows * 0.0, energy)
-        store_logits(s, rows, rows < end, fields + first, S, 0, per_query, M, inv_temperature)
+        s, scored, _ = tilt(calibrated(table + first * M, rows, end, M, MP), rows * 0.0, energy)
+        store_logits(s, scored, rows, rows < end, fields + first, S, 0, per_query, M, inv_temperature)
 
 
 @triton.jit(do_not_specialize=["width", "read", "Q", "N", "S", "M"])
@@ -435,7 +436,7 @@ def trace_kernel(
         if mixed:
             loss, _ = label_losses(
                 u + b_begin, u_row, ranks + b_begin, rank, gains + b_begin, gain, b_end - b_begin, offset,
-                BR, BC, WEIGHTED, APPROX,
+                BR, BC, WEIGHTED, APPROX, True,
             )  # fmt: skip
             total += loss.to(tl.float64)
         if not DIRECT:

@@ -218,7 +218,7 @@ def distill_kernel(
             if direct:
                 loss, slope = distillation_losses(
                     z_field, z, s_field, s, rows, n, tl.load(scalars + LOSS_WIDE) != 0.0, z_middle,
-                    tl.load(scalars + S_MIDDLE), BR, BC, APPROX,
+                    tl.load(scalars + S_MIDDLE), BR, BC, APPROX, True,
                 )  # fmt: skip
             if not DIRECT:
                 if direct == 0:
@@ -270,9 +270,9 @@ def labels_kernel(
         if mixed:
             loss, slope = label_losses(
                 z_field + b_begin, z, ranks + b_begin, rank, gains + b_begin, gain, b_end - b_begin, 0.0,
-                BR, BC, WEIGHTED, APPROX,
+                BR, BC, WEIGHTED, APPROX, True,
             )  # fmt: skip
-            _, below = pair_counts(ranks + b_begin, rank, gains + b_begin, gain, b_end - b_begin, BR, BC, WEIGHTED)
+            _, below = pair_counts(ranks + b_begin, rank, gains + b_begin, gain, b_end - b_begin, BR, BC, WEIGHTED, True)
         more = number_below
         if WEIGHTED:
             more = gain.to(tl.float64) * number_below - gains_below

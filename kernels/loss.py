@@ -90,7 +90,7 @@ def sum_query(n, fields, S, scalars, BR: tl.constexpr, USE_D: tl.constexpr):
 
 @triton.jit
 def pair_rows(
-    rows, n, fields, S, scalars,
+    rows, n, padded, fields, S, scalars,
     BR: tl.constexpr, BC: tl.constexpr, USE_D: tl.constexpr, MSE: tl.constexpr, USE_R: tl.constexpr,
     WEIGHTED: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -106,8 +106,8 @@ def pair_rows(
             slope = 2.0 * count * d
         else:
             loss, slope = distillation_losses(
-                fields + Z_SCALED * S, z, fields + S_SCALED * S, s, rows, n, tl.load(scalars + LOSS_WIDE) != 0.0,
-                tl.load(scalars + Z_MIDDLE), tl.load(scalars + S_MIDDLE), BR, BC, APPROX,
+                fields + Z_SCALED * S, z, fields + S_SCALED * S, s, rows, padded, tl.load(scalars + LOSS_WIDE) != 0.0,
+                tl.load(scalars + Z_MIDDLE), tl.load(scalars + S_MIDDLE), BR, BC, APPROX, False,
             )  # fmt: skip
         tl.store(fields + D_LOSS * S + rows, loss, mask=inside)
         tl.store(fields + D_SLOPE * S + rows, slope, mask=inside)
@@ -116,8 +116,8 @@ def pair_rows(
         gains = fields + GAIN * S
         rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
         z = tl.load(fields + Z * S + rows, mask=inside, other=0.0)
-        loss, slope = label_losses(fields + Z * S, z, ranks, rank, gains, gain, n, 0.0, BR, BC, WEIGHTED, APPROX)
-        _, below = pair_counts(ranks, rank, gains, gain, n, BR, BC, WEIGHTED)
+        loss, slope = label_losses(fields + Z * S, z, ranks, rank, gains, gain, padded, 0.0, BR, BC, WEIGHTED, APPROX, False)
+        _, below = pair_counts(ranks, rank, gains, gain, padded, BR, BC, WEIGHTED, False)
         tl.store(fields + R_LOSS * S + rows, loss, mask=inside)
         tl.store(fields + R_SLOPE * S + rows, -slope, mask=inside)
         tl.store(fields + BELOW * S + rows, below, mask=inside)

@@ -61,6 +61,9 @@ def pile_kernel(
     """See the module. `S` documents in all, `N` slots (padded: of a query, packed: S); strides in elements, `_q` of a query,
     `_d` of a document."""
     WEIGHTED: tl.constexpr = WEIGHT != "none"
+    # In the scratch buffer a query begins and ends with a whole tile of columns: its rows past n, up to `padded`, hold
+    # documents without label, score or target, so that pair loops ask for no bounds.
+    TILE: tl.constexpr = 2 * BC
     S = S.to(tl.int64)
     q = tl.program_id(0).to(tl.int64)
     if PACKED:
@@ -69,13 +72,18 @@ def pile_kernel(
         first = tl.minimum(tl.maximum(first, 0), S)
         n = (tl.minimum(tl.maximum(last, first), S) - first).to(tl.int32)
         slot = first
+        start = (first + q * TILE) // TILE * TILE
+        S = (S + Q * TILE + TILE) // TILE * TILE
     else:
         n = N
         first = q * N
         slot = q * 0
+        start = q * (tl.cdiv(N, TILE) * TILE)
+        S = Q.to(tl.int64) * (tl.cdiv(N, TILE) * TILE)
+    padded = tl.cdiv(n, TILE) * TILE
 
-    fields = scratch + first
-    table = scratch + FIELDS * S + first * M
+    fields = scratch + start
+    table = scratch + FIELDS * S + start * M
     per_query = scratch + (FIELDS + M) * S + q * (5 * M + SCALARS)
     scalars = per_query + 5 * M
     if labels is not None:
@@ -84,8 +92,8 @@ def pile_kernel(
         mask += q * mask_q + slot * mask_d
 
     if ENSEMBLE or USE_R:
-        for row in range(0, n, BR):
-            rank_rows(labels, labels_d, mask, mask_d, n, row + tl.arange(0, BR), fields, S, BR, BC, MASKED, WEIGHT)
+        for row in range(0, padded, BR):
+            rank_rows(labels, labels_d, mask, mask_d, n, padded, row + tl.arange(0, BR), fields, S, BR, BC, MASKED, WEIGHT)
         tl.debug_barrier()
 
     if ENSEMBLE:
@@ -97,14 +105,14 @@ def pile_kernel(
             BR, MP, MASKED, NORMALIZE, TRACE,
         )  # fmt: skip
         tl.debug_barrier()
-        for row in range(0, n, BR):
+        for row in range(0, padded, BR):
             calibrate_rows(
-                teachers, teachers_d, teachers_m, mask, mask_d, n, M, row + tl.arange(0, BR), fields, table, S, per_query,
-                inv_temperature, MP, MASKED,
+                teachers, teachers_d, teachers_m, mask, mask_d, n, padded, M, row + tl.arange(0, BR), fields, table, S,
+                per_query, inv_temperature, MP, MASKED,
             )  # fmt: skip
         tl.debug_barrier()
         for row in range(0, n, BR):
-            count_rows(row + tl.arange(0, BR), n, fields, S, BR, BC, WEIGHTED)
+            count_rows(row + tl.arange(0, BR), n, padded, fields, S, BR, BC, WEIGHTED)
         tl.debug_barrier()
         if TRACE or not BY_DOCUMENT:
             tl.store(scalars + PAIRS, sum_field(fields, ROW, S, n, BR))
@@ -113,23 +121,23 @@ def pile_kernel(
         for i in range(0, iterations):
             read = i % 2 if BY_DOCUMENT else 0
             if TRACE:
-                store_trace(trace + q * trace_q + i, n, fields, S, read, scalars, offset, BR, BC, WEIGHTED, APPROX)
-            for row in range(0, n, BR):
+                store_trace(trace + q * trace_q + i, n, padded, fields, S, read, scalars, offset, BR, BC, WEIGHTED, APPROX)
+            for row in range(0, padded, BR):
                 iterate_rows(
-                    row + tl.arange(0, BR), n, M, fields, table, S, read, per_query, inv_temperature, offset, step,
+                    row + tl.arange(0, BR), n, padded, M, fields, table, S, read, per_query, inv_temperature, offset, step,
                     BR, BC, MP, BY_DOCUMENT, WEIGHTED, MARGIN, APPROX,
                 )  # fmt: skip
             tl.debug_barrier()
             if not BY_DOCUMENT:
                 reweight_query(n, M, fields, table, S, per_query, step, BR, MP)
                 tl.debug_barrier()
-                for row in range(0, n, BR):
-                    tilt_rows(row + tl.arange(0, BR), n, M, fields, table, S, per_query, inv_temperature, MP)
+                for row in range(0, padded, BR):
+                    tilt_rows(row + tl.arange(0, BR), n, padded, M, fields, table, S, per_query, inv_temperature, MP)
                 tl.debug_barrier()
 
         if TRACE:
             read = iterations % 2 if BY_DOCUMENT else 0
-            store_trace(trace + q * trace_q + iterations, n, fields, S, read, scalars, offset, BR, BC, WEIGHTED, APPROX)
+            store_trace(trace + q * trace_q + iterations, n, padded, fields, S, read, scalars, offset, BR, BC, WEIGHTED, APPROX)
         if weights is not None and BY_DOCUMENT:
             weights += first * M
         for row in range(0, n, BR):
@@ -143,15 +151,15 @@ def pile_kernel(
         student += q * student_q + slot * student_d
         if USE_D:
             target += q * target_q + slot * target_d
-        for row in range(0, n, BR):
+        for row in range(0, padded, BR):
             rows = row + tl.arange(0, BR)
             valid = load_valid(mask, rows, mask_d, n, MASKED)
-            load_rows(student, student_d, target, target_d, rows, valid, rows, rows < n, fields, S, inv_tau, USE_D)
+            load_rows(student, student_d, target, target_d, rows, valid, rows, rows < padded, fields, S, inv_tau, USE_D)
         tl.debug_barrier()
         sum_query(n, fields, S, scalars, BR, USE_D)
         tl.debug_barrier()
         for row in range(0, n, BR):
-            pair_rows(row + tl.arange(0, BR), n, fields, S, scalars, BR, BC, USE_D, MSE, USE_R, WEIGHTED, APPROX)
+            pair_rows(row + tl.arange(0, BR), n, padded, fields, S, scalars, BR, BC, USE_D, MSE, USE_R, WEIGHTED, APPROX)
         tl.debug_barrier()
         total_query(n, fields, S, scalars, alpha, inv_tau, losses + q, has_pairs + q, BR, USE_D, USE_R)
         tl.debug_barrier()
@@ -164,11 +172,11 @@ def pile_kernel(
 
 @triton.jit
 def store_trace(
-    to, n, fields, S, read, scalars, offset,
+    to, n, padded, fields, S, read, scalars, offset,
     BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     for row in range(0, n, BR):
-        trace_rows(row + tl.arange(0, BR), n, fields, S, read, offset, BR, BC, WEIGHTED, APPROX)
+        trace_rows(row + tl.arange(0, BR), n, padded, fields, S, read, offset, BR, BC, WEIGHTED, APPROX)
     tl.debug_barrier()
     pairs = tl.load(scalars + PAIRS)
     total = sum_field(fields, ROW + 1, S, n, BR)

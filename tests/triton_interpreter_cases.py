@@ -187,6 +187,16 @@ def test_strides(how):
     contract.test_strides_do_not_matter(how)
 
 
+def test_raw_logits_far_from_zero_beside_a_document_that_nobody_scored(launches):
+    _, t, y, _ = contract.make(40)
+    t += 500
+    t[:, 3] = torch.nan
+    options = dict(normalize="none", iterations=2)
+    want = pile_fast.pile_ensemble(t.double(), y, backend="torch", **options).logits
+    same = pile_fast.pile_ensemble(t, y, backend="torch", **options).logits
+    contract.close(pile_fast.pile_ensemble(t, y, **options, **HOW).logits, same, want, 2e-6 * contract.scale_of(t))
+
+
 def test_packed_lists_longer_than_a_block(launches):
     z, t, y, _ = contract.make(90, 1, 3, missing=0.2, unlabelled=0.1)
     cu_seqlens = torch.tensor([0, 0, 50, 51, 51, 85])

@@ -168,7 +168,10 @@ def _run(
         from pile_fast.kernels.ensemble import FIELDS, SCALARS
         from pile_fast.kernels.pile import pile_kernel
 
-        scratch_size = documents * (FIELDS.value + M) + queries * (5 * M + SCALARS.value)
+        # Lists begin and end with a whole tile of columns.
+        tile = 2 * config["BC"]
+        rows = documents + (queries + 1) * tile if batch.packed else queries * -(-slots // tile) * tile
+        scratch_size = rows * (FIELDS.value + M) + queries * (5 * M + SCALARS.value)
         use_d, use_r = loss is not None and loss.alpha > 0, loss is not None and loss.alpha < 1
         mse = use_d and loss.distillation == "mse"
         mask = None if batch.mask is None else batch.mask.view(torch.uint8)
