@@ -10,7 +10,8 @@ on the device and without a look at it from the host, into
 
 So pairs of different blocks are ordered by position alone, and only the pairs inside a run of small groups are left to
 compare. A query of n documents has at most 2 n / WINDOW + 2 blocks and n / CHUNK more chunks, which bounds the launches;
-programs without a chunk exit at once. Where all sums are direct (not SPLIT) a query is one block.
+programs without a chunk exit at once. A query of fewer than WINDOW documents is one chunk and no block, as all are where all
+sums are direct (not SPLIT): it has nothing but direct sums, and takes no room for others.
 
 Per document: a binary search (2 log2 n loads that stay in L2), about 40 bytes, once per call: bound by the sort before it.
 """
@@ -58,8 +59,8 @@ def group_kernel(
     _, first, n = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
     k = at - first
     inside = (k >= 0) & (k < n)
-    block_begins = k == 0
     chunk_begins = k % CHUNK == 0
+    block_begins = (k == 0) & SPLIT & (n >= WINDOW)
     if LABELLED:
         nan = float("nan")
         label = tl.load(labels + at, mask=inside, other=nan)
@@ -81,6 +82,7 @@ def group_kernel(
                 gain = tl.exp2(label.to(tl.float32)) - tl.exp2(lowest.to(tl.float32))
             tl.store(fields + GAIN * S + at, tl.where(label == label, gain, 0.0), mask=inside)
         if SPLIT:
+            long = n >= WINDOW
             previous = tl.load(labels + at - 1, mask=inside & (k > 0), other=nan)
             begins = (k == 0) | (same_group(previous, label) == 0)
             window = k - k % WINDOW
@@ -89,8 +91,8 @@ def group_kernel(
             reach = low + WINDOW - 1
             at_reach = tl.load(labels + first + reach, mask=inside & (reach < n), other=nan)
             large = (reach < n) & same_group(at_reach, label)
-            block_begins = begins & (first_in_window | large | (label != label))
-            chunk_begins = block_begins | (large & ((k - low) % CHUNK == 0))
+            block_begins = long & begins & (first_in_window | large | (label != label))
+            chunk_begins = (k == 0) | block_begins | (large & ((k - low) % CHUNK == 0))
     mark = tl.where(chunk_begins, 1, 0).to(tl.int64) + tl.where(block_begins, 1, 0).to(tl.int64) * 4294967296
     tl.store(marks + at, tl.where(inside, mark, 0), mask=at < S)
 
@@ -134,8 +136,11 @@ def block_rows(c, first, n, direct, chunk_begin, chunk_block, block_chunk, count
     c_first = chunks_before(counts, first)
     c_last = chunks_before(counts, first + n)
     b = tl.load(chunk_block + c)
-    c_begin = tl.where(direct, c_first, tl.load(block_chunk + b))
-    c_end = tl.where(direct, c_last, tl.load(block_chunk + b + 1))
+    c_begin = tl.load(block_chunk + b, mask=direct == 0, other=0)
+    # The next block may be another query's, with short queries in between.
+    c_end = tl.minimum(tl.load(block_chunk + b + 1, mask=direct == 0, other=0), c_last)
+    c_begin = tl.where(direct, c_first, c_begin)
+    c_end = tl.where(direct, c_last, c_end)
     begin = tl.load(chunk_begin + c_begin) - first
     end = tl.minimum(tl.load(chunk_begin + c_end) - first, n)
     return begin.to(tl.int32), end.to(tl.int32), c_begin, c_end, c_first, c_last
@@ -167,11 +172,11 @@ def sum_partials(partials, width, column, c_first, c_last, TILE: tl.constexpr):
 
 @triton.jit
 def query_chunks(q, counts, cu_seqlens, N, S, PACKED: tl.constexpr):
-    """The chunks [c_first, c_last) of a query."""
+    """The chunks [c_first, c_last) of a query, and its length."""
     if PACKED:
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens + q).to(tl.int64), 0), S)
         last = tl.minimum(tl.maximum(tl.load(cu_seqlens + q + 1).to(tl.int64), first), S)
     else:
         first = q.to(tl.int64) * N
         last = first + N
-    return chunks_before(counts, first), chunks_before(counts, last)
+    return chunks_before(counts, first), chunks_before(counts, last), last - first

@@ -113,13 +113,13 @@ def teacher_statistics(
         correction = off.to(tl.float32) / at_least_one
         variance = square.to(tl.float32) / at_least_one - correction * correction
     store_statistics(
-        count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, MP, NORMALIZE, TRACE
+        count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, False, MP, NORMALIZE, TRACE
     )
 
 
 @triton.jit
 def store_statistics(
-    count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset,
+    count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, linear,
     MP: tl.constexpr, NORMALIZE: tl.constexpr, TRACE: tl.constexpr,
 ):  # fmt: skip
     inf = float("inf")
@@ -145,7 +145,7 @@ def store_statistics(
     tl.store(per_query + 4 * M + m, softmax_or_zero(energy), mask=m < M)
     tl.store(per_query + 5 * M + MIDDLE, (bottom + top) / 2.0)
     tl.store(per_query + 5 * M + WIDE, wide)
-    store_grid(per_query + 5 * M + GRID, bottom, top)
+    store_grid(per_query + 5 * M + GRID, bottom, top, linear)
 
 
 @triton.jit

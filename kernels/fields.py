@@ -95,10 +95,10 @@ def matrices_kernel(tables, offset):
 
 
 @triton.jit
-def store_grid(to, low, high):
-    """Origin and number of cells over a range; 0 cells where there are too many, or the range is none."""
+def store_grid(to, low, high, wanted):
+    """Origin and number of cells over a range; 0 cells where there are too many, the range is none, or none are wanted."""
     count = (high - low) / CELL + 1.0
-    cells = tl.floor(tl.where((count >= 1.0) & (count < MAX_CELLS + 1.0), count, 0.0))
+    cells = tl.floor(tl.where(wanted & (count >= 1.0) & (count < MAX_CELLS + 1.0), count, 0.0))
     # Centred: the outer cells share what the last one has to spare.
     tl.store(to, (low + high - cells * CELL) / 2.0)
     tl.store(to + 1, cells)
@@ -135,9 +135,18 @@ def evaluate(field, u, origin, cells, inside):
     return tl.sum(f * powers(tl.where(inside, x, 0.0)), 1)
 
 
+@triton.jit
+def at_row(moments, short, q, width):
+    """Where the moments of chunk 0 would lie: those of short queries, one chunk each, take no room. `short`: how many there are
+    up to a query."""
+    if short is not None:
+        moments -= tl.load(short + q) * width
+    return moments
+
+
 @triton.jit(do_not_specialize=["Q", "N", "S", "value", "part", "grid_at", "per_query_stride"])
 def deposit_kernel(
-    moments, fields, per_query, per_query_stride, chunk_begin, owner, cu_seqlens, Q, N, S, value, part, grid_at,
+    moments, short, fields, per_query, per_query_stride, chunk_begin, owner, cu_seqlens, Q, N, S, value, part, grid_at,
     GAIN: tl.constexpr, VALUES: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Moments of a chunk's documents at logits fields[value], of those whose fields[part] is not NaN; with GAIN >= 0 a second
@@ -160,7 +169,7 @@ def deposit_kernel(
         u = tl.load(fields + (value + v) * S + rows, mask=takes, other=0.0)
         cell, x = locate(u, origin, cells)
         power = powers(tl.where(takes, x, 0.0))
-        to = moments + (c.to(tl.int64) * SETS + v) * ROW + p
+        to = at_row(moments, short, q, SETS * ROW) + (c.to(tl.int64) * SETS + v) * ROW + p
         if GAIN >= 0:
             gain = tl.load(fields + GAIN * S + rows, mask=takes, other=0.0)
         for k in range(0, cells.to(tl.int32)):
@@ -181,21 +190,22 @@ def sum_rows(rows, a, b, width, column, inside, total):
     return total
 
 
-@triton.jit(do_not_specialize=["Q", "N", "S", "C", "grid_at", "per_query_stride"])
+@triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
 def super_kernel(
-    moments, supers, per_query, per_query_stride, chunk_begin, owner, cu_seqlens, Q, N, S, C, grid_at,
+    moments, short, supers, per_query, per_query_stride, chunk_begin, counts, owner, cu_seqlens, Q, N, S, grid_at,
     SELF: tl.constexpr, SETS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of SUPER chunks' moments, one set a program. Sums across queries come out too, and are used by nobody."""
+    """Sums of SUPER chunks' moments, one set a program; where the query ends earlier, of some, and they are used by nobody."""
     first_chunk = tl.program_id(0) * SUPER
     k = tl.program_id(1)
     S = S.to(tl.int64)
     at = tl.load(chunk_begin + first_chunk)
     if at >= S:
         return
-    q, _, _ = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
+    q, first, n = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
     _, cells = load_grid(per_query + q * per_query_stride + grid_at + (2 * k if SELF else 0))
-    last = tl.minimum(first_chunk + SUPER, C)
+    last = tl.minimum(first_chunk + SUPER, chunks_before(counts, first + n))
+    moments = at_row(moments, short, q, SETS * ROW)
     used = cells.to(tl.int32) * P
     for begin in range(0, used, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
@@ -228,7 +238,7 @@ def target_chunks(
     queries, which meet all of their chunks, as if those were below. No chunks: nothing to do."""
     if SELF:
         q = target.to(tl.int64)
-        c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S, PACKED)
+        c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S, PACKED)
         c_begin = c_last
         c_end = c_last
     else:
@@ -239,12 +249,14 @@ def target_chunks(
         q, first, n = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
         c_first = tl.where(exists, chunks_before(counts, first), c_begin)
         c_last = tl.where(exists, chunks_before(counts, first + n), c_end)
+        c_end = tl.minimum(c_end, c_last)
     return q, c_first, c_begin, c_end, c_last
 
 
 @triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
 def collect_kernel(
-    sides, moments, supers, per_query, per_query_stride, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S, grid_at,
+    sides, moments, short, supers, per_query, per_query_stride, chunk_begin, chunk_block, block_chunk, counts, owner,
+    cu_seqlens, Q, N, S, grid_at,
     SELF: tl.constexpr, SETS: tl.constexpr, TWO_LEVELS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """sides[target][below, above][set]: the moments that a target meets, one set of one side a program. SELF: one side."""
@@ -261,8 +273,11 @@ def collect_kernel(
     below = tl.program_id(1) < SETS
     first = tl.where(below, c_first, c_end)
     last = tl.where(below, c_begin, c_last)
-    to = sides + (target.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROW
-    moments += k * ROW
+    block = target
+    if SELF:
+        block = tl.load(chunk_block + c_first)
+    to = sides + (block.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROW
+    moments = at_row(moments, short, q, SETS * ROW) + k * ROW
     supers += k * ROW
     for begin in range(0, used, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
@@ -338,21 +353,22 @@ def apply_labels_kernel(
 
 @triton.jit(do_not_specialize=["N", "S", "grid_at", "per_query_stride"])
 def apply_self_kernel(
-    pulls, losses, sides, tables, per_query, per_query_stride, counts, cu_seqlens, N, S, grid_at,
+    pulls, losses, sides, tables, per_query, per_query_stride, chunk_block, counts, cu_seqlens, N, S, grid_at,
     PACKED: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """Fields of a query's documents on each other, for the distillation pairs: pulls[query][student, target],
-    Σ_j σ(u_j − u) − 1/2, one of them a program, and losses[query] of the student, Σ_j softplus(u_j − u) − (u_j − u) / 2."""
+    """Fields of a query's documents on each other, for the distillation pairs, at the query's first block: pulls[student,
+    target], Σ_j σ(u_j − u) − 1/2, one of them a program, and losses, Σ_j softplus(u_j − u) − (u_j − u) / 2 at z."""
     q = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1)
-    c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
-    if c_first == c_last:
-        return
+    c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
     _, cells = load_grid(per_query + q * per_query_stride + grid_at + 2 * k)
     cells = cells.to(tl.int32)
+    if (c_first == c_last) | (cells == 0):
+        return
+    block = tl.load(chunk_block + c_first).to(tl.int64)
     p = tl.arange(0, P)[None, :]
     s = tl.arange(0, MAX_CELLS)
-    source = sides + (q * 2 + k) * ROW
+    source = sides + (block * 2 + k) * ROW
     weight = tl.load(source + s * P, mask=s < cells, other=0.0)
     place = tl.load(source + s * P + 1, mask=s < cells, other=0.0)
     half = tl.sum(weight, 0) / 2.0
@@ -361,10 +377,10 @@ def apply_self_kernel(
         at = c[:, None] * P + p
         inside = (c < cells)[:, None]
         f = act(tables, source, c, cells, 0.0, BELOW, TARGETS)
-        tl.store(pulls + (q * 2 + k) * ROW + at, f - tl.where(p == 0, half, 0.0), mask=inside)
+        tl.store(pulls + (block * 2 + k) * ROW + at, f - tl.where(p == 0, half, 0.0), mask=inside)
         if k == 0:
             away = CELL * (s[None, :] - c[:, None]).to(tl.float32)
             value = tl.sum(weight[None, :] * away + place[None, :], 1) / 2.0
             f = act(tables, source, c, cells, 0.0, LOSS, TARGETS)
             f -= tl.where(p == 0, value[:, None], tl.where(p == 1, -half, 0.0))
-            tl.store(losses + q * ROW + at, f, mask=inside)
+            tl.store(losses + block * ROW + at, f, mask=inside)

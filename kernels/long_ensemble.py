@@ -119,12 +119,12 @@ def load_partials(partials, width, c, c_last, k: tl.constexpr, M, other, MP: tl.
 @triton.jit(do_not_specialize=["prior_q", "prior_m", "width", "N", "S", "M"])
 def query_statistics_kernel(
     partials, width, prior, prior_q, prior_m, per_query, counts, cu_seqlens, N, S, M, inv_temperature, offset,
-    PACKED: tl.constexpr, NORMALIZE: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr,
+    PACKED: tl.constexpr, NORMALIZE: tl.constexpr, WINDOW: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Mean, scale and starting energy of a query's teachers, and the grid over the range its ensemble lies in."""
     q = tl.program_id(0).to(tl.int64)
     S = S.to(tl.int64)
-    c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S, PACKED)
+    c_first, c_last, n = query_chunks(q, counts, cu_seqlens, N, S, PACKED)
     per_query += q * (5 * M + SCALARS)
     if prior is not None:
         prior += q * prior_q
@@ -164,7 +164,21 @@ def query_statistics_kernel(
         variance = squares.to(tl.float32) / at_least_one
     energy = prior_energy(prior, prior_m, M, MP)
     store_statistics(
-        number, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, MP, NORMALIZE, False
+        number,
+        mean,
+        correction,
+        variance,
+        low,
+        high,
+        energy,
+        M,
+        per_query,
+        inv_temperature,
+        offset,
+        n >= WINDOW,
+        MP,
+        NORMALIZE,
+        False,
     )
 
 
@@ -286,7 +300,7 @@ def totals_kernel(
     per_query, partials, width, counts, cu_seqlens, N, S, M, PACKED: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     q = tl.program_id(0).to(tl.int64)
-    c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
+    c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
     total = sum_partials(partials, width, 2, c_first, c_last, TILE)
     tl.store(per_query + q * (5 * M + SCALARS) + 5 * M + PAIRS, total.to(tl.float32))
 
@@ -373,7 +387,7 @@ def reweight_kernel(
 ):  # fmt: skip
     """The teachers' new energies and weights, by query."""
     q = tl.program_id(0).to(tl.int64)
-    c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
+    c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
     per_query += q * (5 * M + SCALARS)
     pull = tl.zeros((MP,), tl.float64)
     for begin in range(c_first, c_last, TILE):
@@ -452,7 +466,7 @@ def trace_sum_kernel(
     PACKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     q = tl.program_id(0).to(tl.int64)
-    c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
+    c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
     total = sum_partials(partials, width, 0, c_first, c_last, TILE).to(tl.float32)
     pairs = tl.load(per_query + q * (5 * M + SCALARS) + 5 * M + PAIRS)
     tl.store(trace + q * trace_q + iteration, tl.where(pairs > 0.0, total / tl.where(pairs > 0.0, pairs, 1.0), 0.0))

@@ -22,6 +22,7 @@ from pile_fast.kernels.chunks import (
     RANK,
     block_rows,
     chunk_rows,
+    chunks_before,
     load_slots,
     query_chunks,
     sum_partials,
@@ -152,17 +153,19 @@ def range_of(partials, width, column, c_first, c_last, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["width", "N", "S", "M"])
 def loss_sums_kernel(
-    per_query, partials, width, counts, cu_seqlens, N, S, M, USE_D: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr
+    per_query, partials, width, counts, cu_seqlens, N, S, M,
+    USE_D: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Whether all of a query's student logits are finite, how many documents have a target, and the grids."""
     q = tl.program_id(0).to(tl.int64)
-    c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
+    c_first, c_last, n = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
     scalars = per_query + q * (5 * M + SCALARS) + 5 * M
     broken = sum_partials(partials, width, BROKEN, c_first, c_last, TILE) > 0.0
     tl.store(scalars + POISON, tl.where(broken, float("nan"), 0.0))
     low, high = range_of(partials, width, LABEL_LOW, c_first, c_last, TILE)
     # The numbers of a broken query are nobody's; one cell keeps them cheap.
-    store_grid(scalars + LABEL_GRID, tl.where(broken, 0.0, low), tl.where(broken, 0.0, high))
+    linear = n >= WINDOW
+    store_grid(scalars + LABEL_GRID, tl.where(broken, 0.0, low), tl.where(broken, 0.0, high), linear)
     if USE_D:
         count = sum_partials(partials, width, USED, c_first, c_last, TILE).to(tl.float32)
         mean = sum_partials(partials, width, DIFFERENCE, c_first, c_last, TILE).to(tl.float32) / tl.maximum(count, 1.0)
@@ -175,13 +178,13 @@ def loss_sums_kernel(
         tl.store(scalars + S_MIDDLE, (s_low + s_high) / 2.0)
         tl.store(scalars + TARGETS, count)
         tl.store(scalars + MEAN_DIFFERENCE, mean)
-        store_grid(scalars + Z_GRID, tl.where(broken, 0.0, z_low), tl.where(broken, 0.0, z_high))
-        store_grid(scalars + Z_GRID + 2, tl.where(broken, 0.0, s_low), tl.where(broken, 0.0, s_high))
+        store_grid(scalars + Z_GRID, tl.where(broken, 0.0, z_low), tl.where(broken, 0.0, z_high), linear)
+        store_grid(scalars + Z_GRID + 2, tl.where(broken, 0.0, s_low), tl.where(broken, 0.0, s_high), linear)
 
 
 @triton.jit(do_not_specialize=["width", "Q", "N", "S", "M"])
 def distill_kernel(
-    fields, pulls, losses, per_query, partials, width, chunk_begin, owner, cu_seqlens, Q, N, S, M,
+    fields, pulls, losses, per_query, partials, width, chunk_begin, chunk_block, counts, owner, cu_seqlens, Q, N, S, M,
     DIRECT: tl.constexpr, MSE: tl.constexpr, PACKED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
     """D: slopes of a chunk's documents, partials[chunk]: their losses."""
@@ -222,9 +225,10 @@ def distill_kernel(
                 )  # fmt: skip
             if not DIRECT:
                 if direct == 0:
-                    of_z = evaluate(pulls + q * 2 * FIELD, z, z_origin, z_cells, takes)
-                    of_s = evaluate(pulls + (q * 2 + 1) * FIELD, tl.where(takes, s, 0.0), s_origin, s_cells, takes)
-                    itself = evaluate(losses + q * FIELD, z, z_origin, z_cells, takes)
+                    block = tl.load(chunk_block + chunks_before(counts, first)).to(tl.int64)
+                    of_z = evaluate(pulls + block * 2 * FIELD, z, z_origin, z_cells, takes)
+                    of_s = evaluate(pulls + (block * 2 + 1) * FIELD, tl.where(takes, s, 0.0), s_origin, s_cells, takes)
+                    itself = evaluate(losses + block * FIELD, z, z_origin, z_cells, takes)
                     slope = of_s - of_z
                     loss = tl.where(takes, 0.5 * (itself - 0.6931471805599453) + (z - z_middle) * of_s, 0.0)
         tl.store(fields + D_SLOPE * S + rows, slope, mask=inside)
@@ -294,7 +298,7 @@ def loss_total_kernel(
     USE_D: tl.constexpr, USE_R: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     q = tl.program_id(0).to(tl.int64)
-    c_first, c_last = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
+    c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
     d_loss = sum_partials(partials, width, D_LOSS, c_first, c_last, TILE).to(tl.float32) if USE_D else 0.0
     r_loss = sum_partials(partials, width, R_LOSS, c_first, c_last, TILE).to(tl.float32) if USE_R else 0.0
     r_weight = sum_partials(partials, width, R_WEIGHT, c_first, c_last, TILE).to(tl.float32) if USE_R else 0.0

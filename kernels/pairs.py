@@ -73,27 +73,47 @@ def label_pull(
         e = (1.0 / u_row)[None, :]
         e_below = e * tl.exp(-offset)
         e_above = e * tl.exp(offset)
-        for begin in range(0, n, 2 * BC):
-            j = begin + tl.arange(0, BC)
-            k = j + BC
-            rank_j = column(j, n, ranks, nan, TAIL)
-            rank_k = column(k, n, ranks, nan, TAIL)
-            if MARGIN:
-                a = 1.0 + tl.where(rank_row > rank_j, e_below, e_above) * column(j, n, u, 1.0, TAIL)
-                b = 1.0 + tl.where(rank_row > rank_k, e_below, e_above) * column(k, n, u, 1.0, TAIL)
-            else:
-                a = 1.0 + e * column(j, n, u, 1.0, TAIL)
-                b = 1.0 + e * column(k, n, u, 1.0, TAIL)
-            if WEIGHTED:
-                for_j = b * tl.abs(gain_row - column(j, n, gains, 0.0, TAIL))
-                for_k = a * tl.abs(gain_row - column(k, n, gains, 0.0, TAIL))
-            else:
-                for_j = b
-                for_k = a
-            for_j = tl.where((rank_row > rank_j) | (rank_row < rank_j), for_j, 0.0)
-            for_k = tl.where((rank_row > rank_k) | (rank_row < rank_k), for_k, 0.0)
-            total += tl.sum((for_j + for_k) * reciprocal(a * b, APPROX), 0)
+        whole = n
+        if TAIL:  # a tile with bounds of its own: in the others they would cost a third of the instructions
+            whole = n // (2 * BC) * (2 * BC)
+        for begin in range(0, whole, 2 * BC):
+            total += pull_of_tile(
+                u, ranks, rank_row, gains, gain_row, begin, n, e, e_below, e_above, BC, WEIGHTED, MARGIN, APPROX, False
+            )
+        if TAIL:
+            if whole < n:
+                total += pull_of_tile(
+                    u, ranks, rank_row, gains, gain_row, whole, n, e, e_below, e_above, BC, WEIGHTED, MARGIN, APPROX, True
+                )
     return total
+
+
+@triton.jit
+def pull_of_tile(
+    u, ranks, rank_row, gains, gain_row, begin, n, e, e_below, e_above,
+    BC: tl.constexpr, WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, APPROX: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """What the rows hear from 2 BC columns; two of them share a reciprocal."""
+    nan = float("nan")
+    j = begin + tl.arange(0, BC)
+    k = j + BC
+    rank_j = column(j, n, ranks, nan, TAIL)
+    rank_k = column(k, n, ranks, nan, TAIL)
+    if MARGIN:
+        a = 1.0 + tl.where(rank_row > rank_j, e_below, e_above) * column(j, n, u, 1.0, TAIL)
+        b = 1.0 + tl.where(rank_row > rank_k, e_below, e_above) * column(k, n, u, 1.0, TAIL)
+    else:
+        a = 1.0 + e * column(j, n, u, 1.0, TAIL)
+        b = 1.0 + e * column(k, n, u, 1.0, TAIL)
+    if WEIGHTED:
+        for_j = b * tl.abs(gain_row - column(j, n, gains, 0.0, TAIL))
+        for_k = a * tl.abs(gain_row - column(k, n, gains, 0.0, TAIL))
+    else:
+        for_j = b
+        for_k = a
+    for_j = tl.where((rank_row > rank_j) | (rank_row < rank_j), for_j, 0.0)
+    for_k = tl.where((rank_row > rank_k) | (rank_row < rank_k), for_k, 0.0)
+    return tl.sum((for_j + for_k) * reciprocal(a * b, APPROX), 0)
 
 
 @triton.jit

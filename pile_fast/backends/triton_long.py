@@ -46,20 +46,25 @@ class LongLists:
         self.mask = None if batch.mask is None else batch.mask.view(torch.uint8)
         self.mask_arguments = (self.mask, *(self.mask.stride() if self.mask is not None else (0, 0)))
 
-        by_label = labelled and split
+        # At most so many: all lists packed into one row of slots, or those of one padded list times their number.
         self.chunk = 2 * WINDOW if split else DIRECT_CHUNK
-        lists = self.queries if self.packed else 1  # of which the bounds below hold in sum, or each
-        small = self.slots // WINDOW
-        blocks = 2 * small + 2 * lists if by_label else lists
-        count = blocks + self.slots // self.chunk
-        self.blocks, self.count = (blocks, count) if self.packed else (blocks * self.queries, count * self.queries)
-        self.two_levels = count > 2 * fields.SUPER.value
-        self._cut(by_label, labelled, pair_weight)
+        lists, times = (self.queries, 1) if self.packed else (1, self.queries)
+        windows = self.slots // WINDOW
+        long = min(lists, windows) if split else 0  # lists with blocks, and with moments
+        blocks = 2 * windows + 2 * long if labelled and split else long
+        rows = blocks + self.slots // self.chunk
+        self.blocks, self.moment_rows = max(blocks * times, 1), max(rows * times, 1)
+        self.count = (lists + rows) * times
+        self.two_levels = rows > 2 * fields.SUPER.value
+        self._cut(labelled, pair_weight)
 
-    def _cut(self, by_label: bool, labelled: bool, pair_weight: str) -> None:
+    def _cut(self, labelled: bool, pair_weight: str) -> None:
         batch, documents = self.batch, self.documents
-        labels = self.order = self.owner = None
+        labels = self.order = self.owner = self.short = None
         if self.packed:
+            if self.split:
+                lengths = batch.cu_seqlens.diff()
+                self.short = ((lengths > 0) & (lengths < WINDOW)).cumsum(0)
             positions = torch.arange(documents, device=self.some.device)
             self.owner = torch.searchsorted(batch.cu_seqlens[1:], positions, right=True, out_int32=True)
         if labelled:
@@ -70,7 +75,7 @@ class LongLists:
         chunks.group_kernel[(tiles,)](
             labels, self.owner, batch.cu_seqlens, self.fields, marks, self.queries, self.slots, documents,
             self.slots.bit_length(),
-            LABELLED=labelled, SPLIT=by_label, WEIGHT=pair_weight, PACKED=self.packed, WINDOW=WINDOW, CHUNK=self.chunk,
+            LABELLED=labelled, SPLIT=self.split, WEIGHT=pair_weight, PACKED=self.packed, WINDOW=WINDOW, CHUNK=self.chunk,
             TILE=TILE, num_warps=4,
         )  # fmt: skip
         self.counts = marks.cumsum(0)
@@ -127,7 +132,7 @@ class LongLists:
         )  # fmt: skip
         run(
             long_ensemble.query_statistics_kernel, query, *partials, *of_prior, self.per_query, *of_query,
-            inv_temperature, offset, NORMALIZE=options.normalize, MP=self.config["MP"], **over_chunks,
+            inv_temperature, offset, NORMALIZE=options.normalize, WINDOW=WINDOW, MP=self.config["MP"], **over_chunks,
         )  # fmt: skip
         run(
             long_ensemble.calibrate_kernel, each, *strided, *self.mask_arguments, self.order, self.fields, self.table,
@@ -209,13 +214,14 @@ class LongLists:
             self.order, self.fields, *partials, *self.where, *self.sizes, inv_tau,
             MASKED=self.mask is not None, WEIGHTED=self.weighted, **terms, **self.rows,
         )  # fmt: skip
-        run(long_loss.loss_sums_kernel, query, self.per_query, *partials, *of_query, USE_D=use_d, TILE=TILE)
+        run(long_loss.loss_sums_kernel, query, self.per_query, *partials, *of_query, USE_D=use_d, WINDOW=WINDOW, TILE=TILE)
         direct = dict(DIRECT=not self.split, APPROX=self.approx)
         if use_d:
             of_query_itself = self._self_fields() if self.split and not mse else (None, None)
             run(
-                long_loss.distill_kernel, each, self.fields, *of_query_itself, self.per_query, *partials, *self.where,
-                *self.sizes, M, MSE=mse, **direct, **self.pair_tile,
+                long_loss.distill_kernel, each, self.fields, *of_query_itself, self.per_query, *partials, self.chunk_begin,
+                self.chunk_block, self.counts, self.owner, self.batch.cu_seqlens, *self.sizes, M, MSE=mse, **direct,
+                **self.pair_tile,
             )  # fmt: skip
         if use_r:
             if self.split:
@@ -250,12 +256,17 @@ class LongLists:
     def _prepare_fields(self, offset: float, losses: bool) -> None:
         """Room for the label fields, and the matrices for an offset."""
         row, sets = fields.ROW.value, 2 if self.weighted else 1
-        self.moments = self._floats(self.count, sets, row)
-        self.supers = self._floats(-(-self.count // fields.SUPER.value), sets, row) if self.two_levels else self.moments
-        self.sides = self._floats(self.blocks, 2, sets, row)
+        self._room(sets, 2)
         self.pulls = self._floats(self.blocks, sets, row)
         self.losses = self._floats(self.blocks, sets, row) if losses else None
         self.matrices = self._matrices(offset)
+
+    def _room(self, sets: int, sides: int) -> None:
+        row = fields.ROW.value
+        self.moments = self._floats(self.moment_rows, sets, row)
+        # By chunk, so that some of them are nobody's.
+        self.supers = self._floats(-(-self.count // fields.SUPER.value), sets, row) if self.two_levels else self.moments
+        self.sides = self._floats(self.blocks, sides, sets, row)
 
     def _matrices(self, offset: float) -> Tensor:
         tables = self._floats(3, fields.MATRICES.value)
@@ -269,7 +280,7 @@ class LongLists:
         common = (self.per_query, self.stride)
         constants = dict(SETS=sets, PACKED=self.packed)
         fields.deposit_kernel[(self.count,)](
-            self.moments, self.fields, *common, *self.where, *self.sizes, value, part, grid,
+            self.moments, self.short, self.fields, *common, *self.where, *self.sizes, value, part, grid,
             GAIN=chunks.GAIN.value if self.weighted else -1, VALUES=1, PACKED=self.packed, CHUNK=self.chunk, num_warps=2,
         )  # fmt: skip
         self._sum(sets, grid, False, 2 * sets, self.blocks)
@@ -282,17 +293,16 @@ class LongLists:
     def _self_fields(self) -> tuple[Tensor, Tensor]:
         """Fields of a query's documents with a target on each other: slopes of student and target, and the student's loss."""
         row, grid = fields.ROW.value, self.scalars_at + long_loss.Z_GRID.value
-        self.moments = self._floats(self.count, 2, row)
-        self.supers = self._floats(-(-self.count // fields.SUPER.value), 2, row) if self.two_levels else self.moments
-        self.sides = self._floats(self.queries, 2, row)
-        pulls, losses = self._floats(self.queries, 2, row), self._floats(self.queries, row)
+        self._room(2, 1)
+        pulls, losses = self._floats(self.blocks, 2, row), self._floats(self.blocks, row)
         fields.deposit_kernel[(self.count,)](
-            self.moments, self.fields, self.per_query, self.stride, *self.where, *self.sizes, Z_SCALED.value, S_SCALED.value,
-            grid, GAIN=-1, VALUES=2, PACKED=self.packed, CHUNK=self.chunk, num_warps=2,
+            self.moments, self.short, self.fields, self.per_query, self.stride, *self.where, *self.sizes, Z_SCALED.value,
+            S_SCALED.value, grid, GAIN=-1, VALUES=2, PACKED=self.packed, CHUNK=self.chunk, num_warps=2,
         )  # fmt: skip
         self._sum(2, grid, True, 2, self.queries)
         fields.apply_self_kernel[(self.queries, 2)](
-            pulls, losses, self.sides, self._matrices(0.0), self.per_query, self.stride, self.counts, self.batch.cu_seqlens,
+            pulls, losses, self.sides, self._matrices(0.0), self.per_query, self.stride, self.chunk_block, self.counts,
+            self.batch.cu_seqlens,
             self.slots, self.documents, grid, PACKED=self.packed, TARGETS=16, num_warps=4,
         )  # fmt: skip
         return pulls, losses
@@ -302,9 +312,10 @@ class LongLists:
         common = (self.per_query, self.stride)
         if self.two_levels:
             fields.super_kernel[(self.supers.shape[0], sets)](
-                self.moments, self.supers, *common, *self.where, *self.sizes, self.count, grid, **constants
-            )
+                self.moments, self.short, self.supers, *common, self.chunk_begin, self.counts, self.owner,
+                self.batch.cu_seqlens, *self.sizes, grid, **constants,
+            )  # fmt: skip
         fields.collect_kernel[(targets, sides)](
-            self.sides, self.moments, self.supers, *common, self.chunk_begin, self.block_chunk, self.counts, self.owner,
-            self.batch.cu_seqlens, *self.sizes, grid, TWO_LEVELS=self.two_levels, **constants,
+            self.sides, self.moments, self.short, self.supers, *common, *self.where_of_block, *self.sizes, grid,
+            TWO_LEVELS=self.two_levels, **constants,
         )  # fmt: skip
