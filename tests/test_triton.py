@@ -56,12 +56,9 @@ aot = _load("triton_aot")
 
 
 CASES = aot.cases()
-# On one chip of each maker; of the long lists' kernels those of one call. docs/triton.md's table has all (make triton-table).
+# On one chip of each maker; docs/triton.md's table has four (make triton-table).
 CHECKED = [
-    pytest.param(name, target, id=f"{name}-{target}")
-    for name in CASES
-    for target in ("sm_90", "gfx942")
-    if name.startswith("packed, in linear time") or ":" not in name
+    pytest.param(name, target, id=f"{name}-{target}") for name in CASES for target in ("sm_90", "gfx942") if aot.in_table(name)
 ]
 
 
@@ -72,9 +69,10 @@ def test_compiles_without_spilling(name, target):
 
 
 def test_the_ensembles_inner_loop_shares_its_reciprocals():
-    # A tile of 4 + 4 columns by 2 rows per thread: 8 reciprocals serve 16 pairs, in fewer than 9 instructions each.
-    found = aot.resources(CASES["direct: iterate"].compile("sm_90"))
-    assert found["reciprocals"] == 8 and found["exponentials"] == 0 and found["loop"] < 9 * 16
+    # A tile of 4 + 4 columns by 2 rows per thread: 8 reciprocals serve 16 pairs.
+    for name, instructions in (("pile_loss, 128 documents", 7), ("direct: iterate", 8)):
+        found = aot.resources(CASES[name].compile("sm_90"))
+        assert found["reciprocals"] == 8 and found["exponentials"] == 0 and found["loop"] < instructions * 16
 
 
 @pytest.mark.parametrize("call", aot.FUSED | aot.LONG)

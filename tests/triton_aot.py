@@ -1,8 +1,8 @@
 """Compile the Triton kernels ahead of time for GPUs that are not here, and read what became of them.
 
 What is compiled is what the backend launches: its functions run on tensors without storage, and launches are written down
-instead of made. `python tests/triton_aot.py` prints the table of docs/triton.md, `--write` puts it there. test_triton.py checks
-a part.
+instead of made. `python tests/triton_aot.py` prints the table of docs/triton.md, `--write` puts it there, `--all` takes every
+signature (a quarter of an hour). test_triton.py checks a part.
 """
 
 import re
@@ -216,7 +216,12 @@ def innermost_loop(sass: str) -> dict:
     return best
 
 
-def table() -> str:
+def in_table(name: str) -> bool:
+    """The one-launch kernels, and of the long lists' those of the first call."""
+    return ":" not in name or name.startswith(next(iter(LONG)))
+
+
+def table(everything: bool) -> str:
     lines = [
         f"Triton {triton.__version__}; registers per thread / bytes of shared memory.",
         "",
@@ -224,6 +229,8 @@ def table() -> str:
         "|---|" + "---|" * len(TARGETS),
     ]
     for name, launch in cases().items():
+        if not (everything or in_table(name)):
+            continue
         cells = []
         for target in TARGETS:
             found = resources(launch.compile(target))
@@ -235,7 +242,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    text = table()
+    text = table("--all" in sys.argv)
     if "--write" in sys.argv:
         page = Path(__file__).resolve().parents[1] / "docs/triton.md"
         begin, end = "<!-- aot -->", "<!-- /aot -->"

@@ -271,7 +271,7 @@ def test_packed_lists_long_and_short_in_linear_time(monkeypatch):
     # More than 128 chunks, so their sums have two levels; a long list among short and empty ones; documents of no query.
     monkeypatch.setattr(triton_long, "WINDOW", 4)
     z, t, y, _ = contract.make(150, 1, 2, missing=0.2, unlabelled=0.1)
-    z, t, y, cu_seqlens = z[0], t[0], y[0], torch.tensor([0, 3, 3, 131, 132, 147])
+    z, t, y, cu_seqlens = z[0], t[0], y[0], torch.tensor([0, 3, 3, 131, 132, 147], dtype=torch.int32)
     options = dict(cu_seqlens=cu_seqlens, iterations=1, alpha=0.5, reduction="none")
     want, want_gradient = contract.loss_and_gradient(z.double(), t.double(), y, None, backend="torch", **options)
     got, gradient = contract.loss_and_gradient(z, t, y, None, **LINEAR, **options)

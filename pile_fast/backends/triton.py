@@ -2,7 +2,7 @@
 
 Everything a launch needs is known from shapes and dtypes: no value of a device tensor is read. A short list is one program of
 one launch (then a small one for the reduction over queries); where lists are long, or few, every phase is a launch over
-blocks of documents.
+chunks of documents (triton_long.py).
 
 With TRITON_INTERPRET=1 set before triton is imported, the kernels run in Triton's interpreter and the backend, asked for by
 name, serves CPU tensors: for tests.
@@ -137,6 +137,10 @@ def _run(
     gradient: Tensor | None = None,
 ) -> None:
     """Launch everything from the inputs to the outputs given, but for the reduction over queries."""
+    from pile_fast.backends import triton_long
+    from pile_fast.kernels.ensemble import FIELDS, SCALARS
+    from pile_fast.kernels.pile import pile_kernel
+
     some = batch.teacher_logits if batch.student_logits is None else batch.student_logits
     queries, slots = batch.num_queries, batch.slots
     if queries == 0:
@@ -153,20 +157,16 @@ def _run(
     weight, pairwise = (options or loss).pair_weight, (options or loss).pairwise
     approx = not _INTERPRET and torch.version.hip is None
     split = pairwise == "chebyshev" or (pairwise == "auto" and _in_linear_time(batch))
+    split = split and slots >= triton_long.WINDOW  # else there is nothing but direct sums
     with _on(some):
         if split or not _alone(batch, config["BR"]):
-            from pile_fast.backends.triton_long import LongLists
-
             labelled = options is not None or loss.alpha < 1
-            lists = LongLists(batch, config, split, weight, labelled, approx)
+            lists = triton_long.LongLists(batch, config, split, weight, labelled, approx)
             if options is not None:
                 lists.ensemble(options, logits, weights, trace)
             if loss is not None:
                 lists.loss(loss, target, losses, has_pairs, gradient)
             return
-
-        from pile_fast.kernels.ensemble import FIELDS, SCALARS
-        from pile_fast.kernels.pile import pile_kernel
 
         # Lists begin and end with a whole tile of columns.
         tile = 2 * config["BC"]

@@ -20,6 +20,8 @@ WINDOW = 256
 DIRECT_CHUNK = 128
 TILE = 256  # positions, or chunks, that one program looks at in one go where nothing else is to be done
 
+WARPS_1, WARPS_2, WARPS_4 = (dict(num_warps=warps, enable_fp_fusion=True) for warps in (1, 2, 4))
+
 
 class LongLists:
     """The chunks of a batch, and the phases over them.
@@ -66,7 +68,8 @@ class LongLists:
                 lengths = batch.cu_seqlens.diff()
                 self.short = ((lengths > 0) & (lengths < WINDOW)).cumsum(0)
             positions = torch.arange(documents, device=self.some.device)
-            self.owner = torch.searchsorted(batch.cu_seqlens[1:], positions, right=True, out_int32=True)
+            ends = batch.cu_seqlens[1:].to(positions.dtype)
+            self.owner = torch.searchsorted(ends, positions, right=True, out_int32=True)
         if labelled:
             labels, self.order = self._by_label(batch.labels)
         self.fields = self.some.new_empty((FIELDS.value, documents), dtype=torch.float32)
@@ -76,14 +79,14 @@ class LongLists:
             labels, self.owner, batch.cu_seqlens, self.fields, marks, self.queries, self.slots, documents,
             self.slots.bit_length(),
             LABELLED=labelled, SPLIT=self.split, WEIGHT=pair_weight, PACKED=self.packed, WINDOW=WINDOW, CHUNK=self.chunk,
-            TILE=TILE, num_warps=4,
+            TILE=TILE, **WARPS_4,
         )  # fmt: skip
         self.counts = marks.cumsum(0)
         self.chunk_begin = marks.new_full((self.count + 1,), documents)
         self.chunk_block = marks.new_empty(self.count, dtype=torch.int32)
         self.block_chunk = marks.new_empty(self.blocks + 1, dtype=torch.int32)
         chunks.table_kernel[(tiles,)](
-            self.counts, self.chunk_begin, self.chunk_block, self.block_chunk, documents, TILE=TILE, num_warps=4
+            self.counts, self.chunk_begin, self.chunk_block, self.block_chunk, documents, TILE=TILE, **WARPS_4
         )
         self.where = (self.chunk_begin, self.owner, batch.cu_seqlens)
         self.where_of_block = (
@@ -105,9 +108,7 @@ class LongLists:
 
     # -- the ensemble
 
-    def ensemble(
-        self, options: EnsembleOptions, logits: Tensor, weights: Tensor | None, trace: Tensor | None
-    ) -> None:  # fmt: skip
+    def ensemble(self, options: EnsembleOptions, logits: Tensor, weights: Tensor | None, trace: Tensor | None) -> None:
         teachers, prior = self.batch.teacher_logits, self.batch.prior
         M = teachers.shape[-1]
         by_document = options.granularity == "document"
@@ -187,7 +188,7 @@ class LongLists:
             *self.where, *self.sizes, M, BY_DOCUMENT=by_document, **tiles,
         )  # fmt: skip
         if weights is not None and not by_document:
-            long_ensemble.weights_kernel[query](weights, self.per_query, M, MP=self.config["MP"], num_warps=1)
+            long_ensemble.weights_kernel[query](weights, self.per_query, M, MP=self.config["MP"], **WARPS_1)
 
     # -- the student's loss
 
@@ -270,7 +271,7 @@ class LongLists:
 
     def _matrices(self, offset: float) -> Tensor:
         tables = self._floats(3, fields.MATRICES.value)
-        fields.matrices_kernel[(fields.ENTRIES.value, 3)](tables, offset, num_warps=1)
+        fields.matrices_kernel[(fields.ENTRIES.value, 3)](tables, offset, **WARPS_1)
         return tables
 
     def _label_fields(self, value: int, part: int, grid: int, offset: float, pulls: bool, losses: bool) -> None:
@@ -281,13 +282,13 @@ class LongLists:
         constants = dict(SETS=sets, PACKED=self.packed)
         fields.deposit_kernel[(self.count,)](
             self.moments, self.short, self.fields, *common, *self.where, *self.sizes, value, part, grid,
-            GAIN=chunks.GAIN.value if self.weighted else -1, VALUES=1, PACKED=self.packed, CHUNK=self.chunk, num_warps=2,
+            GAIN=chunks.GAIN.value if self.weighted else -1, VALUES=1, PACKED=self.packed, CHUNK=self.chunk, **WARPS_2,
         )  # fmt: skip
         self._sum(sets, grid, False, 2 * sets, self.blocks)
         fields.apply_labels_kernel[(self.blocks, sets)](
             self.pulls if pulls else None, self.losses if losses else None, self.sides, self.matrices, *common,
             self.chunk_begin, self.block_chunk, self.counts, self.owner, self.batch.cu_seqlens, *self.sizes, grid, offset,
-            TARGETS=16, num_warps=4, **constants,
+            TARGETS=16, **WARPS_4, **constants,
         )  # fmt: skip
 
     def _self_fields(self) -> tuple[Tensor, Tensor]:
@@ -297,18 +298,18 @@ class LongLists:
         pulls, losses = self._floats(self.blocks, 2, row), self._floats(self.blocks, row)
         fields.deposit_kernel[(self.count,)](
             self.moments, self.short, self.fields, self.per_query, self.stride, *self.where, *self.sizes, Z_SCALED.value,
-            S_SCALED.value, grid, GAIN=-1, VALUES=2, PACKED=self.packed, CHUNK=self.chunk, num_warps=2,
+            S_SCALED.value, grid, GAIN=-1, VALUES=2, PACKED=self.packed, CHUNK=self.chunk, **WARPS_2,
         )  # fmt: skip
         self._sum(2, grid, True, 2, self.queries)
         fields.apply_self_kernel[(self.queries, 2)](
             pulls, losses, self.sides, self._matrices(0.0), self.per_query, self.stride, self.chunk_block, self.counts,
             self.batch.cu_seqlens,
-            self.slots, self.documents, grid, PACKED=self.packed, TARGETS=16, num_warps=4,
+            self.slots, self.documents, grid, PACKED=self.packed, TARGETS=16, **WARPS_4,
         )  # fmt: skip
         return pulls, losses
 
     def _sum(self, sets: int, grid: int, of_self: bool, sides: int, targets: int) -> None:
-        constants = dict(SELF=of_self, SETS=sets, PACKED=self.packed, COLUMNS=128, num_warps=4)
+        constants = dict(SELF=of_self, SETS=sets, PACKED=self.packed, COLUMNS=128, **WARPS_4)
         common = (self.per_query, self.stride)
         if self.two_levels:
             fields.super_kernel[(self.supers.shape[0], sets)](
