@@ -100,7 +100,9 @@ def correctness():
                 ]
             ):
                 z, t, y, mask = data(*shape, seed=number, **make)
-                options = dict(options, granularity=granularity, mask=mask)
+                # The linear sums' launches for lists of several blocks; what "auto" takes for the others.
+                pairwise = "chebyshev" if shape[1] in (129, 300, 1000) and case < 3 else "auto"
+                options = dict(options, granularity=granularity, mask=mask, pairwise=pairwise)
                 want = pile_fast.pile_ensemble(t.double(), y, backend="torch", **options).logits
                 same = pile_fast.pile_ensemble(t, y, backend="torch", **options).logits
                 got = pile_fast.pile_ensemble(t, y, **options, **TRITON).logits
@@ -240,7 +242,7 @@ def lengths():
 
 
 def million():
-    """One list of 1,000,000 documents: direct sums, so seconds."""
+    """One list of 1,000,000 documents, in linear time."""
     z, t, y, _ = data(1, 9 if DRY else 1_000_000, 8)
     start = time.perf_counter()
     loss, gradient = loss_and_gradient(z, t, y, **TRITON)

@@ -35,8 +35,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 class RankingBatch:
     """Checked tensors of one call.
 
-    Build it, then read the tensors, `packed`, `num_queries`, `num_teachers`, `slots` (N or D) and `dtype` (of the arithmetic:
-    float64 if any logits are, else float32).
+    Build it, then read the tensors, `packed`, `num_queries`, `num_teachers`, `slots` (N or D), `device` and `dtype` (of the
+    arithmetic: float64 if any logits are, else float32).
 
     Args:
         student_logits: (Q, N) or (D,), float; the only tensor that may carry a gradient.
@@ -54,7 +54,7 @@ class RankingBatch:
 
     __slots__ = (
         "student_logits", "teacher_logits", "target_logits", "labels", "mask", "cu_seqlens", "prior",
-        "packed", "num_queries", "num_teachers", "slots", "dtype",
+        "packed", "num_queries", "num_teachers", "slots", "device", "dtype",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +107,7 @@ class RankingBatch:
         if shape is None:
             raise TypeError("student_logits: expected a torch.Tensor, got None")
         self.slots = shape[-1]
+        self.device = device
         if labels is not None:
             if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
                 self._wrong_type("labels", labels, "a real dtype")

@@ -78,7 +78,7 @@ def pile_ensemble(
         prior: (M,) or (Q, M) weights >= 0 to start from, need not sum to 1; a teacher with prior 0 counts as missing.
         return_weights: also return the weights.
         return_trace: also return the label loss per iteration.
-        pairwise: how pairs are summed: "direct" O(n²), "chebyshev" O(n), or "auto" by a measured cost model.
+        pairwise: how pairs are summed: "direct" O(n²), "chebyshev" O(n), or "auto" by a cost model.
         backend: "auto" or a name from `pile_fast.available_backends()`.
 
     Returns:
@@ -99,7 +99,7 @@ def pile_ensemble(
     if teacher_logits is None or labels is None:
         raise _missing(teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior)
-    logits, weights, trace = autograd.ensemble(batch, options, return_weights, return_trace, select(backend, teacher_logits))
+    logits, weights, trace = autograd.ensemble(batch, options, return_weights, return_trace, select(backend, batch))
     return PILEEnsemble(logits, weights if return_weights else None, trace if return_trace else None)
 
 
@@ -152,7 +152,7 @@ def pairwise_distillation_loss(
     if student_logits is None or target_logits is None:
         raise _missing(student_logits=student_logits, target_logits=target_logits)
     batch = RankingBatch(student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens)
-    return autograd.pair_loss(batch, options, select(backend, student_logits))
+    return autograd.pair_loss(batch, options, select(backend, batch))
 
 
 def pairwise_logistic_loss(
@@ -198,7 +198,7 @@ def pairwise_logistic_loss(
     if student_logits is None or labels is None:
         raise _missing(student_logits=student_logits, labels=labels)
     batch = RankingBatch(student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
-    return autograd.pair_loss(batch, options, select(backend, student_logits))
+    return autograd.pair_loss(batch, options, select(backend, batch))
 
 
 def pile_loss(
@@ -266,7 +266,7 @@ def pile_loss(
         student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
         prior=prior,
     )  # fmt: skip
-    return autograd.pile_loss(batch, options, loss, select(backend, student_logits))
+    return autograd.pile_loss(batch, options, loss, select(backend, batch))
 
 
 def _missing(**tensors) -> TypeError:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pile_fast
+from pile_fast import backends
 from pile_fast.backends import cpp, select
 from pile_fast.batch import RankingBatch
 
@@ -122,8 +123,19 @@ def test_a_backend_asked_for_by_name_never_falls_back():
     if cpp.unavailable():
         pytest.skip(cpp.unavailable())
     with pytest.raises(RuntimeError, match="backend 'cpp' serves cpu tensors, got meta; use backend='auto'"):
-        select("cpp", torch.empty(1, device="meta"))
-    assert select("auto", torch.empty(1, device="meta")) == "torch"
+        select("cpp", RankingBatch(student_logits=torch.empty(1, 1, device="meta")))
+    assert select("auto", RankingBatch(student_logits=torch.empty(1, 1, device="meta"))) == "torch"
+
+
+def test_auto_passes_over_a_backend_that_refuses_the_batch(monkeypatch):
+    first, second = backends._ORDER["cpu"]
+    monkeypatch.setattr(backends.load(first), "unavailable", lambda: "")
+    is_wide = lambda batch: "has its reasons" if batch.dtype is torch.float64 else ""  # noqa: E731
+    monkeypatch.setattr(backends.load(first), "refusal", is_wide)
+    wide, narrow = RankingBatch(student_logits=Z.double()), RankingBatch(student_logits=Z)
+    assert select("auto", wide) == second and select("auto", narrow) == first == select(first, narrow)
+    with pytest.raises(RuntimeError, match=f"backend '{first}' has its reasons"):
+        select(first, wide)
 
 
 @pytest.mark.skipif(bool(cpp.unavailable()), reason=cpp.unavailable() or "built")

@@ -4,6 +4,7 @@ A backend is a module of this package with
 
 - `DEVICES`: the device types it serves;
 - `unavailable() -> str`: "" if it works here, else the reason and the fix;
+- `refusal(batch) -> str`: "" if it computes batches like this one (by dtypes and shapes), else what it cannot do and the fix;
 - `ensemble(batch, options, return_weights, return_trace) -> (logits, weights, trace)`;
 - `pair_loss(batch, options, with_gradient) -> (loss, gradient)`: the student's loss against `batch.target_logits`;
 - `pile_loss(batch, ensemble_options, loss_options, with_gradient) -> (loss, gradient)`: ensemble and loss in one.
@@ -17,9 +18,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-from torch import Tensor
-
 from pile_fast.backends import cpp, torch_reference, triton
+from pile_fast.batch import RankingBatch
 
 # In order of preference, per device type.
 _ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # HIP tensors are of type "cuda" too
@@ -52,17 +52,20 @@ def available_backends() -> dict[str, BackendStatus]:
     }
 
 
-def select(name: str, tensor: Tensor) -> str:
-    """The backend's name for a request ("auto" or a name) and the tensors it has to serve, one of which is given.
+def select(name: str, batch: RankingBatch) -> str:
+    """The backend's name for a request ("auto" or a name) and the batch it has to serve.
+
+    "auto" is the first of the device's backends that works here and computes such a batch.
 
     Raises:
         ValueError: no backend of that name.
         RuntimeError: the backend asked for cannot serve; the message says why and what to do.
     """
-    device_type = "cpu" if tensor.is_cpu else tensor.device.type
+    device_type = batch.device.type
     if name == "auto":
         for candidate in _ORDER.get(device_type, _ORDER_ELSEWHERE):
-            if not _MODULES[candidate].unavailable():
+            module = _MODULES[candidate]
+            if not module.unavailable() and not module.refusal(batch):
                 return candidate
     if name not in _MODULES:
         raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, _MODULES))}, got {name!r}")
@@ -73,4 +76,6 @@ def select(name: str, tensor: Tensor) -> str:
         raise RuntimeError(
             f"backend {name!r} serves {', '.join(backend.DEVICES)} tensors, got {device_type}; use backend='auto'"
         )
+    if reason := backend.refusal(batch):
+        raise RuntimeError(f"backend {name!r} {reason}")
     return name

@@ -51,6 +51,10 @@ def unavailable() -> str:
     return _unavailable
 
 
+def refusal(batch: RankingBatch) -> str:
+    return ""
+
+
 def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

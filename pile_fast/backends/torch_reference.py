@@ -16,6 +16,10 @@ def unavailable() -> str:
     return ""
 
 
+def refusal(batch: RankingBatch) -> str:
+    return ""
+
+
 def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
