@@ -1,0 +1,224 @@
+// Direct pair sums: what a document hears from its query's documents, by falling label.
+//
+// Four lanes own a row i, or a block of four rows; the columns are read from shared memory four at a time by one 16-byte load, each
+// lane every fourth of them. Each row visits the columns before and after its own label, so equal labels never meet and only the
+// quads at a label's edge need masks. An unordered pair is visited from both sides: no sum ever leaves its four lanes, there are no
+// accumulators to exchange and no atomics, and an iteration has one barrier.
+//
+// Ensemble, λ_i = Σ_{y_j ≠ y_i} ω_ij r_ij − Σ_{y_j > y_i} ω_ij,  r_ij = 1 / (1 + e^{u_i − u_j ∓ offset})  (− for j below, + above),
+// since σ(−x) = 1 − σ(x); the second sum is a constant of the query. e^{u_i − u_j} = E_i F_j, and four pairs share a reciprocal:
+// Σ 1/a = ((a + b) cd + (c + d) ab) / (ab cd). Per four pairs 12 float instructions, 1 reciprocal, 1/4 load (blocks of four rows).
+// Per unordered pair that is 6 float instructions and 1/2 reciprocal; meeting each pair once would take 3.5 and 1/2, but also
+// about 1 of shuffles, additions and traffic for the columns' sums, a second barrier, and half-empty tiles on the diagonal of the
+// short lists this is for; long ones take fields.h.
+//
+// A quad adds the same bits to a row whether it is masked or not and whether the row comes alone or in a block: fmaf is spelled
+// out wherever the compiler could choose, so the number of threads does not show in the result.
+#pragma once
+
+#include "device.h"
+
+namespace pile {
+namespace gpu {
+
+// A product of four (1 + E F) has to stay a float32: logits that span more than this (with the offset) are "wide", and take an
+// exponential per pair, bounded by the same e^20: beyond it σ is 0 to within 2e-9.
+constexpr float kNarrow = 20.0f;
+
+constexpr int kLanes = 4;  // that share a row
+
+PILE_DEVICE float4 four(const float* p) { return *reinterpret_cast<const float4*>(p); }
+
+// sum + wa/a + wb/b + wc/c + wd/d
+PILE_DEVICE float add_quotients(float sum, float a, float b, float c, float d, float wa, float wb, float wc, float wd) {
+  const float ab = a * b, cd = c * d;
+  const float first = fmaf(wa, b, wb * a), second = fmaf(wc, d, wd * c);
+  return fmaf(fmaf(first, cd, second * ab), reciprocal(ab * cd), sum);
+}
+
+// The columns of the ensemble's label pairs.
+struct LabelColumns {
+  const float* u;      // F_j = e^{c − u_j}, or u_j where wide
+  const float* gains;
+  const int *first, *last;
+  int labelled;
+  float above, below;  // what the offset does to a row's E_i, or to its u_i where wide
+};
+
+// Each lane's part of Σ ω r over the columns, for the rows row, …, row + R − 1 (those past the last are the last again).
+template <bool kWide, bool kWeighted, int R>
+PILE_DEVICE void label_pull(const LabelColumns& of, int row, const Lanes& lanes, float (&total)[R]) {
+  float above[R], below[R], gain[R];
+  int first[R], last[R];
+  int least_first = of.labelled, most_first = 0, least_last = of.labelled, most_last = 0;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int k = smaller(row + r, of.labelled - 1);
+    const float own = kWide ? of.u[k] : reciprocal(of.u[k]);
+    above[r] = kWide ? own + of.above : own * of.above;
+    below[r] = kWide ? own + of.below : own * of.below;
+    gain[r] = kWeighted ? of.gains[k] : 0.0f;
+    first[r] = of.first[k];
+    last[r] = of.last[k];
+    least_first = smaller(least_first, first[r]);
+    most_first = larger(most_first, first[r]);
+    least_last = smaller(least_last, last[r]);
+    most_last = larger(most_last, last[r]);
+    total[r] = 0;
+  }
+  auto factor = [](float own, float column) {
+    return kWide ? 1.0f + exp_fast(fminf(own - column, kNarrow)) : fmaf(own, column, 1.0f);
+  };
+  auto whole = [&](int j, const float(&own)[R]) {
+    const float4 c = four(of.u + j);
+    float4 g = {};
+    if (kWeighted) g = four(of.gains + j);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      auto weight = [&](float column) { return kWeighted ? fabsf(gain[r] - column) : 1.0f; };
+      total[r] = add_quotients(total[r], factor(own[r], c.x), factor(own[r], c.y), factor(own[r], c.z), factor(own[r], c.w),
+                               weight(g.x), weight(g.y), weight(g.z), weight(g.w));
+    }
+  };
+  auto masked = [&](int j) {
+    const float4 c = four(of.u + j);
+    float4 g = {};
+    if (kWeighted) g = four(of.gains + j);
+    const float column[4] = {c.x, c.y, c.z, c.w}, column_gain[4] = {g.x, g.y, g.z, g.w};
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float f[4], weight[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool up = j + e < first[r], down = j + e >= last[r] && j + e < of.labelled;
+        f[e] = up || down ? factor(up ? above[r] : below[r], column[e]) : 1.0f;
+        weight[e] = up || down ? (kWeighted ? fabsf(gain[r] - column_gain[e]) : 1.0f) : 0.0f;
+      }
+      total[r] = add_quotients(total[r], f[0], f[1], f[2], f[3], weight[0], weight[1], weight[2], weight[3]);
+    }
+  };
+  int j = 4 * lanes.rank;
+  for (; j + 4 <= least_first; j += 4 * kLanes) whole(j, above);
+  for (; j < most_last; j += 4 * kLanes)
+    if (j < most_first || j + 4 > least_last) masked(j);
+  for (; j + 4 <= of.labelled; j += 4 * kLanes) whole(j, below);
+  if (j < of.labelled) masked(j);
+}
+
+// One row's sum to all four lanes; or of a block of four, to each lane its own row's. The same additions in both.
+PILE_DEVICE float sum_rows(const Lanes& lanes, const float (&total)[1]) { return lanes.sum(total[0]); }
+PILE_DEVICE float sum_rows(const Lanes& lanes, const float (&total)[4]) {
+  const bool high = lanes.rank & 2, odd = lanes.rank & 1;
+  const float even_sum = (high ? total[2] : total[0]) + __shfl_xor_sync(lanes.mask, high ? total[0] : total[2], 2);
+  const float odd_sum = (high ? total[3] : total[1]) + __shfl_xor_sync(lanes.mask, high ? total[1] : total[3], 2);
+  return (odd ? odd_sum : even_sum) + __shfl_xor_sync(lanes.mask, odd ? even_sum : odd_sum, 1);
+}
+
+// Visit the columns [from, to) by fours: `whole(j)` for four of them, `part(j)` where some lie outside.
+template <class Whole, class Part>
+PILE_DEVICE void by_fours(int from, int to, const Lanes& lanes, Whole whole, Part part) {
+  for (int j = (from & ~3) + 4 * lanes.rank; j < to; j += 4 * kLanes) {
+    if (j >= from && j + 4 <= to)
+      whole(j);
+    else
+      part(j);
+  }
+}
+
+// Σ over columns [from, to) of ω p and, for kBelow, of ω softplus(−x); x = ±scale (u_i − u_j) − offset says how far the pair is ordered
+// right.
+// Relative accuracy of every pair, however well ordered: with t = e^{−|x|}, p is t / (1 + t) or 1 / (1 + t).
+template <bool kBelow, bool kWeighted>
+PILE_DEVICE void label_losses(const float* u, const float* gains, float row, float gain, float scale, float offset, int from, int to,
+                              const Lanes& lanes, float& slope, float& loss) {
+  struct Pair {
+    float weight, numerator, denominator, excess;
+  };
+  auto pair = [&](int j) {
+    const float x = scale * (kBelow ? row - u[j] : u[j] - row) - offset;
+    const float t = expf(-fabsf(x));
+    const float weight = kWeighted ? fabsf(gain - gains[j]) : 1.0f;
+    return Pair{weight, weight * (x > 0 ? t : 1.0f), 1.0f + t, fmaxf(-x, 0.0f)};
+  };
+  by_fours(
+      from, to, lanes,
+      [&](int j) {
+        const Pair a = pair(j), b = pair(j + 1), c = pair(j + 2), d = pair(j + 3);
+        slope = add_quotients(slope, a.denominator, b.denominator, c.denominator, d.denominator, a.numerator, b.numerator, c.numerator, d.numerator);
+        if constexpr (!kBelow) return;
+        if constexpr (kWeighted) {
+          for (const Pair& p : {a, b, c, d}) loss += p.weight * (p.excess + kLn2 * log2_fast(p.denominator));
+        } else {
+          loss += kLn2 * log2_fast(a.denominator * b.denominator * (c.denominator * d.denominator));
+          loss += (a.excess + b.excess) + (c.excess + d.excess);
+        }
+      },
+      [&](int j) {
+        for (int k = larger(j, from); k < smaller(j + 4, to); ++k) {
+          const Pair p = pair(k);
+          slope += p.numerator * reciprocal(p.denominator);
+          if (kBelow) loss += p.weight * (p.excess + kLn2 * log2_fast(p.denominator));
+        }
+      });
+}
+
+// The distillation loss's columns, by position and padded to a multiple of four by neutral ones.
+struct DistillColumns {
+  const float *z, *s;              // z / τ, s / τ; where a document has no target, kNeutral
+  const float *z_power, *s_power;  // e^{z/τ − c}, e^{s/τ − c}; 0 where neutral
+  static constexpr float kNeutral = -1e30f;
+};
+
+// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over all columns, and Σ of the cross entropies of the pairs in which i is the student's higher
+// document. With e = e^{−dz} and f = e^{−ds} both sigmoids share a reciprocal: σ(dz) − σ(ds) = (f − e) / ((1 + e)(1 + f)). The cross
+// entropy log(1 + e) + dz (1 − σ(ds)) is taken from the side where dz >= 0, so nothing cancels and 1 + e <= 2: one logarithm serves
+// the product of 32 pairs. A neutral column has e = f = 0.
+template <bool kWide>
+PILE_DEVICE void distill_losses(const DistillColumns& of, int row, int columns, const Lanes& lanes, float& slope, float& loss) {
+  const float z_row = of.z[row], s_row = of.s[row];
+  const float e_row = kWide ? 0.0f : reciprocal(of.z_power[row]), f_row = kWide ? 0.0f : reciprocal(of.s_power[row]);
+  float product = 1;
+  int factors = 0;
+  struct Pair {
+    float denominator, slope, loss;
+  };
+  auto pair = [&](int j, float z, float s, float z_power, float s_power) {
+    const float dz = z_row - z;
+    // Wide: bounded so that a product of two factors stays a float32.
+    const float e = kWide ? exp_fast(fminf(-dz, 43.0f)) : e_row * z_power, f = kWide ? exp_fast(fminf(s - s_row, 43.0f)) : f_row * s_power;
+    const bool leads = dz > 0 || (dz == 0 && row < j);
+    const float own = 1.0f + e;
+    product *= leads ? own : 1.0f;
+    return Pair{own * (1.0f + f), f - e, leads ? dz * f * own : 0.0f};
+  };
+  for (int j = 4 * lanes.rank; j < columns; j += 4 * kLanes) {
+    const float4 z = four(of.z + j), s = four(of.s + j);
+    float4 zp = {}, sp = {};
+    if (!kWide) {
+      zp = four(of.z_power + j);
+      sp = four(of.s_power + j);
+    }
+    const Pair a = pair(j, z.x, s.x, zp.x, sp.x), b = pair(j + 1, z.y, s.y, zp.y, sp.y);
+    const Pair c = pair(j + 2, z.z, s.z, zp.z, sp.z), d = pair(j + 3, z.w, s.w, zp.w, sp.w);
+    if constexpr (kWide) {
+      for (const Pair& p : {a, b, c, d}) {
+        const float r = reciprocal(p.denominator);
+        slope += p.slope * r;
+        loss += p.loss * r;
+      }
+    } else {
+      const float ab = reciprocal(a.denominator * b.denominator), cd = reciprocal(c.denominator * d.denominator);
+      slope += (a.slope * b.denominator + b.slope * a.denominator) * ab + (c.slope * d.denominator + d.slope * c.denominator) * cd;
+      loss += (a.loss * b.denominator + b.loss * a.denominator) * ab + (c.loss * d.denominator + d.loss * c.denominator) * cd;
+    }
+    if (++factors == 8) {
+      loss += kLn2 * log2_fast(product);
+      product = 1;
+      factors = 0;
+    }
+  }
+  loss += kLn2 * log2_fast(product);
+}
+
+}  // namespace gpu
+}  // namespace pile
