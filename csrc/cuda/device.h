@@ -62,11 +62,11 @@ PILE_DEVICE float log2_fast(float x) { return std::log2(x); }
 PILE_DEVICE float exp_fast(float x) { return exp2_fast(x * kLog2e); }
 
 template <class T>
-PILE_DEVICE T smaller(T a, T b) {
+PILE_SHARED T smaller(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-PILE_DEVICE T larger(T a, T b) {
+PILE_SHARED T larger(T a, T b) {
   return a > b ? a : b;
 }
 
@@ -109,7 +109,7 @@ struct BlockTeam {
   double* partial = nullptr;
 
   PILE_DEVICE void sync() const { __syncthreads(); }
-  // In one fixed order; the same bits for every thread.
+  // Of counts: exact in any order.
   PILE_DEVICE double sum(double value) const {
     value = Lanes(32).sum(value);
     sync();
@@ -120,6 +120,21 @@ struct BlockTeam {
     return total;
   }
 };
+
+// Σ value(k) over k in [0, n), in an order that does not depend on the team, to every thread.
+template <class Team, class Value>
+PILE_DEVICE double ordered_sum(const Team& team, int n, Value value) {
+  double total = 0;
+  if (team.rank < 32) {
+    for (int k = team.rank; k < n; k += 32) total += value(k);
+    total = Lanes(32).sum(total);
+  }
+  if (Team::kOneWarp) return total;
+  team.sync();
+  if (team.rank == 0) team.partial[0] = total;
+  team.sync();
+  return team.partial[0];
+}
 
 template <class Team>
 PILE_DEVICE float lowest(const Team& team, float value) {

@@ -142,7 +142,7 @@ class EnsembleQuery {
   }
   template <bool kWide, bool kWeighted>
   PILE_DEVICE void pull(int read) {
-    if (call_.rows == 1)
+    if (!Team::kOneWarp && call_.rows == 1)
       pull<kWide, kWeighted, 1>(read);
     else
       pull<kWide, kWeighted, 4>(read);
@@ -182,12 +182,10 @@ class EnsembleQuery {
     const Teachers of = teachers();
     const float* force = w_.field(w_.kExponent);
     const float* s = w_.field(w_.kLogit);
-    int count = 32;
-    while (count > 1 && count * count_ > team_.size) count /= 2;
-    const Lanes lanes(count);
-    for (int m = team_.rank / count; m < count_; m += team_.size / count) {
+    const Lanes lanes(kTeacherLanes);
+    for (int m = team_.rank / kTeacherLanes; m < count_; m += team_.size / kTeacherLanes) {
       double pulled = 0;
-      for (int k = lanes.rank; k < counts_.labelled; k += count) {
+      for (int k = lanes.rank; k < counts_.labelled; k += kTeacherLanes) {
         const float d = of.score(m, slot_[k]) - s[k];
         pulled += is_number(d) ? force[k] * d : 0.0f;
       }
@@ -205,23 +203,26 @@ class EnsembleQuery {
   PILE_DEVICE void trace(int64_t it) {
     if (!call_.out.trace) return;
     const bool weighted = call_.ensemble.pair_weight != PairWeight::none;
-    const double loss = weighted ? trace_loss<true>() : trace_loss<false>();
+    float* losses = w_.field(call_.by_document() && (it & 1) ? w_.kU0 : w_.kU1);  // not read by this iteration
+    weighted ? trace_losses<true>(losses) : trace_losses<false>(losses);
+    team_.sync();
+    const double loss = ordered_sum(team_, counts_.labelled, [&](int k) { return losses[k]; });
+    team_.sync();
     if (team_.rank == 0) {
       float* to = static_cast<float*>(call_.out.trace) + query_.index * (call_.ensemble.iterations + 1);
       to[it] = pairs_ > 0 ? float(loss / pairs_) : 0.0f;
     }
   }
   template <bool kWeighted>
-  PILE_DEVICE double trace_loss() {
+  PILE_DEVICE void trace_losses(float* losses) const {
     const float *s = w_.field(w_.kLogit), *gains = w_.field(w_.kGain);
-    double total = 0;
     for (int k = team_.rank / kLanes; k < counts_.labelled; k += team_.size / kLanes) {
       float slope = 0, loss = 0;
       label_losses<true, kWeighted>(s, gains, s[k], kWeighted ? gains[k] : 0.0f, call_.per_unit(), call_.offset(), w_.whole(w_.kLast)[k], counts_.labelled,
                                     lanes_, slope, loss);
-      total += loss;
+      loss = lanes_.sum(loss);
+      if (leads()) losses[k] = loss;
     }
-    return team_.sum(total);
   }
 
   // Outputs, and logits by slot.

@@ -24,8 +24,9 @@ class LossQuery {
         }
         team_.sync();
         order();
+      } else {
+        pairs_ = sum_pairs(team_, w_, counts.labelled);
       }
-      pairs_ = counts.scored < counts.valid ? pairs_ : sum_pairs();
     }
     run();
   }
@@ -45,13 +46,6 @@ class LossQuery {
     if (call_.ranks()) pairs_ = weigh_pairs(team_, w_, call_.loss.pair_weight, counts_.labelled);
     team_.sync();
   }
-  // Σ ω over P from the ensemble's pairs: every pair is above one document, and k_i = 1 / kPerPair holds both sides.
-  PILE_DEVICE double sum_pairs() const {
-    double total = 0;
-    for (int k = team_.rank; k < counts_.labelled; k += team_.size) total += w_.field(w_.kAbove)[k];
-    return team_.sum(total);
-  }
-
   PILE_DEVICE void run() {
     load();
     const LossOptions& options = call_.loss;
@@ -60,30 +54,33 @@ class LossQuery {
     const float distill_scale = distilled > 0 ? float(options.alpha / distilled) : 0.0f;
     const float label_scale = pairs_ > 0 ? float((1 - options.alpha) / pairs_) : 0.0f;
     const float per_tau = mse ? 1.0f : float(1 / options.distillation_temperature);
-    double total = 0;
+    float* losses = w_.field(w_.kPerPair);
     if (!broken_) {
       for (int k = team_.rank / kLanes; k < counts_.valid; k += team_.size / kLanes) {
-        float slope = 0, gradient = 0, loss = 0;
+        float slope = 0, gradient = 0, loss = 0, total = 0;
         if (distill_scale > 0) {
           distill(k, mse, slope, loss);
           gradient += distill_scale * per_tau * lanes_.sum(slope);
-          total += double(distill_scale) * loss;
+          total += distill_scale * loss;
         }
         if (label_scale > 0 && k < counts_.labelled) {
           slope = loss = 0;
           options.pair_weight != PairWeight::none ? rank<true>(k, slope, loss) : rank<false>(k, slope, loss);
           gradient -= label_scale * lanes_.sum(slope);
-          total += double(label_scale) * loss;
+          total += label_scale * loss;
         }
+        total = lanes_.sum(total);
+        if (lanes_.rank == 0) losses[k] = total;
         if (call_.out.gradient && lanes_.rank == 0) store_gradient(call_, query_.output + slot_[k], gradient);
       }
     }
-    total = team_.sum(total);
+    team_.sync();
+    const double total = broken_ ? not_a_number() : ordered_sum(team_, counts_.valid, [&](int k) { return losses[k]; });
     if (call_.out.gradient)
       for (int k = team_.rank + (broken_ ? 0 : counts_.valid); k < query_.n; k += team_.size)
         store_gradient(call_, query_.output + slot_[k], k < counts_.valid ? not_a_number() : 0.0f);
     if (team_.rank == 0) {
-      call_.losses[query_.index] = broken_ ? not_a_number() : float(total);
+      call_.losses[query_.index] = float(total);
       call_.has_pairs[query_.index] = distilled > 0 || pairs_ > 0;
     }
   }
@@ -93,7 +90,7 @@ class LossQuery {
     const bool mse = call_.loss.distillation == Distillation::mse;
     const float per_tau = mse ? 1.0f : float(1 / call_.loss.distillation_temperature);
     float *z = w_.field(w_.kPlainStudent), *scaled_z = w_.field(w_.kScaledStudent), *scaled_s = w_.field(w_.kScaledTarget);
-    double broken = 0, targets = 0, difference = 0;
+    double broken = 0, targets = 0;
     float low[2] = {kInfinity, kInfinity}, high[2] = {-kInfinity, -kInfinity};
     columns_ = call_.distills() ? (counts_.valid + 3) / 4 * 4 : 0;
     for (int k = team_.rank; k < larger(counts_.valid, columns_); k += team_.size) {
@@ -110,7 +107,6 @@ class LossQuery {
       scaled_s[k] = used ? target * per_tau : DistillColumns::kNeutral;
       if (!used) continue;
       targets += 1;
-      difference += double(own) - double(target);
       low[0] = fminf(low[0], scaled_z[k]);
       high[0] = fmaxf(high[0], scaled_z[k]);
       low[1] = fminf(low[1], scaled_s[k]);
@@ -123,8 +119,11 @@ class LossQuery {
     }
     targets_ = team_.sum(targets);
     if (mse) {
-      mean_difference_ = targets_ > 0 ? team_.sum(difference) / targets_ : 0.0;
       team_.sync();
+      const double sum = ordered_sum(team_, counts_.valid, [&](int k) {
+        return scaled_s[k] != DistillColumns::kNeutral ? double(scaled_z[k]) - double(scaled_s[k]) : 0.0;
+      });
+      mean_difference_ = targets_ > 0 ? sum / targets_ : 0.0;
       return;
     }
     Range ranges[2];

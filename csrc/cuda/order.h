@@ -109,7 +109,13 @@ PILE_DEVICE void running_sum(const Team& team, const float* of, double* to, int 
   if (team.rank == 0) to[0] = 0;
 }
 
-// Each position's label's first and last position, gain, Σ ω above it, and 1 / k_i. Returns K = Σ ω over P.
+// K = Σ ω over P: every pair is above one document.
+template <class Team>
+PILE_DEVICE double sum_pairs(const Team& team, const Workspace& w, int labelled) {
+  return ordered_sum(team, labelled, [&](int k) { return w.field(w.kAbove)[k]; });
+}
+
+// Each position's label's first and last position, gain, Σ ω above it, and 1 / k_i. Returns K.
 template <class Team>
 PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight kind, int labelled) {
   const uint64_t* keys = w.keys();
@@ -127,7 +133,6 @@ PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight 
     running_sum(team, gain, w.prefix(), labelled);
     team.sync();
   }
-  double total = 0;
   for (int k = team.rank; k < labelled; k += team.size) {
     double up = first[k], down = labelled - last[k];
     if (weighted) {
@@ -137,9 +142,9 @@ PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight 
     }
     above[k] = float(up);
     per_pair[k] = up + down > 0 ? float(1 / (up + down)) : 0.0f;
-    total += down;
   }
-  return team.sum(total);
+  team.sync();
+  return sum_pairs(team, w, labelled);
 }
 
 }  // namespace gpu

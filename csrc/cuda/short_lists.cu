@@ -20,7 +20,7 @@ namespace pile {
 namespace gpu {
 namespace {
 
-constexpr int kMostThreads = 512, kThreadsOfWarps = 128, kReduceThreads = 256;
+constexpr int kMostThreads = 512, kThreadsOfWarps = 128, kSpillThreads = 256, kReduceThreads = 256;
 constexpr int kLongest = 1024;  // documents; beyond, sums in linear time win (docs/cuda.md, by arithmetic)
 
 // Documents of no query, behind the last: whoever has the last query writes them.
@@ -76,7 +76,7 @@ PILE_SHARED int64_t spill_words(int64_t documents_before, int64_t queries_before
 PILE_SHARED int capacity_for(int64_t n) { return int((n / kAlign + 1) * kAlign); }  // n + 1 at least: running sums have one more
 
 // The lists of a packed batch that shared memory does not hold, in the scratch buffer: right, but slow.
-__global__ void __launch_bounds__(kMostThreads) block_per_long_query(const Call call) {
+__global__ void __launch_bounds__(kSpillThreads) block_per_long_query(const Call call) {
   const Query query = locate(call, blockIdx.x);
   if (query.n < call.capacity) return;
   float* const base = call.scratch + spill_words(query.output, query.index, call.teachers());
@@ -158,7 +158,7 @@ void run_short(Call call, const ShortPlan& plan, cudaStream_t stream) {
   PILE_LAUNCH(kernel, unsigned((queries + per_block - 1) / per_block), plan.threads, size_t(plan.shared_bytes), stream, call);
   check(cudaGetLastError(), "the launch for short lists");
   if (!plan.spills) return;
-  PILE_LAUNCH(block_per_long_query, unsigned(queries), kMostThreads, 0, stream, call);
+  PILE_LAUNCH(block_per_long_query, unsigned(queries), kSpillThreads, 0, stream, call);
   check(cudaGetLastError(), "the launch for lists beyond shared memory");
 }
 

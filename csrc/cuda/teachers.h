@@ -28,18 +28,18 @@ struct Moments {
   }
 };
 
-// Of raw(m, i) for i in [begin, end), NaN = missing: a group of lanes per teacher, `use(m, moments)` by its first lane.
+// Of raw(m, i) for i in [begin, end), NaN = missing: kTeacherLanes lanes per teacher, `use(m, moments)` by their first. However
+// many threads there are, the order of the additions is the same.
+constexpr int kTeacherLanes = 8;
 template <class Team, class Raw, class Use>
 PILE_DEVICE void measure(const Team& team, int teachers, int begin, int end, Raw raw, Use use) {
-  int count = 32;
-  while (count > 1 && count * teachers > team.size) count /= 2;
-  const Lanes lanes(count);
-  for (int m = team.rank / count; m < teachers; m += team.size / count) {
+  const Lanes lanes(kTeacherLanes);
+  for (int m = team.rank / kTeacherLanes; m < teachers; m += team.size / kTeacherLanes) {
     Moments found;
     double sum = 0;
     float present = 0;
 #pragma unroll 4
-    for (int i = begin + lanes.rank; i < end; i += count) {
+    for (int i = begin + lanes.rank; i < end; i += kTeacherLanes) {
       const float t = raw(m, i);
       found.low = fminf(found.low, t);  // of a number and a NaN, the number
       found.high = fmaxf(found.high, t);
@@ -52,7 +52,7 @@ PILE_DEVICE void measure(const Team& team, int teachers, int begin, int end, Raw
     found.mean = found.count > 0 ? lanes.sum(sum) / found.count : 0.0;
     double squares = 0;
 #pragma unroll 4
-    for (int i = begin + lanes.rank; i < end; i += count) {
+    for (int i = begin + lanes.rank; i < end; i += kTeacherLanes) {
       const float t = raw(m, i);
       const double d = is_number(t) ? t - found.mean : 0.0;
       squares += d * d;

@@ -23,37 +23,38 @@ from pile_fast.options import EnsembleOptions, LossOptions
 
 _EMULATION = os.environ.get("PILE_FAST_CUDA_EMULATION")
 DEVICES = ("cuda", "cpu") if _EMULATION else ("cuda",)
+_BUILT = bool(_EMULATION) or importlib.util.find_spec("pile_fast._cuda") is not None  # without loading it
 
 
 @functools.cache
 def _module():
-    """The extension, or the reason why there is none."""
-    if _EMULATION:
-        spec = importlib.util.spec_from_file_location("pile_fast._cuda", _EMULATION)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    try:
+    """The extension; ImportError where it does not load."""
+    if not _EMULATION:
         return importlib.import_module("pile_fast._cuda")
-    except ImportError as error:
-        return (
-            f"the extension pile_fast._cuda did not load ({error}); it is built when pile_fast is installed where nvcc is found: "
-            "install the CUDA toolkit, or name its nvcc in PILE_FAST_NVCC, and reinstall pile_fast"
-        )
+    spec = importlib.util.spec_from_file_location("pile_fast._cuda", _EMULATION)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@functools.cache
 def unavailable() -> str:
-    module = _module()
-    if isinstance(module, str):
-        return module
+    if not _BUILT:
+        return (
+            "the extension pile_fast._cuda was not built; it is where pile_fast is installed with nvcc at hand: install the CUDA "
+            "toolkit, or name its nvcc in PILE_FAST_NVCC, and reinstall pile_fast"
+        )
+    driver = ""
+    if not torch.compiler.is_compiling():  # a tracer cannot look into an import
+        try:
+            driver = _module().unavailable()
+        except ImportError as error:
+            return f"the extension pile_fast._cuda did not load ({error}); reinstall pile_fast on this machine"
     if _EMULATION:
         return ""
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; use backend='triton'"
     if not torch.cuda.is_available():
-        reason = module.unavailable()
-        return f"PyTorch sees no CUDA GPU{f' (CUDA says: {reason})' if reason else ''}; on a CPU use backend='auto'"
+        return f"PyTorch sees no CUDA GPU{driver and f' (CUDA: {driver})'}; on a CPU use backend='auto'"
     return ""
 
 
