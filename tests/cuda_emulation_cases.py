@@ -1,5 +1,5 @@
-"""The CUDA kernels on the CPU (tests/cuda_emulation): the battery of test_battery.py, the numerics contract of test_contract.py,
-and what only an emulation can ask.
+"""The CUDA kernels on the CPU (tests/cuda_emulation): the battery of test_battery.py, the numerics contract of
+test_contract.py, and what only an emulation can ask.
 
 test_cuda.py builds the emulated module and runs this file in a process of its own, with PILE_FAST_CUDA_EMULATION set.
 """

@@ -151,19 +151,16 @@ class EnsembleQuery {
   template <bool kWide, bool kWeighted, int R>
   PILE_DEVICE void pull(int read) {
     const float offset = call_.offset();
-    const LabelColumns columns = {w_.field(call_.by_document() && read ? w_.kU1 : w_.kU0),
-                                  w_.field(w_.kGain),
-                                  w_.whole(w_.kFirst),
-                                  w_.whole(w_.kLast),
-                                  counts_.labelled,
-                                  kWide ? offset : expf(offset),
-                                  kWide ? -offset : expf(-offset)};
-    for (int row = team_.rank / kLanes * R; row < counts_.labelled; row += team_.size / kLanes * R) {
+    const float *u = w_.field(call_.by_document() && read ? w_.kU1 : w_.kU0), *gains = w_.field(w_.kGain);
+    const int labelled = counts_.labelled;
+    const LabelColumns columns = {u, gains, u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast), 0, labelled, 0, labelled,
+                                  kWide ? offset : expf(offset), kWide ? -offset : expf(-offset)};
+    for (int row = team_.rank / kLanes * R; row < labelled; row += team_.size / kLanes * R) {
       float total[R];
-      label_pull<kWide, kWeighted, R>(columns, row, lanes_, total);
+      label_pull<kWide, kWeighted, R>(columns, row, labelled - 1, lanes_, total);
       const float pulled = sum_rows(lanes_, total);
       const int k = R == 1 ? row : row + lanes_.rank;
-      if (R == 1 ? leads() : k < counts_.labelled) move(k, pulled - w_.field(w_.kAbove)[k], 1 - read);
+      if (R == 1 ? leads() : k < labelled) move(k, pulled - w_.field(w_.kAbove)[k], 1 - read);
     }
   }
   PILE_DEVICE void move(int k, float lambda, int write) const {

@@ -149,10 +149,11 @@ class LossQuery {
       loss = float(targets_ * d * d);
       return;
     }
+    const DistillRow row = {k, columns.z[k], columns.s[k], columns.z_power[k], columns.s_power[k]};
     if (wide_)
-      distill_losses<true>(columns, k, columns_, lanes_, slope, loss);
+      distill_losses<true>(columns, row, 0, columns_, lanes_, slope, loss);
     else
-      distill_losses<false>(columns, k, columns_, lanes_, slope, loss);
+      distill_losses<false>(columns, row, 0, columns_, lanes_, slope, loss);
   }
 
   template <bool kWeighted>

@@ -51,7 +51,8 @@ PILE_DEVICE void sort_keys(const Team& team, uint64_t* keys, int* slots, int n) 
 }
 
 // First position in [begin, end) whose key is not below `key`.
-PILE_DEVICE int lower_bound(const uint64_t* keys, int begin, int end, uint64_t key) {
+template <class Keys>
+PILE_DEVICE int lower_bound(const Keys& keys, int begin, int end, uint64_t key) {
   while (begin < end) {
     const int middle = (begin + end) / 2;
     if (keys[middle] < key)
@@ -65,7 +66,8 @@ PILE_DEVICE int lower_bound(const uint64_t* keys, int begin, int end, uint64_t k
 // How many positions, from the front, hold a labelled document; one some teacher scored; a document.
 struct Counts {
   int labelled = 0, scored = 0, valid = 0;
-  PILE_DEVICE static Counts of(const uint64_t* keys, int n) {
+  template <class Keys>
+  PILE_DEVICE static Counts of(const Keys& keys, int n) {
     Counts counts;
     counts.labelled = lower_bound(keys, 0, n, kUnlabelled);
     counts.scored = lower_bound(keys, counts.labelled, n, kUnscored);
@@ -78,7 +80,8 @@ struct Counts {
 struct Gains {
   PairWeight kind;
   double low = 0, per_range = 0;
-  PILE_DEVICE Gains(PairWeight kind, const uint64_t* keys, int labelled) : kind(kind) {
+  template <class Keys>
+  PILE_DEVICE Gains(PairWeight kind, const Keys& keys, int labelled) : kind(kind) {
     if (kind == PairWeight::none || labelled == 0) return;
     low = value(keys[labelled - 1]);
     const double range = value(keys[0]) - low;
@@ -91,14 +94,13 @@ struct Gains {
   PILE_DEVICE double operator()(uint64_t key) const { return (value(key) - low) * per_range; }
 };
 
-// Running sums: to[k] = Σ_{j < k} of[j] for k in [0, n], by one warp.
-template <class Team>
-PILE_DEVICE void running_sum(const Team& team, const float* of, double* to, int n) {
+// Running sums: to[k + 1] = before + Σ_{j <= k} of[j] for k in [0, n), by one warp.
+template <class Team, class T>
+PILE_DEVICE void running_sum(const Team& team, const T* of, double* to, int n, double before = 0) {
   if (team.rank >= 32) return;
-  double before = 0;
   for (int begin = 0; begin < n; begin += 32) {
     const int k = begin + team.rank;
-    double own = k < n ? of[k] : 0.0f;
+    double own = k < n ? double(of[k]) : 0.0;
     for (int step = 1; step < 32; step *= 2) {
       const double left = __shfl_sync(kWholeWarp, own, larger(team.rank - step, 0));
       if (team.rank >= step) own += left;
@@ -106,7 +108,6 @@ PILE_DEVICE void running_sum(const Team& team, const float* of, double* to, int 
     if (k < n) to[k + 1] = before + own;
     before += __shfl_sync(kWholeWarp, own, 31);
   }
-  if (team.rank == 0) to[0] = 0;
 }
 
 // K = Σ ω over P: every pair is above one document.
@@ -130,6 +131,7 @@ PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight 
   }
   if (weighted) {
     team.sync();
+    if (team.rank == 0) w.prefix()[0] = 0;
     running_sum(team, gain, w.prefix(), labelled);
     team.sync();
   }

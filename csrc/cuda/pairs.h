@@ -36,28 +36,29 @@ PILE_DEVICE float add_quotients(float sum, float a, float b, float c, float d, f
   return fmaf(fmaf(first, cd, second * ab), reciprocal(ab * cd), sum);
 }
 
-// The columns of the ensemble's label pairs.
+// The ensemble's label pairs between the positions [begin, end), and a window [from, to) of them, `from` a multiple of four.
 struct LabelColumns {
-  const float* u;      // F_j = e^{c − u_j}, or u_j where wide
+  const float* u;      // F_j = e^{c − u_j}, or u_j where wide; valid inside the window
   const float* gains;
+  const float *row_u, *row_gains;  // the same of the rows
   const int *first, *last;
-  int labelled;
+  int begin, end, from, to;
   float above, below;  // what the offset does to a row's E_i, or to its u_i where wide
 };
 
 // Each lane's part of Σ ω r over the columns, for the rows row, …, row + R − 1 (those past the last are the last again).
 template <bool kWide, bool kWeighted, int R>
-PILE_DEVICE void label_pull(const LabelColumns& of, int row, const Lanes& lanes, float (&total)[R]) {
+PILE_DEVICE void label_pull(const LabelColumns& of, int row, int last_row, const Lanes& lanes, float (&total)[R]) {
   float above[R], below[R], gain[R];
   int first[R], last[R];
-  int least_first = of.labelled, most_first = 0, least_last = of.labelled, most_last = 0;
+  int least_first = of.end, most_first = 0, least_last = of.end, most_last = 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    const int k = smaller(row + r, of.labelled - 1);
-    const float own = kWide ? of.u[k] : reciprocal(of.u[k]);
+    const int k = smaller(row + r, last_row);
+    const float own = kWide ? of.row_u[k] : reciprocal(of.row_u[k]);
     above[r] = kWide ? own + of.above : own * of.above;
     below[r] = kWide ? own + of.below : own * of.below;
-    gain[r] = kWeighted ? of.gains[k] : 0.0f;
+    gain[r] = kWeighted ? of.row_gains[k] : 0.0f;
     first[r] = of.first[k];
     last[r] = of.last[k];
     least_first = smaller(least_first, first[r]);
@@ -90,19 +91,21 @@ PILE_DEVICE void label_pull(const LabelColumns& of, int row, const Lanes& lanes,
       float f[4], weight[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool up = j + e < first[r], down = j + e >= last[r] && j + e < of.labelled;
+        const bool up = j + e >= of.begin && j + e < first[r], down = j + e >= last[r] && j + e < of.end;
         f[e] = up || down ? factor(up ? above[r] : below[r], column[e]) : 1.0f;
         weight[e] = up || down ? (kWeighted ? fabsf(gain[r] - column_gain[e]) : 1.0f) : 0.0f;
       }
       total[r] = add_quotients(total[r], f[0], f[1], f[2], f[3], weight[0], weight[1], weight[2], weight[3]);
     }
   };
-  int j = 4 * lanes.rank;
-  for (; j + 4 <= least_first; j += 4 * kLanes) whole(j, above);
-  for (; j < most_last; j += 4 * kLanes)
+  const int to = smaller(of.to, of.end);
+  int j = of.from + 4 * lanes.rank;
+  for (; j < smaller(of.begin, to); j += 4 * kLanes) masked(j);
+  for (; j + 4 <= smaller(least_first, to); j += 4 * kLanes) whole(j, above);
+  for (; j < smaller(most_last, to); j += 4 * kLanes)
     if (j < most_first || j + 4 > least_last) masked(j);
-  for (; j + 4 <= of.labelled; j += 4 * kLanes) whole(j, below);
-  if (j < of.labelled) masked(j);
+  for (; j + 4 <= to; j += 4 * kLanes) whole(j, below);
+  if (j < to) masked(j);
 }
 
 // One row's sum to all four lanes; or of a block of four, to each lane its own row's. The same additions in both.
@@ -162,36 +165,39 @@ PILE_DEVICE void label_losses(const float* u, const float* gains, float row, flo
       });
 }
 
-// The distillation loss's columns, by position and padded to a multiple of four by neutral ones.
+// The distillation loss's columns by position, valid in the window they are read in; it ends on a multiple of four, by neutral ones.
 struct DistillColumns {
   const float *z, *s;              // z / τ, s / τ; where a document has no target, kNeutral
-  const float *z_power, *s_power;  // e^{z/τ − c}, e^{s/τ − c}; 0 where neutral
+  const float *z_power, *s_power;  // e^{z/τ − c}, e^{s/τ − c}; 0 where neutral; not read where wide
   static constexpr float kNeutral = -1e30f;
 };
+struct DistillRow {
+  int position;
+  float z, s, z_power, s_power;
+};
 
-// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over all columns, and Σ of the cross entropies of the pairs in which i is the student's higher
-// document. With e = e^{−dz} and f = e^{−ds} both sigmoids share a reciprocal: σ(dz) − σ(ds) = (f − e) / ((1 + e)(1 + f)). The cross
-// entropy log(1 + e) + dz (1 − σ(ds)) is taken from the side where dz >= 0, so nothing cancels and 1 + e <= 2: one logarithm serves
-// the product of 32 pairs. A neutral column has e = f = 0.
+// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over the columns [from, to), and Σ of the cross entropies of the pairs in which i is the student's
+// higher document. With e = e^{−dz} and f = e^{−ds} both sigmoids share a reciprocal: σ(dz) − σ(ds) = (f − e) / ((1 + e)(1 + f)). The
+// cross entropy log(1 + e) + dz (1 − σ(ds)) is taken from the side where dz >= 0, so nothing cancels and 1 + e <= 2: one logarithm
+// serves the product of 32 pairs. A neutral column has e = f = 0.
 template <bool kWide>
-PILE_DEVICE void distill_losses(const DistillColumns& of, int row, int columns, const Lanes& lanes, float& slope, float& loss) {
-  const float z_row = of.z[row], s_row = of.s[row];
-  const float e_row = kWide ? 0.0f : reciprocal(of.z_power[row]), f_row = kWide ? 0.0f : reciprocal(of.s_power[row]);
+PILE_DEVICE void distill_losses(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes, float& slope, float& loss) {
+  const float e_row = kWide ? 0.0f : reciprocal(row.z_power), f_row = kWide ? 0.0f : reciprocal(row.s_power);
   float product = 1;
   int factors = 0;
   struct Pair {
     float denominator, slope, loss;
   };
   auto pair = [&](int j, float z, float s, float z_power, float s_power) {
-    const float dz = z_row - z;
+    const float dz = row.z - z;
     // Wide: bounded so that a product of two factors stays a float32.
-    const float e = kWide ? exp_fast(fminf(-dz, 43.0f)) : e_row * z_power, f = kWide ? exp_fast(fminf(s - s_row, 43.0f)) : f_row * s_power;
-    const bool leads = dz > 0 || (dz == 0 && row < j);
+    const float e = kWide ? exp_fast(fminf(-dz, 43.0f)) : e_row * z_power, f = kWide ? exp_fast(fminf(s - row.s, 43.0f)) : f_row * s_power;
+    const bool leads = dz > 0 || (dz == 0 && row.position < j);
     const float own = 1.0f + e;
     product *= leads ? own : 1.0f;
     return Pair{own * (1.0f + f), f - e, leads ? dz * f * own : 0.0f};
   };
-  for (int j = 4 * lanes.rank; j < columns; j += 4 * kLanes) {
+  for (int j = from + 4 * lanes.rank; j < to; j += 4 * kLanes) {
     const float4 z = four(of.z + j), s = four(of.s + j);
     float4 zp = {}, sp = {};
     if (!kWide) {

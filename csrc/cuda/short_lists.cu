@@ -21,7 +21,7 @@ namespace gpu {
 namespace {
 
 constexpr int kMostThreads = 512, kThreadsOfWarps = 128, kSpillThreads = 256, kReduceThreads = 256;
-constexpr int kLongest = 1024;  // documents; beyond, sums in linear time win (docs/cuda.md, by arithmetic)
+constexpr int kLongest = 1024;  // documents
 
 // Documents of no query, behind the last: whoever has the last query writes them.
 template <class Team>
@@ -112,10 +112,19 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_queries(const Call call
 
 }  // namespace
 
-ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, const Device& device) {
+// Microseconds of ten iterations and the loss on a GPU of an H100's speed, by arithmetic (docs/cuda.md): here a wave of blocks at 48
+// float instructions per pair; there 25 launches, waves of eight blocks, 1,200 instructions per document.
+bool linear_time_is_faster(double queries, double n, double processors) {
+  const double per_microsecond = 128 * 1700;  // float instructions of a multiprocessor
+  const double direct = larger(queries / processors, 1.0) * n * n * 48 / per_microsecond;
+  const double pieces = queries * larger(n / 1024, 1.0);
+  return direct > 100 + 40 * larger(pieces / (8 * processors), 1.0) + queries * n * 1200 / (processors * per_microsecond);
+}
+
+ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, bool direct, const Device& device) {
   ShortPlan plan;
   const int64_t mean = packed ? (slots + larger<int64_t>(queries, 1) - 1) / larger<int64_t>(queries, 1) : slots;
-  if (mean > kLongest) return plan;
+  if (mean > kLongest || (!direct && linear_time_is_faster(double(queries), double(mean), device.processors))) return plan;
   // A packed batch's longest list is not known here: room for four times the mean, and the scratch buffer for what is longer.
   const int64_t longest = packed ? smaller(slots, larger<int64_t>(4 * mean, 128)) : slots;
   const int64_t block_words = device.shared_bytes / 4;

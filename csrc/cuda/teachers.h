@@ -78,6 +78,10 @@ struct Calibration {
 // The range of u = s / temperature over the query, from which the pair sums choose their arithmetic.
 struct Range {
   float low = kInfinity, high = -kInfinity;
+  PILE_DEVICE void join(float low_too, float high_too) {
+    low = fminf(low, low_too);
+    high = fmaxf(high, high_too);
+  }
   PILE_DEVICE float middle() const { return high >= low ? (low + high) / 2 : 0.0f; }
   PILE_DEVICE bool wide(float offset) const { return !(high - low + fabsf(offset) <= kNarrow) && high >= low; }
 };

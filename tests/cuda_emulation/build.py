@@ -1,5 +1,5 @@
-"""Builds csrc/cuda for the emulation: the same sources, compiled by g++ as a module that pile_fast.backends.cuda loads instead of
-pile_fast._cuda when PILE_FAST_CUDA_EMULATION names it.
+"""Builds csrc/cuda for the emulation: the same sources, compiled by g++ as a module that pile_fast.backends.cuda loads
+instead of pile_fast._cuda when PILE_FAST_CUDA_EMULATION names it.
 
     python tests/cuda_emulation/build.py FOLDER [--sanitize]
 """
