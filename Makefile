@@ -5,9 +5,9 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test test-fast sanitize bench gpu-check triton-table lint clean
+.PHONY: setup demo test test-fast sanitize bench gpu-check triton-table cuda-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -35,7 +35,7 @@ lint: setup
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
 
-# On a machine with a GPU: needs a Python with PyTorch and Triton, and no installation. GPU_PYTHON=... STAGES="correctness speed"
+# On a machine with a GPU: needs a Python with PyTorch and Triton, nvcc for the CUDA kernels, and no installation. GPU_PYTHON=... STAGES="correctness speed"
 GPU_PYTHON ?= $(PYTHON)
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(STAGES)
@@ -43,6 +43,10 @@ gpu-check:
 # Registers and shared memory of every Triton kernel on four chips, into docs/triton.md; needs no GPU.
 triton-table: setup
 	$(BIN)/python tests/triton_aot.py --write
+
+# Registers of every CUDA kernel on every architecture of the build, into docs/cuda.md; needs nvcc and no GPU.
+cuda-table: setup
+	$(BIN)/python tests/cuda_resources.py --write
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py

@@ -134,33 +134,26 @@ class EnsembleQuery {
 
   // λ of every labelled document; by document also its new exponent and logit.
   PILE_DEVICE void pull(int read) {
-    if (call_.ensemble.pair_weight != PairWeight::none)
-      wide_ ? pull<true, true>(read) : pull<false, true>(read);
-    else
-      wide_ ? pull<true, false>(read) : pull<false, false>(read);
-    team_.sync();
-  }
-  template <bool kWide, bool kWeighted>
-  PILE_DEVICE void pull(int read) {
-    if (!Team::kOneWarp && call_.rows == 1)
-      pull<kWide, kWeighted, 1>(read);
-    else
-      pull<kWide, kWeighted, 4>(read);
-  }
-  // Every group of lanes takes R rows in turn.
-  template <bool kWide, bool kWeighted, int R>
-  PILE_DEVICE void pull(int read) {
-    const float offset = call_.offset();
     const float *u = w_.field(call_.by_document() && read ? w_.kU1 : w_.kU0), *gains = w_.field(w_.kGain);
     const int labelled = counts_.labelled;
-    const LabelColumns columns = {u, gains, u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast), 0, labelled, 0, labelled,
-                                  kWide ? offset : expf(offset), kWide ? -offset : expf(-offset)};
-    for (int row = team_.rank / kLanes * R; row < labelled; row += team_.size / kLanes * R) {
+    LabelColumns columns = {u, gains, u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast), 0, labelled, 0, labelled,
+                            0, 0, wide_, call_.ensemble.pair_weight != PairWeight::none};
+    columns.set_offset(call_.offset());
+    if (!Team::kOneWarp && call_.rows == 1)
+      columns.plain() ? pull<true, 1>(columns, 1 - read) : pull<false, 1>(columns, 1 - read);
+    else
+      columns.plain() ? pull<true, 4>(columns, 1 - read) : pull<false, 4>(columns, 1 - read);
+    team_.sync();
+  }
+  // Every group of lanes takes R rows in turn.
+  template <bool kPlain, int R>
+  PILE_DEVICE void pull(const LabelColumns& columns, int write) {
+    for (int row = team_.rank / kLanes * R; row < columns.end; row += team_.size / kLanes * R) {
       float total[R];
-      label_pull<kWide, kWeighted, R>(columns, row, labelled - 1, lanes_, total);
+      label_pull<kPlain, R>(columns, row, columns.end - 1, lanes_, total);
       const float pulled = sum_rows(lanes_, total);
       const int k = R == 1 ? row : row + lanes_.rank;
-      if (R == 1 ? leads() : k < labelled) move(k, pulled - w_.field(w_.kAbove)[k], 1 - read);
+      if (R == 1 ? leads() : k < columns.end) move(k, pulled - w_.field(w_.kAbove)[k], write);
     }
   }
   PILE_DEVICE void move(int k, float lambda, int write) const {

@@ -12,7 +12,7 @@ namespace pile {
 namespace gpu {
 namespace {
 
-__global__ void __launch_bounds__(kPieceThreads) measure_pieces(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) measure_pieces(const Call call, const LongState state) {
   const Piece piece(call, state);
   if (piece.begin >= piece.end) return;
   const View& view = call.batch.teacher;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kPieceThreads) measure_pieces(const Call call,
       [&](int m, const Moments& found) { state.measured[piece.index * count + m] = found; });
 }
 
-__global__ void __launch_bounds__(kQueryThreads) begin_queries(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kQueryThreads, 1) begin_queries(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(memory);
   BlockTeam team;
   team.partial = reinterpret_cast<double*>(memory);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kQueryThreads) begin_queries(const Call call, 
   own.plain = present == double(own.counts.scored) * count && !(call.by_document() && call.batch.prior.data);
 }
 
-__global__ void __launch_bounds__(kPieceThreads) gather_pieces(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) gather_pieces(const Call call, const LongState state) {
   const Piece piece(call, state);
   const LongQuery q(state, piece.query);
   const int count = call.teachers(), end = smaller(piece.end, q.own.counts.scored);
@@ -82,29 +82,22 @@ __global__ void __launch_bounds__(kPieceThreads) gather_pieces(const Call call, 
   }
 }
 
-// λ by position within the piece, to memory.pull: direct sums inside mixed label blocks.
-template <bool kWide, bool kWeighted>
-PILE_DEVICE void pull_block(const LongQuery& q, const Piece& piece, const PieceMemory& memory, const float* u, float offset, int lo, int hi,
-                            int begin, int end) {
+// Direct sums inside a mixed label block, for the rows [lo, hi), to memory.pull.
+PILE_DEVICE void pull_block(const LongQuery& q, const Piece& piece, const PieceMemory& memory, const float* u, int lo, int hi, int begin, int end) {
   const Lanes lanes(kLanes);
   const float middle = q.own.range.middle();
   const float* gains = q.at(q.state.gain);
-  auto power = [&](float at) { return kWide ? at : expf(middle - at); };
+  const bool wide = q.own.wide;
+  auto power = [&](float at) { return wide ? at : expf(middle - at); };
   for (int k = lo + int(threadIdx.x); k < hi; k += kPieceThreads) memory.row_u[k - piece.begin] = power(u[k]);
-  LabelColumns columns = {};
-  columns.row_u = memory.row_u - piece.begin;
-  columns.row_gains = gains;
-  columns.first = q.at(q.state.first);
-  columns.last = q.at(q.state.last);
-  columns.begin = begin;
-  columns.end = end;
-  columns.above = kWide ? offset : expf(offset);
-  columns.below = kWide ? -offset : expf(-offset);
+  LabelColumns columns = {nullptr, nullptr, memory.row_u - piece.begin, gains, q.at(q.state.first), q.at(q.state.last), begin, end, 0, 0,
+                          0, 0, wide, q.state.weighted};
+  columns.set_offset(q.state.offset);
   for_tiles(
       begin, end,
       [&](int j, int to) {
         memory.tile[to] = power(u[j]);
-        if (kWeighted) memory.tile_gain[to] = gains[j];
+        if (columns.weighted) memory.tile_gain[to] = gains[j];
       },
       [&](int from, int to) {
         columns.u = memory.tile - from;
@@ -113,7 +106,10 @@ PILE_DEVICE void pull_block(const LongQuery& q, const Piece& piece, const PieceM
         columns.to = to;
         for (int row = lo + int(threadIdx.x) / kLanes * 4; row < hi; row += kPieceThreads) {
           float total[4];
-          label_pull<kWide, kWeighted, 4>(columns, row, hi - 1, lanes, total);
+          if (columns.plain())
+            label_pull<true, 4>(columns, row, hi - 1, lanes, total);
+          else
+            label_pull<false, 4>(columns, row, hi - 1, lanes, total);
           const float pulled = sum_rows(lanes, total);
           const int k = row + lanes.rank;
           if (k < hi) memory.pull[k - piece.begin] += pulled;
@@ -123,7 +119,7 @@ PILE_DEVICE void pull_block(const LongQuery& q, const Piece& piece, const PieceM
 
 // Of one iteration. `evaluate`: λ at u[read], and by document the new exponents, by query the pulls on the teachers. `tilt`: new u to
 // u[write], and its moments.
-__global__ void __launch_bounds__(kPieceThreads) advance_pieces(const Call call, const LongState state, int read, int write, bool evaluate,
+__global__ void __launch_bounds__(kPieceThreads, 2) advance_pieces(const Call call, const LongState state, int read, int write, bool evaluate,
                                                                 bool tilt) {
   PILE_SHARED_MEMORY(base);
   const PieceMemory memory(base);
@@ -138,14 +134,7 @@ __global__ void __launch_bounds__(kPieceThreads) advance_pieces(const Call call,
     __syncthreads();
     for_blocks(q, piece.begin, piece.end, [&](int b, int lo, int hi, int block_begin, int block_end) {
       const bool mixed = is_mixed(q, block_begin, block_end), fields = q.meets_through_fields();
-      if (mixed) {
-        if (state.weighted)
-          q.own.wide ? pull_block<true, true>(q, piece, memory, u, state.offset, lo, hi, block_begin, block_end)
-                     : pull_block<false, true>(q, piece, memory, u, state.offset, lo, hi, block_begin, block_end);
-        else
-          q.own.wide ? pull_block<true, false>(q, piece, memory, u, state.offset, lo, hi, block_begin, block_end)
-                     : pull_block<false, false>(q, piece, memory, u, state.offset, lo, hi, block_begin, block_end);
-      }
+      if (mixed) pull_block(q, piece, memory, u, lo, hi, block_begin, block_end);
       const int row = q.own.grid.cells * kPowers;
       if (fields)
         for (int e = rank; e < state.kinds() * row; e += kPieceThreads) memory.field[e] = q.field(b)[e];
@@ -191,7 +180,7 @@ __global__ void __launch_bounds__(kPieceThreads) advance_pieces(const Call call,
   });
 }
 
-__global__ void __launch_bounds__(kQueryThreads) reweight_queries(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kQueryThreads, 1) reweight_queries(const Call call, const LongState state) {
   const Query query = locate(call, blockIdx.x);
   const LongQuery q(state, query);
   const BlockTeam team;
@@ -208,7 +197,7 @@ __global__ void __launch_bounds__(kQueryThreads) reweight_queries(const Call cal
 }
 
 // Label losses inside mixed blocks.
-__global__ void __launch_bounds__(kPieceThreads) trace_pieces(const Call call, const LongState state, int read) {
+__global__ void __launch_bounds__(kPieceThreads, 2) trace_pieces(const Call call, const LongState state, int read) {
   PILE_SHARED_MEMORY(base);
   const PieceMemory memory(base);
   BlockTeam team;
@@ -245,7 +234,7 @@ __global__ void __launch_bounds__(kPieceThreads) trace_pieces(const Call call, c
   if (team.rank == 0) state.piece_sum[piece.index] = sum;
 }
 
-__global__ void __launch_bounds__(32) trace_queries(const Call call, const LongState state, int64_t iteration) {
+__global__ void __launch_bounds__(32, 1) trace_queries(const Call call, const LongState state, int64_t iteration) {
   const Query query = locate(call, blockIdx.x);
   const LongQuery q(state, query);
   const double* pieces = state.piece_sum + state.first_piece(query.index, query.output);
@@ -257,7 +246,7 @@ __global__ void __launch_bounds__(32) trace_queries(const Call call, const LongS
   if (team.rank == 0) *to = q.own.pairs > 0 ? float(loss / q.own.pairs) : 0.0f;
 }
 
-__global__ void __launch_bounds__(kPieceThreads) finish_pieces(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) finish_pieces(const Call call, const LongState state) {
   const Piece piece(call, state);
   const LongQuery q(state, piece.query);
   const Teachers teachers = q.teachers(call);

@@ -19,7 +19,7 @@ PILE_DEVICE float per_tau(const Call& call) {
 }
 
 // Student and target by position.
-__global__ void __launch_bounds__(kPieceThreads) load_pieces(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) load_pieces(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(memory);
   BlockTeam team;
   team.partial = reinterpret_cast<double*>(memory);
@@ -49,16 +49,16 @@ __global__ void __launch_bounds__(kPieceThreads) load_pieces(const Call call, co
   }
   part.broken = team.sum(part.broken);
   part.targets = team.sum(part.targets);
-  for (Range* range : {&part.labels, &part.z, &part.s}) {
-    range->low = lowest(team, range->low);
-    range->high = -lowest(team, -range->high);
-  }
+  auto join = [&](Range& range) { range = {lowest(team, range.low), -lowest(team, -range.high)}; };
+  join(part.labels);
+  join(part.z);
+  join(part.s);
   team.sync();
   part.difference = ordered_sum(team, piece.end - piece.begin, [&](int k) { return differences[k]; });
   if (team.rank == 0) state.loss_parts[piece.index] = part;
 }
 
-__global__ void __launch_bounds__(32) join_pieces(const Call call, const LongState state) {
+__global__ void __launch_bounds__(32, 1) join_pieces(const Call call, const LongState state) {
   if (threadIdx.x > 0) return;
   const Query query = locate(call, blockIdx.x);
   const LongQuery q(state, query);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(32) join_pieces(const Call call, const LongSta
 // A document that takes no part in the distillation is NaN to deposit().
 PILE_DEVICE float used_or_nan(float scaled) { return scaled == DistillColumns::kNeutral ? not_a_number() : scaled; }
 
-__global__ void __launch_bounds__(kPieceThreads) deposit_pieces(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) deposit_pieces(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(base);
   const PieceMemory memory(base);
   const Piece piece(call, state);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kPieceThreads) deposit_pieces(const Call call,
 }
 
 // The field of all documents on themselves, of the student (even blocks) or the target (odd); and Σ ψ of the student's pairs.
-__global__ void __launch_bounds__(kSolveThreads) solve_distillation(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kSolveThreads, 1) solve_distillation(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(memory);
   const int64_t index = blockIdx.x / 2;
   const bool target = blockIdx.x % 2;
@@ -263,7 +263,7 @@ PILE_DEVICE float distill_scale(const Call& call, const QueryState& own) {
   return pairs > 0 ? float(call.loss.alpha / pairs) : 0.0f;
 }
 
-__global__ void __launch_bounds__(kPieceThreads) pair_pieces(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) pair_pieces(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(base);
   const PieceMemory memory(base);
   BlockTeam team;
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kPieceThreads) pair_pieces(const Call call, co
   }
 }
 
-__global__ void __launch_bounds__(32) total_queries(const Call call, const LongState state) {
+__global__ void __launch_bounds__(32, 1) total_queries(const Call call, const LongState state) {
   const Query query = locate(call, blockIdx.x);
   const LongQuery q(state, query);
   const WarpTeam team;

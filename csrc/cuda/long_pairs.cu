@@ -10,7 +10,7 @@ namespace pile {
 namespace gpu {
 namespace {
 
-__global__ void __launch_bounds__(kPieceThreads) write_keys(const Call call, const LongState state, int64_t* keys, bool scored) {
+__global__ void __launch_bounds__(kPieceThreads, 2) write_keys(const Call call, const LongState state, int64_t* keys, bool scored) {
   const Piece piece(call, state);
   for (int i = piece.begin + int(threadIdx.x); i < piece.end; i += kPieceThreads) {
     uint64_t key = slot_key(call, piece.query, i, true);
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kPieceThreads) write_keys(const Call call, con
 }
 
 // Label bounds and gains; gains also summed over the piece.
-__global__ void __launch_bounds__(kPieceThreads) bound_labels(const Call call, const LongState state, PairWeight weight) {
+__global__ void __launch_bounds__(kPieceThreads, 2) bound_labels(const Call call, const LongState state, PairWeight weight) {
   PILE_SHARED_MEMORY(memory);
   const Piece piece(call, state);
   const LongQuery q(state, piece.query);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kPieceThreads) bound_labels(const Call call, c
 }
 
 // A query's label blocks, and running sums of the pieces' gains.
-__global__ void __launch_bounds__(kQueryThreads) cut_blocks(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kQueryThreads, 1) cut_blocks(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(memory);
   const Query query = locate(call, blockIdx.x);
   const LongQuery q(state, query);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kQueryThreads) cut_blocks(const Call call, con
   running_sum(BlockTeam(), state.piece_sum + piece, to, int(parts(labelled, kPiece)));
 }
 
-__global__ void __launch_bounds__(32) sum_gains(const Call call, const LongState state) {
+__global__ void __launch_bounds__(32, 1) sum_gains(const Call call, const LongState state) {
   const Piece piece(call, state);
   const LongQuery q(state, piece.query);
   const int count = smaller(piece.end, q.own.counts.labelled) - piece.begin;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(32) sum_gains(const Call call, const LongState
 }
 
 // 1 / k_i, Σ ω above within the label block, and the piece's Σ ω above.
-__global__ void __launch_bounds__(kPieceThreads) weigh_labels(const Call call, const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) weigh_labels(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(memory);
   double* const up_of = reinterpret_cast<double*>(memory);
   BlockTeam team;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kPieceThreads) weigh_labels(const Call call, c
   if (team.rank == 0) state.piece_sum[piece.index] = sum;
 }
 
-__global__ void __launch_bounds__(32) total_pairs(const Call call, const LongState state) {
+__global__ void __launch_bounds__(32, 1) total_pairs(const Call call, const LongState state) {
   const Query query = locate(call, blockIdx.x);
   const LongQuery q(state, query);
   const double* sums = state.piece_sum + state.first_piece(query.index, query.output);
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(32) total_pairs(const Call call, const LongSta
 }
 
 // κ at ±offset and ψ at +offset, tabulated.
-__global__ void __launch_bounds__(kPieceThreads) tabulate(const LongState state) {
+__global__ void __launch_bounds__(kPieceThreads, 2) tabulate(const LongState state) {
   PILE_SHARED_MEMORY(memory);
   auto& cell = *reinterpret_cast<CellNodes<double, kPowers>*>(memory);
   if (threadIdx.x < kPowers) cell.set(int(threadIdx.x));
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kPieceThreads) tabulate(const LongState state)
   state.tables[word] = table_entry(table == 1 ? -double(state.offset) : double(state.offset), table == 2, word % kTableWords, cell);
 }
 
-__global__ void __launch_bounds__(kSolveThreads) solve_blocks(const Call call, const LongState state, bool losses) {
+__global__ void __launch_bounds__(kSolveThreads, 1) solve_blocks(const Call call, const LongState state, bool losses) {
   PILE_SHARED_MEMORY(memory);
   const Block block(call, state);
   const LongQuery q(state, block.query);

@@ -44,21 +44,29 @@ struct LabelColumns {
   const int *first, *last;
   int begin, end, from, to;
   float above, below;  // what the offset does to a row's E_i, or to its u_i where wide
+  bool wide, weighted;
+
+  PILE_DEVICE void set_offset(float offset) {
+    above = wide ? offset : expf(offset);
+    below = wide ? -offset : expf(-offset);
+  }
+  PILE_DEVICE bool plain() const { return !wide && !weighted; }
 };
 
-// Each lane's part of Σ ω r over the columns, for the rows row, …, row + R − 1 (those past the last are the last again).
-template <bool kWide, bool kWeighted, int R>
+// kPlain: neither wide nor weighted, known to the compiler. Each lane's part of Σ ω r over the columns, for the rows row, …, row + R − 1 (those past the last are the last again).
+template <bool kPlain, int R>
 PILE_DEVICE void label_pull(const LabelColumns& of, int row, int last_row, const Lanes& lanes, float (&total)[R]) {
+  const bool wide = !kPlain && of.wide, weighted = !kPlain && of.weighted;
   float above[R], below[R], gain[R];
   int first[R], last[R];
   int least_first = of.end, most_first = 0, least_last = of.end, most_last = 0;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int k = smaller(row + r, last_row);
-    const float own = kWide ? of.row_u[k] : reciprocal(of.row_u[k]);
-    above[r] = kWide ? own + of.above : own * of.above;
-    below[r] = kWide ? own + of.below : own * of.below;
-    gain[r] = kWeighted ? of.row_gains[k] : 0.0f;
+    const float own = wide ? of.row_u[k] : reciprocal(of.row_u[k]);
+    above[r] = wide ? own + of.above : own * of.above;
+    below[r] = wide ? own + of.below : own * of.below;
+    gain[r] = weighted ? of.row_gains[k] : 0.0f;
     first[r] = of.first[k];
     last[r] = of.last[k];
     least_first = smaller(least_first, first[r]);
@@ -67,16 +75,16 @@ PILE_DEVICE void label_pull(const LabelColumns& of, int row, int last_row, const
     most_last = larger(most_last, last[r]);
     total[r] = 0;
   }
-  auto factor = [](float own, float column) {
-    return kWide ? 1.0f + exp_fast(fminf(own - column, kNarrow)) : fmaf(own, column, 1.0f);
+  auto factor = [&](float own, float column) {
+    return wide ? 1.0f + exp_fast(fminf(own - column, kNarrow)) : fmaf(own, column, 1.0f);
   };
   auto whole = [&](int j, const float(&own)[R]) {
     const float4 c = four(of.u + j);
     float4 g = {};
-    if (kWeighted) g = four(of.gains + j);
+    if (weighted) g = four(of.gains + j);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      auto weight = [&](float column) { return kWeighted ? fabsf(gain[r] - column) : 1.0f; };
+      auto weight = [&](float column) { return weighted ? fabsf(gain[r] - column) : 1.0f; };
       total[r] = add_quotients(total[r], factor(own[r], c.x), factor(own[r], c.y), factor(own[r], c.z), factor(own[r], c.w),
                                weight(g.x), weight(g.y), weight(g.z), weight(g.w));
     }
@@ -84,7 +92,7 @@ PILE_DEVICE void label_pull(const LabelColumns& of, int row, int last_row, const
   auto masked = [&](int j) {
     const float4 c = four(of.u + j);
     float4 g = {};
-    if (kWeighted) g = four(of.gains + j);
+    if (weighted) g = four(of.gains + j);
     const float column[4] = {c.x, c.y, c.z, c.w}, column_gain[4] = {g.x, g.y, g.z, g.w};
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -93,7 +101,7 @@ PILE_DEVICE void label_pull(const LabelColumns& of, int row, int last_row, const
       for (int e = 0; e < 4; ++e) {
         const bool up = j + e >= of.begin && j + e < first[r], down = j + e >= last[r] && j + e < of.end;
         f[e] = up || down ? factor(up ? above[r] : below[r], column[e]) : 1.0f;
-        weight[e] = up || down ? (kWeighted ? fabsf(gain[r] - column_gain[e]) : 1.0f) : 0.0f;
+        weight[e] = up || down ? (weighted ? fabsf(gain[r] - column_gain[e]) : 1.0f) : 0.0f;
       }
       total[r] = add_quotients(total[r], f[0], f[1], f[2], f[3], weight[0], weight[1], weight[2], weight[3]);
     }

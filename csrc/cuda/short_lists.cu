@@ -49,7 +49,7 @@ PILE_DEVICE void run_query(const Call& call, const Query& query, Team team, cons
   }
 }
 
-__global__ void __launch_bounds__(kThreadsOfWarps) warp_per_query(const Call call) {
+__global__ void __launch_bounds__(kThreadsOfWarps, 4) warp_per_query(const Call call) {
   PILE_SHARED_MEMORY(memory);
   const int warp = int(threadIdx.x) / 32;
   const int64_t q = int64_t(blockIdx.x) * (blockDim.x / 32) + warp;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreadsOfWarps) warp_per_query(const Call cal
   run_query(call, query, WarpTeam(), Workspace(own, call.capacity, call.teachers()));
 }
 
-__global__ void __launch_bounds__(kMostThreads) block_per_query(const Call call) {
+__global__ void __launch_bounds__(kMostThreads, 1) block_per_query(const Call call) {
   PILE_SHARED_MEMORY(memory);
   const Query query = locate(call, blockIdx.x);
   if (query.n >= call.capacity) return;
@@ -76,7 +76,7 @@ PILE_SHARED int64_t spill_words(int64_t documents_before, int64_t queries_before
 PILE_SHARED int capacity_for(int64_t n) { return int((n / kAlign + 1) * kAlign); }  // n + 1 at least: running sums have one more
 
 // The lists of a packed batch that shared memory does not hold, in the scratch buffer: right, but slow.
-__global__ void __launch_bounds__(kSpillThreads) block_per_long_query(const Call call) {
+__global__ void __launch_bounds__(kSpillThreads, 1) block_per_long_query(const Call call) {
   const Query query = locate(call, blockIdx.x);
   if (query.n < call.capacity) return;
   float* const base = call.scratch + spill_words(query.output, query.index, call.teachers());
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kSpillThreads) block_per_long_query(const Call
 
 // Loss over the queries, and for the mean the gradient divided by how many have pairs. Blocks share out the gradient; each counts
 // the queries for itself, the first sums the losses.
-__global__ void __launch_bounds__(kReduceThreads) reduce_queries(const Call call, void* scaled, DType scaled_dtype) {
+__global__ void __launch_bounds__(kReduceThreads, 2) reduce_queries(const Call call, void* scaled, DType scaled_dtype) {
   PILE_SHARED_MEMORY(memory);
   BlockTeam team;
   team.partial = reinterpret_cast<double*>(memory);
