@@ -48,10 +48,7 @@ pile::gpu::Call read_call(const py::tuple& sizes, const py::tuple& views, const 
   call.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   pile::bindings::check_inputs(call.batch, ensemble, loss);
   call.out = pile::bindings::read_outputs(outputs.ptr());
-  call.has_ensemble = ensemble != nullptr;
-  call.has_loss = loss != nullptr;
-  if (ensemble) call.ensemble = *ensemble;
-  if (loss) call.loss = *loss;
+  call.set_options(ensemble, loss);
   call.losses = static_cast<float*>(pile::bindings::address(more.ptr(), 0));
   call.has_pairs = static_cast<int32_t*>(pile::bindings::address(more.ptr(), 1));
   call.scratch = static_cast<float*>(pile::bindings::address(more.ptr(), 2));
@@ -81,7 +78,7 @@ void run(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOpt
 void long_keys(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, int64_t keys, const py::tuple& where) {
   pile::gpu::Call call;
   call.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
-  call.has_ensemble = ensemble != nullptr;
+  call.set_options(ensemble, nullptr);
   OnDevice on(int(pile::bindings::integer(where.ptr(), 0)));
   pile::gpu::launch_keys(call, reinterpret_cast<int64_t*>(keys), call.has_ensemble, static_cast<cudaStream_t>(pile::bindings::address(where.ptr(), 1)));
 }
@@ -89,10 +86,7 @@ void long_keys(const py::tuple& sizes, const py::tuple& views, const pile::Ensem
 int64_t long_bytes(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss) {
   pile::gpu::Call call;
   call.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
-  call.has_ensemble = ensemble != nullptr;
-  call.has_loss = loss != nullptr;
-  if (ensemble) call.ensemble = *ensemble;
-  if (loss) call.loss = *loss;
+  call.set_options(ensemble, loss);
   return ensemble ? pile::gpu::long_ensemble_bytes(call) : pile::gpu::long_loss_bytes(call);
 }
 

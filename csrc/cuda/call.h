@@ -12,6 +12,8 @@ struct Call {
   bool has_ensemble = false, has_loss = false;
   EnsembleOptions ensemble = {};
   LossOptions loss = {};
+  float step = 0, per_unit = 1, offset = 0;  // step_size; u = s · per_unit; margin / temperature
+  float per_tau = 1;                         // of the logits the distillation sees
   Outputs out = {};               // `gradient` is of dtype `gradient_dtype`: float32 where the reduction still has to scale it
   DType gradient_dtype = DType::f32;
   float* losses = nullptr;        // by query
@@ -25,8 +27,22 @@ struct Call {
   PILE_SHARED bool by_document() const { return ensemble.granularity == Granularity::document; }
   PILE_SHARED int teachers() const { return has_ensemble ? int(batch.teachers) : 0; }
   PILE_SHARED int64_t documents() const { return batch.cu_seqlens.data ? batch.slots : batch.queries * batch.slots; }
-  PILE_SHARED float per_unit() const { return float(1 / ensemble.temperature); }
-  PILE_SHARED float offset() const { return float(ensemble.margin / ensemble.temperature); }
+
+  // Divisions are done here, once: on a device those of doubles are long.
+  void set_options(const EnsembleOptions* of_ensemble, const LossOptions* of_loss) {
+    has_ensemble = of_ensemble != nullptr;
+    has_loss = of_loss != nullptr;
+    if (of_ensemble) {
+      ensemble = *of_ensemble;
+      step = float(ensemble.step_size);
+      per_unit = float(1 / ensemble.temperature);
+      offset = float(ensemble.margin / ensemble.temperature);
+    }
+    if (of_loss) {
+      loss = *of_loss;
+      per_tau = loss.distillation == Distillation::mse ? 1.0f : float(1 / loss.distillation_temperature);
+    }
+  }
 };
 
 // One query: n slots, the first of them `output` among all outputs' and `input` within its row of the inputs.

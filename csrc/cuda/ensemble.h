@@ -103,9 +103,9 @@ class EnsembleQuery {
         high = fmaxf(high, *t);
       }
     }
-    range_.low = lowest(team_, low) * call_.per_unit();
-    range_.high = -lowest(team_, -high) * call_.per_unit();
-    wide_ = range_.wide(call_.offset());
+    range_.low = lowest(team_, low) * call_.per_unit;
+    range_.high = -lowest(team_, -high) * call_.per_unit;
+    wide_ = range_.wide(call_.offset);
     refresh_weights(team_, w_.energy(count_), w_.weight(count_), count_);
   }
 
@@ -114,7 +114,7 @@ class EnsembleQuery {
   PILE_DEVICE bool keeps_logits() const { return call_.out.trace || !call_.by_document(); }
 
   PILE_DEVICE void set_logit(int k, float s, int to) const {
-    const float u = s * call_.per_unit();
+    const float u = s * call_.per_unit;
     w_.field(to ? w_.kU1 : w_.kU0)[k] = wide_ ? u : expf(range_.middle() - u);
     if (keeps_logits()) w_.field(w_.kLogit)[k] = s;
   }
@@ -138,7 +138,7 @@ class EnsembleQuery {
     const int labelled = counts_.labelled;
     LabelColumns columns = {u, gains, u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast), 0, labelled, 0, labelled,
                             0, 0, wide_, call_.ensemble.pair_weight != PairWeight::none};
-    columns.set_offset(call_.offset());
+    columns.set_offset(call_.offset);
     if (!Team::kOneWarp && call_.rows == 1)
       columns.plain() ? pull<true, 1>(columns, 1 - read) : pull<false, 1>(columns, 1 - read);
     else
@@ -163,7 +163,7 @@ class EnsembleQuery {
       exponent = lambda / of.held(slot_[k]);
       return;
     }
-    exponent += float(call_.ensemble.step_size) * (lambda * w_.field(w_.kPerPair)[k]);
+    exponent += call_.step * (lambda * w_.field(w_.kPerPair)[k]);
     set_logit(k, of.logit(k, slot_[k], exponent), write);
   }
 
@@ -208,7 +208,7 @@ class EnsembleQuery {
     const float *s = w_.field(w_.kLogit), *gains = w_.field(w_.kGain);
     for (int k = team_.rank / kLanes; k < counts_.labelled; k += team_.size / kLanes) {
       float slope = 0, loss = 0;
-      label_losses<true, kWeighted>(s, gains, s[k], kWeighted ? gains[k] : 0.0f, call_.per_unit(), call_.offset(), w_.whole(w_.kLast)[k], counts_.labelled,
+      label_losses<true, kWeighted>(s, gains, s[k], kWeighted ? gains[k] : 0.0f, call_.per_unit, call_.offset, w_.whole(w_.kLast)[k], counts_.labelled,
                                     lanes_, slope, loss);
       loss = lanes_.sum(loss);
       if (leads()) losses[k] = loss;

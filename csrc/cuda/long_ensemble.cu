@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(kQueryThreads, 1) begin_queries(const Call cal
     high = fmaxf(high, own(all.high));
   }
   present = team.sum(present);
-  const Range range = {lowest(team, low) * call.per_unit(), -lowest(team, -high) * call.per_unit()};
+  const Range range = {lowest(team, low) * call.per_unit, -lowest(team, -high) * call.per_unit};
   team.sync();
   refresh_weights(team, energy, weight, count);
   if (team.rank > 0) return;
   QueryState& own = q.own;
   own.counts = Counts::of(q.keys(), query.n);
   own.range = range;
-  own.wide = range.wide(call.offset());
+  own.wide = range.wide(call.offset);
   own.grid = state.pairwise == PairSum::direct ? Grid() : Grid::over(range.low, range.high);
   own.plain = present == double(own.counts.scored) * count && !(call.by_document() && call.batch.prior.data);
 }
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) advance_pieces(const Call ca
           lambda += state.weighted ? gains[k] * value - horner(memory.field + row, cell, x) : value;
         }
         if (call.by_document())
-          exponent[k] += float(call.ensemble.step_size) * (lambda * q.at(state.per_pair)[k]);
+          exponent[k] += call.step * (lambda * q.at(state.per_pair)[k]);
         else
           memory.pull[k - piece.begin] = lambda / teachers.held(k);
       }
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) advance_pieces(const Call ca
   for (int k = piece.begin + rank; k < end; k += kPieceThreads) {
     const float s = teachers.logit(k, k, exponent[k]);
     logit[k] = s;
-    fresh[k] = s * call.per_unit();
+    fresh[k] = s * call.per_unit;
   }
   if (!q.meets_through_fields()) return;
   __syncthreads();
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) finish_pieces(const Call cal
 }
 
 LongState state_of(const Call& call, void* scratch) {
-  return LongState(call, static_cast<char*>(scratch), call.ensemble.pair_weight != PairWeight::none, call.ensemble.pairwise, call.offset());
+  return LongState(call, static_cast<char*>(scratch), call.ensemble.pair_weight != PairWeight::none, call.ensemble.pairwise, call.offset);
 }
 
 }  // namespace

@@ -14,10 +14,6 @@ namespace pile {
 namespace gpu {
 namespace {
 
-PILE_DEVICE float per_tau(const Call& call) {
-  return call.loss.distillation == Distillation::mse ? 1.0f : float(1 / call.loss.distillation_temperature);
-}
-
 // Student and target by position.
 __global__ void __launch_bounds__(kPieceThreads, 2) load_pieces(const Call call, const LongState state) {
   PILE_SHARED_MEMORY(memory);
@@ -35,7 +31,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) load_pieces(const Call call,
     const float z = valid ? load_logit(student, at(student, piece.query, slot)) : 0.0f;
     const float s = valid && call.distills() ? load_logit(target, at(target, piece.query, slot)) : not_a_number();
     const bool used = is_number(s);
-    const float scaled_z = used ? z * per_tau(call) : DistillColumns::kNeutral, scaled_s = used ? s * per_tau(call) : DistillColumns::kNeutral;
+    const float scaled_z = used ? z * call.per_tau : DistillColumns::kNeutral, scaled_s = used ? s * call.per_tau : DistillColumns::kNeutral;
     q.at(state.u[0])[k] = z;
     q.at(state.u[1])[k] = scaled_s;
     q.at(state.z)[k] = scaled_z;
@@ -211,7 +207,7 @@ struct PairSums {
       const int s_cell = q.own.s_grid.locate(s, x);
       const float of_s = horner(memory.field + LongState::kKind, s_cell, x);
       // z about its middle: the cross terms are then no larger than they must be.
-      add(k, scale * per_tau(call) * (of_s - of_z), scale * (z - q.own.z_range.middle()) * of_s);
+      add(k, scale * call.per_tau * (of_s - of_z), scale * (z - q.own.z_range.middle()) * of_s);
     }
     __syncthreads();
   }
@@ -241,7 +237,7 @@ struct PairSums {
             distill_losses<kWide>(columns, row, from, to, lanes, slope, loss);
             slope = lanes.sum(slope);
             loss = lanes.sum(loss);
-            if (lanes.rank == 0) add(k, scale * per_tau(call) * slope, scale * loss);
+            if (lanes.rank == 0) add(k, scale * call.per_tau * slope, scale * loss);
           });
         });
   }

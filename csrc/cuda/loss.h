@@ -53,14 +53,13 @@ class LossQuery {
     const double distilled = targets_ * (targets_ - 1) / 2;
     const float distill_scale = distilled > 0 ? float(options.alpha / distilled) : 0.0f;
     const float label_scale = pairs_ > 0 ? float((1 - options.alpha) / pairs_) : 0.0f;
-    const float per_tau = mse ? 1.0f : float(1 / options.distillation_temperature);
     float* losses = w_.field(w_.kPerPair);
     if (!broken_) {
       for (int k = team_.rank / kLanes; k < counts_.valid; k += team_.size / kLanes) {
         float slope = 0, gradient = 0, loss = 0, total = 0;
         if (distill_scale > 0) {
           distill(k, mse, slope, loss);
-          gradient += distill_scale * per_tau * lanes_.sum(slope);
+          gradient += distill_scale * call_.per_tau * lanes_.sum(slope);
           total += distill_scale * loss;
         }
         if (label_scale > 0 && k < counts_.labelled) {
@@ -88,7 +87,6 @@ class LossQuery {
   // Student and target by position, and what the pair sums want of them.
   PILE_DEVICE void load() {
     const bool mse = call_.loss.distillation == Distillation::mse;
-    const float per_tau = mse ? 1.0f : float(1 / call_.loss.distillation_temperature);
     float *z = w_.field(w_.kPlainStudent), *scaled_z = w_.field(w_.kScaledStudent), *scaled_s = w_.field(w_.kScaledTarget);
     double broken = 0, targets = 0;
     float low[2] = {kInfinity, kInfinity}, high[2] = {-kInfinity, -kInfinity};
@@ -103,8 +101,8 @@ class LossQuery {
       if (!call_.distills()) continue;
       const float target = valid ? w_.field(w_.kLogit)[slot_[k]] : not_a_number();
       const bool used = is_number(target);
-      scaled_z[k] = used ? own * per_tau : DistillColumns::kNeutral;
-      scaled_s[k] = used ? target * per_tau : DistillColumns::kNeutral;
+      scaled_z[k] = used ? own * call_.per_tau : DistillColumns::kNeutral;
+      scaled_s[k] = used ? target * call_.per_tau : DistillColumns::kNeutral;
       if (!used) continue;
       targets += 1;
       low[0] = fminf(low[0], scaled_z[k]);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreadsOfWarps, 4) warp_per_query(const Call 
   const int64_t q = int64_t(blockIdx.x) * (blockDim.x / 32) + warp;
   if (q >= call.batch.queries) return;
   const Query query = locate(call, q);
-  if (query.n >= call.capacity) return;  // long_lists.cu's, or one_block_per_long_query's
+  if (query.n >= call.capacity) return;  // block_per_long_query takes it
   float* const own = reinterpret_cast<float*>(memory) + warp * Workspace::words(call.capacity, call.teachers());
   run_query(call, query, WarpTeam(), Workspace(own, call.capacity, call.teachers()));
 }
@@ -163,7 +163,8 @@ void run_short(Call call, const ShortPlan& plan, cudaStream_t stream) {
   if (queries > 0x7fffffff) throw std::runtime_error("expected at most 2^31 - 1 queries, got " + std::to_string(queries));
   const auto kernel = plan.warps ? warp_per_query : block_per_query;
   const int per_block = plan.warps ? plan.threads / 32 : 1;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)), "cudaFuncSetAttribute");
+  if (plan.shared_bytes > 48 * 1024)  // beyond, a kernel has to be told
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)), "cudaFuncSetAttribute");
   PILE_LAUNCH(kernel, unsigned((queries + per_block - 1) / per_block), plan.threads, size_t(plan.shared_bytes), stream, call);
   check(cudaGetLastError(), "the launch for short lists");
   if (!plan.spills) return;
