@@ -126,6 +126,7 @@ template <class Team, class Value>
 PILE_DEVICE double ordered_sum(const Team& team, int n, Value value) {
   double total = 0;
   if (team.rank < 32) {
+#pragma unroll 1
     for (int k = team.rank; k < n; k += 32) total += value(k);
     total = Lanes(32).sum(total);
   }

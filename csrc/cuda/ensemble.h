@@ -70,6 +70,7 @@ class EnsembleQuery {
     for (int i = team_.rank; i < query_.n; i += team_.size) {
       const uint64_t key = w_.keys()[i];
       int present = 0;
+#pragma unroll 1
       for (int m = 0; m < count_; ++m) {
         float* t = w_.teachers + m * w_.stride + i;
         if (key == kAbsent || (call_.batch.prior.data && !(prior_weight(call_, query_.index, m) > 0))) *t = not_a_number();
@@ -94,6 +95,7 @@ class EnsembleQuery {
         });
     team_.sync();
     float low = kInfinity, high = -kInfinity;
+#pragma unroll 1
     for (int m = 0; m < count_; ++m) {
       const Calibration own(w_.mean()[m], w_.scale(count_)[m]);
       for (int i = team_.rank; i < query_.n; i += team_.size) {
@@ -139,22 +141,25 @@ class EnsembleQuery {
     LabelColumns columns = {u, gains, u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast), 0, labelled, 0, labelled,
                             0, 0, wide_, call_.ensemble.pair_weight != PairWeight::none};
     columns.set_offset(call_.offset);
-    if (!Team::kOneWarp && call_.rows == 1)
-      columns.plain() ? pull<true, 1>(columns, 1 - read) : pull<false, 1>(columns, 1 - read);
-    else
-      columns.plain() ? pull<true, 4>(columns, 1 - read) : pull<false, 4>(columns, 1 - read);
+    const bool alone = !Team::kOneWarp && call_.rows == 1;
+    const int rows = alone ? 1 : 4, step = team_.size / kLanes * rows;
+    // Every group of lanes takes a row, or a block of four, in turn.
+    for (int row = team_.rank / kLanes * rows; row < labelled; row += step) {
+      float pulled;
+      if (alone)
+        pulled = columns.plain() ? pull_rows<true, 1>(columns, row) : pull_rows<false, 1>(columns, row);
+      else
+        pulled = columns.plain() ? pull_rows<true, 4>(columns, row) : pull_rows<false, 4>(columns, row);
+      const int k = alone ? row : row + lanes_.rank;
+      if (alone ? leads() : k < labelled) move(k, pulled - w_.field(w_.kAbove)[k], 1 - read);
+    }
     team_.sync();
   }
-  // Every group of lanes takes R rows in turn.
   template <bool kPlain, int R>
-  PILE_DEVICE void pull(const LabelColumns& columns, int write) {
-    for (int row = team_.rank / kLanes * R; row < columns.end; row += team_.size / kLanes * R) {
-      float total[R];
-      label_pull<kPlain, R>(columns, row, columns.end - 1, lanes_, total);
-      const float pulled = sum_rows(lanes_, total);
-      const int k = R == 1 ? row : row + lanes_.rank;
-      if (R == 1 ? leads() : k < columns.end) move(k, pulled - w_.field(w_.kAbove)[k], write);
-    }
+  PILE_DEVICE float pull_rows(const LabelColumns& columns, int row) const {
+    float total[R];
+    label_pull<kPlain, R>(columns, row, columns.end - 1, lanes_, total);
+    return sum_rows(lanes_, total);
   }
   PILE_DEVICE void move(int k, float lambda, int write) const {
     const Teachers of = teachers();

@@ -234,7 +234,7 @@ struct PairSums {
             if (s[k] == DistillColumns::kNeutral) return;
             const DistillRow row = {k, z[k], s[k], expf(z[k] - z_middle), expf(s[k] - s_middle)};
             float slope = 0, loss = 0;
-            distill_losses<kWide>(columns, row, from, to, lanes, slope, loss);
+            kWide ? distill_wide(columns, row, from, to, lanes, slope, loss) : distill_narrow(columns, row, from, to, lanes, slope, loss);
             slope = lanes.sum(slope);
             loss = lanes.sum(loss);
             if (lanes.rank == 0) add(k, scale * call.per_tau * slope, scale * loss);

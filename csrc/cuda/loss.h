@@ -149,9 +149,9 @@ class LossQuery {
     }
     const DistillRow row = {k, columns.z[k], columns.s[k], columns.z_power[k], columns.s_power[k]};
     if (wide_)
-      distill_losses<true>(columns, row, 0, columns_, lanes_, slope, loss);
+      distill_wide(columns, row, 0, columns_, lanes_, slope, loss);
     else
-      distill_losses<false>(columns, row, 0, columns_, lanes_, slope, loss);
+      distill_narrow(columns, row, 0, columns_, lanes_, slope, loss);
   }
 
   template <bool kWeighted>

@@ -165,6 +165,7 @@ PILE_DEVICE void label_losses(const float* u, const float* gains, float row, flo
         }
       },
       [&](int j) {
+#pragma unroll 1
         for (int k = larger(j, from); k < smaller(j + 4, to); ++k) {
           const Pair p = pair(k);
           slope += p.numerator * reciprocal(p.denominator);
@@ -184,46 +185,49 @@ struct DistillRow {
   float z, s, z_power, s_power;
 };
 
-// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over the columns [from, to), and Σ of the cross entropies of the pairs in which i is the student's
-// higher document. With e = e^{−dz} and f = e^{−ds} both sigmoids share a reciprocal: σ(dz) − σ(ds) = (f − e) / ((1 + e)(1 + f)). The
-// cross entropy log(1 + e) + dz (1 − σ(ds)) is taken from the side where dz >= 0, so nothing cancels and 1 + e <= 2: one logarithm
-// serves the product of 32 pairs. A neutral column has e = f = 0.
-template <bool kWide>
-PILE_DEVICE void distill_losses(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes, float& slope, float& loss) {
-  const float e_row = kWide ? 0.0f : reciprocal(row.z_power), f_row = kWide ? 0.0f : reciprocal(row.s_power);
-  float product = 1;
-  int factors = 0;
+// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over the columns [from, to), and i's share of the pairs' cross entropies. With e = e^{−dz} and f = e^{−ds}
+// both sigmoids share a reciprocal: σ(dz) − σ(ds) = (f − e) / ((1 + e)(1 + f)), and the cross entropy is log(1 + e) + dz f / (1 + f),
+// which is the same from either side of the pair. A neutral column has e = f = 0.
+//
+// Narrow: e and f are products, half the cross entropy is taken from either side, and one logarithm serves four pairs; 14 float
+// instructions and half a reciprocal per pair.
+PILE_DEVICE void distill_narrow(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes, float& slope, float& loss) {
+  const float e_row = reciprocal(row.z_power), f_row = reciprocal(row.s_power);
   struct Pair {
-    float denominator, slope, loss;
+    float own, both, slope, loss;  // 1 + e, (1 + e)(1 + f), and the numerators over the latter
   };
-  auto pair = [&](int j, float z, float s, float z_power, float s_power) {
-    const float dz = row.z - z;
-    // Wide: bounded so that a product of two factors stays a float32.
-    const float e = kWide ? exp_fast(fminf(-dz, 43.0f)) : e_row * z_power, f = kWide ? exp_fast(fminf(s - row.s, 43.0f)) : f_row * s_power;
-    const bool leads = dz > 0 || (dz == 0 && row.position < j);
-    const float own = 1.0f + e;
-    product *= leads ? own : 1.0f;
-    return Pair{own * (1.0f + f), f - e, leads ? dz * f * own : 0.0f};
+  auto pair = [&](float z, float z_power, float s_power) {
+    const float e = e_row * z_power, f = f_row * s_power, own = 1.0f + e;
+    return Pair{own, fmaf(own, f, own), f - e, (row.z - z) * f * own};
   };
   for (int j = from + 4 * lanes.rank; j < to; j += 4 * kLanes) {
-    const float4 z = four(of.z + j), s = four(of.s + j);
-    float4 zp = {}, sp = {};
-    if (!kWide) {
-      zp = four(of.z_power + j);
-      sp = four(of.s_power + j);
-    }
-    const Pair a = pair(j, z.x, s.x, zp.x, sp.x), b = pair(j + 1, z.y, s.y, zp.y, sp.y);
-    const Pair c = pair(j + 2, z.z, s.z, zp.z, sp.z), d = pair(j + 3, z.w, s.w, zp.w, sp.w);
-    if constexpr (kWide) {
-      for (const Pair& p : {a, b, c, d}) {
-        const float r = reciprocal(p.denominator);
-        slope += p.slope * r;
-        loss += p.loss * r;
-      }
-    } else {
-      const float ab = reciprocal(a.denominator * b.denominator), cd = reciprocal(c.denominator * d.denominator);
-      slope += (a.slope * b.denominator + b.slope * a.denominator) * ab + (c.slope * d.denominator + d.slope * c.denominator) * cd;
-      loss += (a.loss * b.denominator + b.loss * a.denominator) * ab + (c.loss * d.denominator + d.loss * c.denominator) * cd;
+    const float4 z = four(of.z + j), zp = four(of.z_power + j), sp = four(of.s_power + j);
+    const Pair a = pair(z.x, zp.x, sp.x), b = pair(z.y, zp.y, sp.y), c = pair(z.z, zp.z, sp.z), d = pair(z.w, zp.w, sp.w);
+    const float ab = reciprocal(a.both * b.both), cd = reciprocal(c.both * d.both);
+    slope = fmaf(fmaf(a.slope, b.both, b.slope * a.both), ab, slope);
+    slope = fmaf(fmaf(c.slope, d.both, d.slope * c.both), cd, slope);
+    const float logarithm = log2_fast(a.own * b.own * (c.own * d.own));
+    const float rest = fmaf(fmaf(a.loss, b.both, b.loss * a.both), ab, fmaf(c.loss, d.both, d.loss * c.both) * cd);
+    loss += 0.5f * fmaf(kLn2, logarithm, rest);
+  }
+  if (lanes.rank == 0 && row.position >= from && row.position < to) loss -= 0.5f * kLn2;  // i with itself
+}
+
+// Wide: an exponential each, bounded so that a product of two factors stays a float32. The cross entropy is taken from the side of the
+// student's higher document, where nothing cancels and 1 + e <= 2: one logarithm serves 32 pairs.
+PILE_DEVICE void distill_wide(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes, float& slope, float& loss) {
+  float product = 1;
+  int factors = 0;
+  for (int j = from + 4 * lanes.rank; j < to; j += 4 * kLanes) {
+#pragma unroll 1
+    for (int k = j; k < j + 4; ++k) {
+      const float dz = row.z - of.z[k];
+      const float e = exp_fast(fminf(-dz, 43.0f)), f = exp_fast(fminf(of.s[k] - row.s, 43.0f)), own = 1.0f + e;
+      const bool leads = dz > 0 || (dz == 0 && row.position < k);
+      const float r = reciprocal(own * (1.0f + f));
+      slope = fmaf(f - e, r, slope);
+      loss = fmaf(leads ? dz * f * own : 0.0f, r, loss);
+      product *= leads ? own : 1.0f;
     }
     if (++factors == 8) {
       loss += kLn2 * log2_fast(product);

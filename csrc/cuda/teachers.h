@@ -98,6 +98,7 @@ PILE_DEVICE float prior_weight(const Call& call, int64_t query, int m) {
 PILE_DEVICE float start_energy(const Call& call, int64_t query, int m) {
   if (!call.batch.prior.data) return 0;
   float top = 0;
+#pragma unroll 1
   for (int other = 0; other < call.teachers(); ++other) top = fmaxf(top, prior_weight(call, query, other));
   const float own = prior_weight(call, query, m);
   return own > 0 ? logf(own / top) : -kInfinity;
@@ -118,6 +119,7 @@ struct Teachers {
   PILE_DEVICE void range(int row, float& lowest, float& highest) const {
     lowest = kInfinity;
     highest = -kInfinity;
+#pragma unroll 1
     for (int m = 0; m < count; ++m) {
       lowest = fminf(lowest, score(m, row));
       highest = fmaxf(highest, score(m, row));
@@ -158,7 +160,9 @@ struct Teachers {
   PILE_DEVICE void weights(int k, int row, float exponent, float* to) const {
     const Tilt at = tilt(k, row, exponent);
     float mass = 0;
+#pragma unroll 1
     for (int m = 0; m < count; ++m) mass += share(at, m, score(m, row) - at.reference);
+#pragma unroll 1
     for (int m = 0; m < count; ++m) to[m] = share(at, m, score(m, row) - at.reference) / mass;
   }
 
@@ -166,6 +170,7 @@ struct Teachers {
   PILE_DEVICE float held(int row) const {
     if (plain) return 1;
     float held = 0;
+#pragma unroll 1
     for (int m = 0; m < count; ++m) held += is_number(score(m, row)) ? weight[m] : 0.0f;
     return fmaxf(held, kMinShare);
   }
@@ -175,9 +180,12 @@ struct Teachers {
 template <class Team>
 PILE_DEVICE void refresh_weights(const Team& team, const float* energy, float* weight, int teachers) {
   float top = -kInfinity, total = 0;
+#pragma unroll 1
   for (int m = 0; m < teachers; ++m) top = fmaxf(top, energy[m]);
   if (!(top > -kInfinity)) top = 0;
+#pragma unroll 1
   for (int m = 0; m < teachers; ++m) total += expf(energy[m] - top);
+#pragma unroll 1
   for (int m = team.rank; m < teachers; m += team.size) weight[m] = total > 0 ? expf(energy[m] - top) / total : 0.0f;
 }
 
