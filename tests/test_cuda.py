@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: what nvcc made of them, and the same sources emulated on the CPU."""
 
+import importlib.util
 import os
 import platform
 import re
@@ -15,10 +16,17 @@ import torch
 import pile_fast
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "cuda_emulation"))
-import build as emulation  # noqa: E402
 
-sys.path.pop(0)
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+emulation = _load(HERE / "cuda_emulation/build.py")
+nvcc = _load(HERE.parent / "csrc/cuda/nvcc.py")
 
 needs_emulation = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the emulation needs g++ on x86-64"
@@ -96,11 +104,23 @@ def test_shared_memory_is_poisoned(faults):
 # -- what nvcc made
 
 
+def test_without_nvcc_the_build_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvcc.shutil, "which", lambda *a, **k: None)
+    monkeypatch.delenv("PILE_FAST_NVCC", raising=False)
+    with pytest.raises(RuntimeError, match="PILE_FAST_NVCC"):
+        nvcc.build(tmp_path / "_cuda.so", "", tmp_path)
+
+
+@pytest.mark.skipif(nvcc.find_nvcc() is None, reason="needs nvcc")
+def test_the_floors_of_gpu_check_compile(tmp_path):
+    source = HERE.parent / "benchmarks/_gpu_floors.cu"
+    nvcc.run(nvcc.find_nvcc(), "-shared", "-Xcompiler=-fPIC", "--Werror=all-warnings", source, "-o", tmp_path / "floors.so")
+
+
 def test_compiled_without_spilling():
     """Every architecture of the build: no stack frame (so no spilled register) in any kernel that runs more than once."""
     pytest.importorskip("pile_fast._cuda", reason="pile_fast._cuda was not built: no nvcc")
-    import cuda_resources
-
+    cuda_resources = _load(HERE / "cuda_resources.py")
     found = cuda_resources.resources()
     assert {"warp_per_query", "block_per_query", "advance_pieces", "pair_pieces"} <= {kernel for kernel, _ in found}
     for (kernel, arch), use in found.items():

@@ -128,6 +128,9 @@ extern "C" void emulation_fiber() {
   (*body)();
   running->state = State::done;
   --live;
+  const int first = index_of(running) / 32 * 32;
+  for (int l = first; l < first + 32 && l < int(fibers.size()); ++l)
+    if (fibers[l].state == State::in_collective && fibers[l].mask >> lane() & 1) problem = "a warp collective waits for a thread that has left";
   release_barrier();  // those that have left are not waited for
   to_scheduler(true);
   std::abort();

@@ -18,10 +18,9 @@ __global__ void reverse(int* to, Fault fault) {
   const int rank = int(threadIdx.x);
   if (fault != never_written || rank != 7) shared[rank] = rank;
   if (fault == beyond_shared_memory && rank == 0) shared[64] = 1;
-  if (fault == uneven_barriers && rank == 0) return __syncthreads();
   if (fault != missing_barrier) __syncthreads();
+  if (fault == uneven_barriers && rank == 0) __syncthreads();
   to[rank] = shared[63 - rank];
-  if (fault == uneven_barriers) __syncthreads();
   if (fault == missing_lanes && rank % 4 == 3) return;
   to[rank] += 0 * Lanes(4).sum(1);
 }
