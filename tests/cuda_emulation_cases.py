@@ -247,6 +247,40 @@ def test_a_list_longer_than_shared_memory_among_short_ones(how):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("labels", ["grades", "continuous"])
+@pytest.mark.parametrize("n", [1025, 2500])  # two pieces, the second of one document; three
+def test_lists_of_several_pieces(how, labels, granularity, n):
+    contract.test_long_lists(how, labels, granularity, n)
+
+
+def test_long_packed_lists(how):
+    lengths = [1, 0, 1500, 1024, 130, 2049]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    z, t, y, _ = contract.make(sum(lengths) + 5, 1, 3, missing=0.1, unlabelled=0.1)
+    z, t, y = z[0], t[0], y[0]
+    options = dict(cu_seqlens=cu_seqlens, iterations=2, pair_weight="label_gap", margin=0.2)
+    got = pile_fast.pile_ensemble(t, y, **how, **options).logits
+    want = pile_fast.pile_ensemble(t.double(), y, backend="cpp", pairwise="direct", **options).logits
+    contract.close(got, want, want, 2e-6 * contract.scale_of(t))
+    assert got[-5:].isnan().all()
+    gradients = []
+    for logits, own in ((z, how), (z.double(), dict(backend="cpp", pairwise="direct"))):
+        logits.requires_grad_()
+        loss = pile_fast.pile_loss(logits, t.to(logits.dtype), y, alpha=0.5, **own, **options)
+        gradients += torch.autograd.grad(loss, logits)
+    contract.close(gradients[0], gradients[1], gradients[1], 1e-5 * gradients[1].abs().max().item())
+
+
+def test_which_lists_are_short():
+    device = module.device(0)
+    plan = lambda *shape, packed=False, direct=False: module.plan_short(*shape[:2], packed, shape[2], direct, device)  # noqa: E731
+    assert plan(8, 32, 4).warps and not plan(8, 64, 4).warps
+    assert plan(1, 512, 4).capacity > 512 and plan(1, 1025, 4).capacity == 0
+    assert plan(1000, 512, 4).capacity == 0 and plan(1000, 512, 4, direct=True).capacity > 512
+    assert plan(2, 500, 100).capacity == 0  # 100 teachers do not fit beside 500 documents
+    assert plan(10, 1000, 3, packed=True).scratch_words > 0
+
+
 @pytest.mark.parametrize("cu_seqlens", [[0, 5, 3, 12], [-4, 2, 99], [7, 7]])
 def test_offsets_that_lead_nowhere_stay_inside(how, cu_seqlens):
     """On a device nobody reads them beforehand: the numbers may be nonsense, the addresses must not."""

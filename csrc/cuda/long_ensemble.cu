@@ -1,4 +1,4 @@
-// Long lists: the ensemble, T + 11 launches by document, 3 T + 11 by query, however long the lists are.
+// Long lists: the ensemble, 2 T + 12 launches by document, 4 T + 12 by query and PyTorch's sort, however long the lists are.
 //
 // advance_pieces is the phase per iteration (docs/algorithm.md, section 2, by the sums of section 4). A block owns 1,024 positions: it
 // reads its label block's field and the documents' u, exponent and teachers, writes exponent and new u, and deposits the new moments.

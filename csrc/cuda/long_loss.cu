@@ -1,4 +1,4 @@
-// Long lists: the student's loss and gradient, 6 launches for the distillation and 8 more for the label pairs.
+// Long lists: the student's loss and gradient, 8 launches for the distillation, 6 more and a sort for the label pairs.
 //
 // Label pairs (R) meet like the ensemble's: through fields between label blocks, directly inside mixed ones. For the distillation (D)
 // all documents meet all through two fields, the student's and the target's:

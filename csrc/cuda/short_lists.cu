@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2) reduce_queries(const Call c
 }  // namespace
 
 // Microseconds of ten iterations and the loss on a GPU of an H100's speed, by arithmetic (docs/cuda.md): here a wave of blocks at 48
-// float instructions per pair; there 25 launches, waves of eight blocks, 1,200 instructions per document.
+// float instructions per pair; there 40 launches, waves of eight blocks, 1,200 instructions per document.
 bool linear_time_is_faster(double queries, double n, double processors) {
   const double per_microsecond = 128 * 1700;  // float instructions of a multiprocessor
   const double direct = larger(queries / processors, 1.0) * n * n * 48 / per_microsecond;
