@@ -1,18 +1,11 @@
 // The device's primitives: fast arithmetic, and the threads that work on a query together.
 #pragma once
 
-#if defined(PILE_EMULATION)
-#include "cuda_emulation.h"
-#else
-#include <cuda_runtime.h>
-#endif
+#include "runtime.h"
 
 #include <cstdint>
 #include <limits>
 #include <type_traits>
-
-#include "pile/half.h"
-#include "pile/options.h"
 
 #define PILE_DEVICE __device__ __forceinline__
 
@@ -60,15 +53,6 @@ PILE_DEVICE float log2_fast(float x) { return std::log2(x); }
 #endif
 // Relative error |x| 2^-24 from the product: for |x| up to some tens.
 PILE_DEVICE float exp_fast(float x) { return exp2_fast(x * kLog2e); }
-
-template <class T>
-PILE_SHARED T smaller(T a, T b) {
-  return a < b ? a : b;
-}
-template <class T>
-PILE_SHARED T larger(T a, T b) {
-  return a > b ? a : b;
-}
 
 // `count` neighbouring lanes of a warp, a power of two, that share a piece of work. All of them make every call.
 struct Lanes {

@@ -9,7 +9,7 @@
 // evaluate 20; solve does not depend on the number of documents but for reading the moments of every 1,024 of them.
 #pragma once
 
-#include "call.h"
+#include "workspace.h"
 #include "pile/field_table.h"
 
 namespace pile {

@@ -1,7 +1,7 @@
 // Reading tensors of any dtype and stride, and writing gradients.
 #pragma once
 
-#include "call.h"
+#include "workspace.h"
 
 namespace pile {
 namespace gpu {
