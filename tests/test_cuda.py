@@ -128,6 +128,25 @@ def test_compiled_without_spilling():
         assert use["registers"] <= cuda_resources.most_registers(kernel), (kernel, arch, use)
 
 
+@pytest.mark.parametrize("kernel", ["warp_per_query", "block_per_query", "advance_pieces"])
+def test_the_inner_loops_are_what_the_design_says(kernel):
+    pytest.importorskip("pile_fast._cuda", reason="pile_fast._cuda was not built: no nvcc")
+    cuda_resources = _load(HERE / "cuda_resources.py")
+    archs = {arch for _, arch in cuda_resources.resources()}
+    found = cuda_resources.loops(kernel, sorted(archs)[-1])
+
+    def best(**wanted):
+        return min(
+            (loop["instructions"] for loop in found if all(loop[kind] == number for kind, number in wanted.items())),
+            default=1000,
+        )
+
+    # λ: four rows by four columns share four reciprocals and a load.
+    assert best(reciprocals=4, exponentials=0, logarithms=0, loads=1, floats=48) <= 64
+    if kernel != "advance_pieces":  # the distillation: eight pairs
+        assert best(reciprocals=4, exponentials=0, logarithms=2, loads=6) <= 120
+
+
 def test_the_extension_links_no_torch_and_no_cuda_library():
     module = pytest.importorskip("pile_fast._cuda", reason="pile_fast._cuda was not built: no nvcc")
     needed = subprocess.run(["readelf", "-d", module.__file__], capture_output=True, text=True, check=True).stdout

@@ -189,8 +189,8 @@ struct DistillRow {
 // both sigmoids share a reciprocal: σ(dz) − σ(ds) = (f − e) / ((1 + e)(1 + f)), and the cross entropy is log(1 + e) + dz f / (1 + f),
 // which is the same from either side of the pair. A neutral column has e = f = 0.
 //
-// Narrow: e and f are products, half the cross entropy is taken from either side, and one logarithm serves four pairs; 14 float
-// instructions and half a reciprocal per pair.
+// Narrow: e and f are products, half the cross entropy is taken from either side, and one logarithm serves four pairs: 12 float
+// instructions, half a reciprocal and a quarter of a logarithm per pair.
 PILE_DEVICE void distill_narrow(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes, float& slope, float& loss) {
   const float e_row = reciprocal(row.z_power), f_row = reciprocal(row.s_power);
   struct Pair {

@@ -10,8 +10,8 @@
 //   loss        pairs of the student's loss, the gradient straight to device memory
 //
 // Floor per query (n documents, M teachers, T iterations, float32): 4 n (M + 3) bytes in and out of device memory. Instructions, by
-// arithmetic: ensemble T n² (3.4 float + 1/4 reciprocal) less the pairs of equal labels, T n M (1 exponential + 5); distillation n²
-// (14 float + 1/2 reciprocal). From about 64 documents on the pairs limit it (float and reciprocal pipes about evenly); below, the
+// arithmetic: ensemble T n² (3 float + 1/4 reciprocal) less the pairs of equal labels, T n M (1 exponential + 5); distillation n²
+// (12 float + 1/2 reciprocal). From about 64 documents on the pairs limit it (float and reciprocal pipes about evenly); below, the
 // latency of T dependent iterations, each a tilted mean, a barrier and n / (4 lanes) dependent additions.
 #include "launch.h"
 #include "loss.h"
