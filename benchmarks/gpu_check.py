@@ -7,7 +7,7 @@ writes benchmarks/results/<device>/gpu_<stage>.json before the next begins, also
 
     python benchmarks/gpu_check.py                     # all stages, both backends
     python benchmarks/gpu_check.py correctness speed   # some
-    python benchmarks/gpu_check.py --backends cuda     # one backend
+    python benchmarks/gpu_check.py --backend cuda      # one backend
     python benchmarks/gpu_check.py --dry-run           # on a CPU, tiny: does the script itself work? Triton in its interpreter,
                                                        # CUDA in the emulation that PILE_FAST_CUDA_EMULATION names
 """
@@ -34,6 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY = "--dry-run" in sys.argv
+STARTED = time.perf_counter()
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -641,9 +642,10 @@ def facts():
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", help=", ".join(ORDER))
-    parser.add_argument("--backends", nargs="+", choices=("triton", "cuda"), help="by default those that work here")
+    parser.add_argument("--backend", action="append", choices=("triton", "cuda"), help="by default those that work here")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny sizes")
     parser.add_argument("--small-cases", action="store_true", help=argparse.SUPPRESS)  # what the sanitizer runs
+    parser.add_argument("--minutes", type=float, default=8, help="no stage begins after so long (default 8)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     arguments = parser.parse_args()
     if arguments.small_cases:
@@ -651,12 +653,12 @@ def main() -> int:
     if unknown := set(arguments.stages) - set(ORDER):
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(ORDER)}")
     available = pile_fast.available_backends()
-    for name in arguments.backends or ("triton", "cuda"):
+    for name in arguments.backend or ("triton", "cuda"):
         if available[name].available:
             BACKENDS.append(name)
         else:
             print(f"backend {name} does not work here: {available[name].reason}", file=sys.stderr)
-            if arguments.backends:
+            if arguments.backend:
                 return 1
     if not BACKENDS:
         return 1
@@ -666,7 +668,8 @@ def main() -> int:
     failed = []
     for name in arguments.stages or ORDER:
         start = time.perf_counter()
-        result = run_stage(name)
+        late = start - STARTED > 60 * arguments.minutes
+        result = dict(ok=False, error=f"not begun within {arguments.minutes:g} minutes") if late else run_stage(name)
         result = about | dict(stage=name, seconds=round(time.perf_counter() - start, 2)) | result
         (folder / f"gpu_{name}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
         word = "skipped" if "skipped" in result else "ok" if result["ok"] else "FAILED"

@@ -184,7 +184,7 @@ def test_a_broken_extension_says_so(tmp_path):
 
 def test_gpu_check_dry_run(tmp_path, emulated):
     out = run(
-        HERE.parent / "benchmarks/gpu_check.py", "--dry-run", "--results", tmp_path, "--backends", "cuda",
+        HERE.parent / "benchmarks/gpu_check.py", "--dry-run", "--results", tmp_path, "--backend", "cuda",
         PILE_FAST_CUDA_EMULATION=str(emulated), **emulation.sanitizer_environment(),
     )  # fmt: skip
     assert "FAILED" not in out and len(list((tmp_path / "emulation").glob("gpu_*.json"))) > 10
