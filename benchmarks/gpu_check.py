@@ -617,7 +617,7 @@ def run_stage(name: str) -> dict:
     if name in OF_ALL:
         return attempt(OF_ALL[name])
     results = {how["backend"]: attempt(OF_A_BACKEND[name], how) for how in hows()}
-    return dict(ok=all(r["ok"] for r in results.values()), backends=results)
+    return dict(ok=all(r["ok"] for r in results.values()), results=results)
 
 
 def facts():
