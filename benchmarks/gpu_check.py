@@ -136,7 +136,8 @@ def correctness(how):
                 ]
             ):
                 z, t, y, mask = data(*shape, seed=number, **make)
-                pairwise = "chebyshev" if (number + case) % 2 else "direct"
+                # The linear sums' launches for lists of several blocks; what "auto" takes for the others.
+                pairwise = "chebyshev" if shape[1] in (129, 300, 1000) and case < 3 else "auto"
                 options = dict(options, granularity=granularity, mask=mask)
                 own = dict(how, pairwise=pairwise)
                 want = pile_fast.pile_ensemble(t.double(), y, backend="torch", **options).logits
@@ -284,7 +285,7 @@ def lengths(how):
 
 
 def million(how):
-    """One list of 1,000,000 documents."""
+    """One list of 1,000,000 documents, in linear time."""
     z, t, y, _ = data(1, 9 if DRY else 1_000_000, 8)
     start = time.perf_counter()
     loss, gradient = loss_and_gradient(z, t, y, **how)

@@ -1,8 +1,8 @@
 """The ensemble's phases: calibrate the teachers, then exponentiated-gradient steps on their weights.
 
-A phase is either for a block of BR rows (documents of one query) or for a whole query; kernels/pile.py strings them together.
-The state between phases lies in a scratch buffer, 10 + M floats per document and 5 M + SCALARS per query, which a short
-query's program finds in its L1 (n (10 + M) · 4 bytes).
+A phase is either for a block of BR rows (documents of one query) or for a whole query; kernels/pile.py strings them together
+for a query of one program, kernels/long_ensemble.py has those of longer lists. The state between phases lies in a scratch
+buffer, FIELDS + M floats per document and 5 M + SCALARS per query, which a short query's program finds in its L1.
 
 The state is one exponent per document (or per teacher), never a weight per document and teacher: the ensemble logit is the
 tilted mean s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so
@@ -11,6 +11,8 @@ that every exponent is <= 0 and differences of close teachers are exact.
 
 import triton
 import triton.language as tl
+from pile_fast.kernels.chunks import GAIN, RANK
+from pile_fast.kernels.fields import store_grid
 from pile_fast.kernels.pairs import (
     NARROW,
     label_losses,
@@ -22,33 +24,31 @@ from pile_fast.kernels.pairs import (
 )
 
 # Fields of the scratch buffer, one float per document each.
-RANK = tl.constexpr(0)  # of the label within the query, NaN = unlabelled
+# (0: RANK, of the label within the query, NaN = unlabelled; 2: GAIN. See kernels/chunks.py.)
 SCORED_RANK = tl.constexpr(1)  # the same, NaN also where no teacher scored the document
-GAIN = tl.constexpr(2)
 PER_PAIR = tl.constexpr(3)  # 1 / k_i, 0 without pairs
 ABOVE = tl.constexpr(4)  # Σ_{y_j > y_i} ω
 EXPONENT = tl.constexpr(5)
 U = tl.constexpr(6)  # e^{c − u}, or u where wide; u = s / temperature. Two of them: iterations read one and write the other
-ROW = tl.constexpr(8)
+ROW = tl.constexpr(8)  # two, for sums over a query's rows; long lists keep e^{c − u} here, too, and u itself in U
 FIELDS = tl.constexpr(10)  # the calibrated teachers follow, M per document
 
 # Per query: MEAN, its correction, SCALE, ENERGY (log weight but for a constant) and WEIGHT of each teacher, then scalars.
 MIDDLE = tl.constexpr(0)
 WIDE = tl.constexpr(1)
 PAIRS = tl.constexpr(2)  # Σ_P ω
-SCALARS = tl.constexpr(12)
+GRID = tl.constexpr(11)  # of u: origin, cells; kernels/fields.py
+SCALARS = tl.constexpr(18)
 
 MIN_SHARE = tl.constexpr(2.0**-10)  # see pile_fast/reference.py
 
 
 @triton.jit
-def load_teachers(
-    teachers, rows, stride_d, stride_m, mask, mask_stride, n, M, energy, MP: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
+def load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP: tl.constexpr):
     """(BR, MP) float32, NaN = not present."""
     m = tl.arange(0, MP)
-    inside = load_valid(mask, rows, mask_stride, n, MASKED)[:, None] & (m < M)[None, :]
-    at = rows.to(tl.int64)[:, None] * stride_d + m.to(tl.int64)[None, :] * stride_m
+    inside = valid[:, None] & (m < M)[None, :]
+    at = slots.to(tl.int64)[:, None] * stride_d + m.to(tl.int64)[None, :] * stride_m
     t = tl.load(teachers + at, mask=inside, other=float("nan")).to(tl.float32)
     return tl.where((energy > -float("inf"))[None, :], t, float("nan"))
 
@@ -61,11 +61,8 @@ def softmax_or_zero(energy):
 
 
 @triton.jit
-def teacher_statistics(
-    teachers, stride_d, stride_m, mask, mask_stride, prior, prior_stride, n, M, per_query, inv_temperature, offset,
-    BR: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, TRACE: tl.constexpr,
-):  # fmt: skip
-    """Mean and scale of each teacher, its starting energy, and the range the ensemble's logits lie in."""
+def prior_energy(prior, prior_stride, M, MP: tl.constexpr):
+    """The teachers' starting energies, −inf = not there."""
     inf = float("inf")
     m = tl.arange(0, MP)
     energy = tl.where(m < M, 0.0, -inf)
@@ -73,23 +70,34 @@ def teacher_statistics(
         p = tl.load(prior + m.to(tl.int64) * prior_stride, mask=m < M, other=0.0).to(tl.float32)
         p = tl.where(p > 0.0, p, 0.0)
         energy = tl.where(p > 0.0, tl.log(p / tl.maximum(tl.max(p, 0), 1e-37)), -inf)
+    return energy
+
+
+@triton.jit
+def teacher_statistics(
+    teachers, stride_d, stride_m, mask, mask_stride, prior, prior_stride, n, M, per_query, inv_temperature, offset,
+    BR: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, TRACE: tl.constexpr,
+):  # fmt: skip
+    """Mean and scale of each teacher, its starting energy, and the range the ensemble's logits lie in."""
+    inf = float("inf")
+    energy = prior_energy(prior, prior_stride, M, MP)
     total = tl.zeros((MP,), tl.float64)
     count = tl.zeros((MP,), tl.float32)
     low = tl.full((MP,), inf, tl.float32)
     high = tl.full((MP,), -inf, tl.float32)
     for begin in range(0, n, BR):
         rows = begin + tl.arange(0, BR)
-        t = load_teachers(teachers, rows, stride_d, stride_m, mask, mask_stride, n, M, energy, MP, MASKED)
+        valid = load_valid(mask, rows, mask_stride, n, MASKED)
+        t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, energy, MP)
         present = t == t
         total += tl.sum(tl.where(present, t, 0.0), 0).to(tl.float64)
         count += tl.sum(tl.where(present, 1.0, 0.0), 0)
         low = tl.minimum(low, tl.min(tl.where(present, t, inf), 0))
         high = tl.maximum(high, tl.max(tl.where(present, t, -inf), 0))
-    present = count > 0.0
     at_least_one = tl.maximum(count, 1.0)
     mean = tl.zeros((MP,), tl.float32)
     correction = mean
-    scale = mean + 1.0
+    variance = mean
     if NORMALIZE != "none":
         mean = total.to(tl.float32) / at_least_one
         # t − mean is nearly exact, so what rounding the mean lost comes out of a second pass.
@@ -97,15 +105,30 @@ def teacher_statistics(
         square = tl.zeros((MP,), tl.float64)
         for begin in range(0, n, BR):
             rows = begin + tl.arange(0, BR)
-            t = load_teachers(teachers, rows, stride_d, stride_m, mask, mask_stride, n, M, energy, MP, MASKED)
+            valid = load_valid(mask, rows, mask_stride, n, MASKED)
+            t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, energy, MP)
             d = tl.where(t == t, t - mean[None, :], 0.0)
             off += tl.sum(d, 0).to(tl.float64)
             square += tl.sum(d * d, 0).to(tl.float64)
         correction = off.to(tl.float32) / at_least_one
-        if NORMALIZE == "zscore":
-            variance = square.to(tl.float32) / at_least_one - correction * correction
-            # By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
-            scale = tl.where(high > low, 1.0 / tl.sqrt(tl.maximum(variance, 1e-37)), 0.0)
+        variance = square.to(tl.float32) / at_least_one - correction * correction
+    store_statistics(
+        count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, False, MP, NORMALIZE, TRACE
+    )
+
+
+@triton.jit
+def store_statistics(
+    count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, linear,
+    MP: tl.constexpr, NORMALIZE: tl.constexpr, TRACE: tl.constexpr,
+):  # fmt: skip
+    inf = float("inf")
+    m = tl.arange(0, MP)
+    present = count > 0.0
+    scale = tl.full((MP,), 1.0, tl.float32)
+    if NORMALIZE == "zscore":
+        # By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
+        scale = tl.where(high > low, 1.0 / tl.sqrt(tl.maximum(variance, 1e-37)), 0.0)
     energy = tl.where(present, energy, -inf)
     bottom = tl.min(tl.where(present, (low - mean - correction) * scale, inf), 0)
     top = tl.max(tl.where(present, (high - mean - correction) * scale, -inf), 0)
@@ -122,6 +145,7 @@ def teacher_statistics(
     tl.store(per_query + 4 * M + m, softmax_or_zero(energy), mask=m < M)
     tl.store(per_query + 5 * M + MIDDLE, (bottom + top) / 2.0)
     tl.store(per_query + 5 * M + WIDE, wide)
+    store_grid(per_query + 5 * M + GRID, bottom, top, linear)
 
 
 @triton.jit
@@ -132,12 +156,12 @@ def of_teachers(per_query, k: tl.constexpr, M, MP: tl.constexpr, other):
 
 @triton.jit
 def rank_rows(
-    labels, stride, mask, mask_stride, n, rows, fields, S,
+    labels, stride, mask, mask_stride, n, padded, rows, fields, S,
     BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     label = load_labels(labels, rows, stride, mask, mask_stride, n, MASKED)
     rank = label_ranks(labels, stride, mask, mask_stride, n, label, BR, BC, MASKED)
-    inside = rows < n
+    inside = rows < padded
     tl.store(fields + RANK * S + rows, tl.where(label == label, rank, float("nan")), mask=inside)
     if WEIGHT != "none":
         # Gains relative to the lowest label: their differences keep their digits in float32.
@@ -185,42 +209,56 @@ def tilt(t, slope, energy):
 
 
 @triton.jit
-def store_u(s, rows, n, fields, S, to, per_query, M, inv_temperature):
-    u = s * inv_temperature
+def store_u(s, scored, rows, padded, fields, S, to, per_query, M, inv_temperature):
     middle = tl.load(per_query + 5 * M + MIDDLE)
+    # Two pairs share a reciprocal: a document out of all pairs must not be out of range.
+    u = tl.where(scored, s * inv_temperature, middle)
     if tl.load(per_query + 5 * M + WIDE) == 0.0:
         u = tl.exp(middle - u)
-    tl.store(fields + (U + to) * S + rows, u, mask=rows < n)
+    tl.store(fields + (U + to) * S + rows, u, mask=rows < padded)
 
 
 @triton.jit
 def calibrate_rows(
-    teachers, stride_d, stride_m, mask, mask_stride, n, M, rows, fields, table, S, per_query, inv_temperature,
+    teachers, stride_d, stride_m, mask, mask_stride, n, padded, M, rows, fields, table, S, per_query, inv_temperature,
     MP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    inside = rows < padded
+    valid = load_valid(mask, rows, mask_stride, n, MASKED)
+    s, scored, _ = calibrate_and_start(
+        teachers, rows, valid, stride_d, stride_m, M, rows, inside, fields, table, S, per_query, MP
+    )
+    store_u(s, scored, rows, padded, fields, S, 0, per_query, M, inv_temperature)
+
+
+@triton.jit
+def calibrate_and_start(
+    teachers, slots, valid, stride_d, stride_m, M, rows, inside, fields, table, S, per_query, MP: tl.constexpr
+):  # fmt: skip
+    """Calibrate the teachers at `slots` into the table's `rows`. The mean ensemble's logits, where they are, SCORED_RANK."""
     m = tl.arange(0, MP)
-    inside = rows < n
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    t = load_teachers(teachers, rows, stride_d, stride_m, mask, mask_stride, n, M, energy, MP, MASKED)
+    t = load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP)
     t = t - of_teachers(per_query, 0, M, MP, 0.0)[None, :]
     t = (t - of_teachers(per_query, 1, M, MP, 0.0)[None, :]) * of_teachers(per_query, 2, M, MP, 0.0)[None, :]
     at = rows.to(tl.int64)[:, None] * M + m[None, :]
     tl.store(table + at, t, mask=inside[:, None] & (m < M)[None, :])
     slope = rows * 0.0
     s, scored, _ = tilt(t, slope, energy)
-    rank = tl.load(fields + RANK * S + rows, mask=inside, other=0.0)
-    tl.store(fields + SCORED_RANK * S + rows, tl.where(scored, rank, float("nan")), mask=inside)
+    rank = tl.load(fields + RANK * S + rows, mask=inside, other=float("nan"))
+    rank = tl.where(scored, rank, float("nan"))
+    tl.store(fields + SCORED_RANK * S + rows, rank, mask=inside)
     tl.store(fields + EXPONENT * S + rows, slope, mask=inside)
-    store_u(s, rows, n, fields, S, 0, per_query, M, inv_temperature)
+    return s, scored, rank
 
 
 @triton.jit
-def count_rows(rows, n, fields, S, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr):
+def count_rows(rows, n, padded, fields, S, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr):
     inside = rows < n
     ranks = fields + SCORED_RANK * S
     gains = fields + GAIN * S
     rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
-    above, below = pair_counts(ranks, rank, gains, gain, n, BR, BC, WEIGHTED)
+    above, below = pair_counts(ranks, rank, gains, gain, padded, BR, BC, WEIGHTED, False)
     tl.store(fields + ABOVE * S + rows, above, mask=inside)
     tl.store(fields + ROW * S + rows, below, mask=inside)
     k = above + below
@@ -249,7 +287,7 @@ def sum_field(fields, k: tl.constexpr, S, n, BR: tl.constexpr):
 
 @triton.jit
 def iterate_rows(
-    rows, n, M, fields, table, S, read, per_query, inv_temperature, offset, step,
+    rows, n, padded, M, fields, table, S, read, per_query, inv_temperature, offset, step,
     BR: tl.constexpr, BC: tl.constexpr, MP: tl.constexpr, BY_DOCUMENT: tl.constexpr, WEIGHTED: tl.constexpr,
     MARGIN: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -261,15 +299,15 @@ def iterate_rows(
     rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
     u_row = tl.load(u + rows, mask=inside, other=1.0)
     wide = tl.load(per_query + 5 * M + WIDE) != 0.0
-    pull = label_pull(u, u_row, ranks, rank, gains, gain, n, wide, offset, BR, BC, WEIGHTED, MARGIN, APPROX)
+    pull = label_pull(u, u_row, ranks, rank, gains, gain, padded, wide, offset, BR, BC, WEIGHTED, MARGIN, APPROX, False)
     direction = pull - tl.load(fields + ABOVE * S + rows, mask=inside, other=0.0)
     t = calibrated(table, rows, n, M, MP)
     if BY_DOCUMENT:
         exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
         exponent += step * direction * tl.load(fields + PER_PAIR * S + rows, mask=inside, other=0.0)
         tl.store(fields + EXPONENT * S + rows, exponent, mask=inside)
-        s, _, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
-        store_u(s, rows, n, fields, S, 1 - read, per_query, M, inv_temperature)
+        s, scored, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
+        store_u(s, scored, rows, padded, fields, S, 1 - read, per_query, M, inv_temperature)
     else:
         share = tl.sum(tl.where(t == t, of_teachers(per_query, 4, M, MP, 0.0)[None, :], 0.0), 1)
         tl.store(fields + ROW * S + rows, direction / tl.maximum(share, MIN_SHARE), mask=inside)
@@ -277,7 +315,6 @@ def iterate_rows(
 
 @triton.jit
 def reweight_query(n, M, fields, table, S, per_query, step, BR: tl.constexpr, MP: tl.constexpr):
-    m = tl.arange(0, MP)
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
     pull = tl.zeros((MP,), tl.float64)
     for begin in range(0, n, BR):
@@ -286,6 +323,13 @@ def reweight_query(n, M, fields, table, S, per_query, step, BR: tl.constexpr, MP
         s, _, _ = tilt(t, rows * 0.0, energy)
         direction = tl.load(fields + ROW * S + rows, mask=rows < n, other=0.0)
         pull += tl.sum(tl.where(t == t, direction[:, None] * (t - s[:, None]), 0.0), 0).to(tl.float64)
+    store_energy(pull, per_query, M, step, MP)
+
+
+@triton.jit
+def store_energy(pull, per_query, M, step, MP: tl.constexpr):
+    m = tl.arange(0, MP)
+    energy = of_teachers(per_query, 3, M, MP, -float("inf"))
     pairs = tl.load(per_query + 5 * M + PAIRS)
     energy += step * pull.to(tl.float32) / tl.where(pairs > 0.0, pairs, 1.0)
     tl.store(per_query + 3 * M + m, energy, mask=m < M)
@@ -293,22 +337,22 @@ def reweight_query(n, M, fields, table, S, per_query, step, BR: tl.constexpr, MP
 
 
 @triton.jit
-def tilt_rows(rows, n, M, fields, table, S, per_query, inv_temperature, MP: tl.constexpr):
+def tilt_rows(rows, n, padded, M, fields, table, S, per_query, inv_temperature, MP: tl.constexpr):
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    s, _, _ = tilt(calibrated(table, rows, n, M, MP), rows * 0.0, energy)
-    store_u(s, rows, n, fields, S, 0, per_query, M, inv_temperature)
+    s, scored, _ = tilt(calibrated(table, rows, n, M, MP), rows * 0.0, energy)
+    store_u(s, scored, rows, padded, fields, S, 0, per_query, M, inv_temperature)
 
 
 @triton.jit
 def trace_rows(
-    rows, n, fields, S, read, offset, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr
+    rows, n, padded, fields, S, read, offset, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr
 ):  # fmt: skip
     u = fields + (U + read) * S
     ranks = fields + SCORED_RANK * S
     gains = fields + GAIN * S
     rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
     u_row = tl.load(u + rows, mask=rows < n, other=0.0)
-    loss, _ = label_losses(u, u_row, ranks, rank, gains, gain, n, offset, BR, BC, WEIGHTED, APPROX)
+    loss, _ = label_losses(u, u_row, ranks, rank, gains, gain, padded, offset, BR, BC, WEIGHTED, APPROX, False)
     tl.store(fields + (ROW + 1) * S + rows, loss, mask=rows < n)
 
 

@@ -6,13 +6,9 @@ exponentials per column of a tile; R an exponential, a reciprocal and a logarith
 
 import triton
 import triton.language as tl
-from pile_fast.kernels.ensemble import (
-    GAIN,
-    RANK,
-    load_order,
-    sum_field,
-)
-from pile_fast.kernels.pairs import NARROW, distillation_losses, label_losses, load_valid, pair_counts
+from pile_fast.kernels.chunks import GAIN, RANK
+from pile_fast.kernels.ensemble import load_order, sum_field
+from pile_fast.kernels.pairs import NARROW, distillation_losses, label_losses, pair_counts
 
 # Fields of the scratch buffer; they take the place of the ensemble's, which is done with.
 BELOW = tl.constexpr(1)  # Σ_{y_j < y_i} ω
@@ -37,17 +33,17 @@ MEAN_DIFFERENCE = tl.constexpr(10)
 
 @triton.jit
 def load_rows(
-    student, student_stride, target, target_stride, mask, mask_stride, n, rows, fields, S, inv_tau,
-    MASKED: tl.constexpr, USE_D: tl.constexpr,
+    student, student_stride, target, target_stride, slots, valid, rows, inside, fields, S, inv_tau, USE_D: tl.constexpr
 ):  # fmt: skip
-    inside = rows < n
-    valid = load_valid(mask, rows, mask_stride, n, MASKED)
-    z = tl.load(student + rows.to(tl.int64) * student_stride, mask=valid, other=0.0).to(tl.float32)
+    """Logits at `slots` to the fields' `rows`; z, and s / τ, NaN = no target."""
+    z = tl.load(student + slots.to(tl.int64) * student_stride, mask=valid, other=0.0).to(tl.float32)
+    s = z
     tl.store(fields + Z * S + rows, z, mask=inside)
     if USE_D:
-        s = tl.load(target + rows.to(tl.int64) * target_stride, mask=valid, other=float("nan")).to(tl.float32)
+        s = tl.load(target + slots.to(tl.int64) * target_stride, mask=valid, other=float("nan")).to(tl.float32) * inv_tau
         tl.store(fields + Z_SCALED * S + rows, z * inv_tau, mask=inside)
-        tl.store(fields + S_SCALED * S + rows, s * inv_tau, mask=inside)
+        tl.store(fields + S_SCALED * S + rows, s, mask=inside)
+    return z, s
 
 
 @triton.jit
@@ -94,7 +90,7 @@ def sum_query(n, fields, S, scalars, BR: tl.constexpr, USE_D: tl.constexpr):
 
 @triton.jit
 def pair_rows(
-    rows, n, fields, S, scalars,
+    rows, n, padded, fields, S, scalars,
     BR: tl.constexpr, BC: tl.constexpr, USE_D: tl.constexpr, MSE: tl.constexpr, USE_R: tl.constexpr,
     WEIGHTED: tl.constexpr, APPROX: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +106,8 @@ def pair_rows(
             slope = 2.0 * count * d
         else:
             loss, slope = distillation_losses(
-                fields + Z_SCALED * S, z, fields + S_SCALED * S, s, rows, n, tl.load(scalars + LOSS_WIDE) != 0.0,
-                tl.load(scalars + Z_MIDDLE), tl.load(scalars + S_MIDDLE), BR, BC, APPROX,
+                fields + Z_SCALED * S, z, fields + S_SCALED * S, s, rows, padded, tl.load(scalars + LOSS_WIDE) != 0.0,
+                tl.load(scalars + Z_MIDDLE), tl.load(scalars + S_MIDDLE), BR, BC, APPROX, False,
             )  # fmt: skip
         tl.store(fields + D_LOSS * S + rows, loss, mask=inside)
         tl.store(fields + D_SLOPE * S + rows, slope, mask=inside)
@@ -120,8 +116,8 @@ def pair_rows(
         gains = fields + GAIN * S
         rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
         z = tl.load(fields + Z * S + rows, mask=inside, other=0.0)
-        loss, slope = label_losses(fields + Z * S, z, ranks, rank, gains, gain, n, 0.0, BR, BC, WEIGHTED, APPROX)
-        _, below = pair_counts(ranks, rank, gains, gain, n, BR, BC, WEIGHTED)
+        loss, slope = label_losses(fields + Z * S, z, ranks, rank, gains, gain, padded, 0.0, BR, BC, WEIGHTED, APPROX, False)
+        _, below = pair_counts(ranks, rank, gains, gain, padded, BR, BC, WEIGHTED, False)
         tl.store(fields + R_LOSS * S + rows, loss, mask=inside)
         tl.store(fields + R_SLOPE * S + rows, -slope, mask=inside)
         tl.store(fields + BELOW * S + rows, below, mask=inside)
@@ -130,41 +126,46 @@ def pair_rows(
 @triton.jit
 def total_query(
     n, fields, S, scalars, alpha, inv_tau, loss, has_pairs,
-    BR: tl.constexpr, USE_D: tl.constexpr, MSE: tl.constexpr, USE_R: tl.constexpr,
+    BR: tl.constexpr, USE_D: tl.constexpr, USE_R: tl.constexpr,
 ):  # fmt: skip
+    d_loss = sum_field(fields, D_LOSS, S, n, BR) if USE_D else 0.0
+    r_loss = sum_field(fields, R_LOSS, S, n, BR) if USE_R else 0.0
+    r_weight = sum_field(fields, BELOW, S, n, BR) if USE_R else 0.0
+    store_total(d_loss, r_loss, r_weight, scalars, alpha, inv_tau, loss, has_pairs, USE_D, USE_R)
+
+
+@triton.jit
+def store_total(
+    d_loss, r_loss, r_weight, scalars, alpha, inv_tau, loss, has_pairs, USE_D: tl.constexpr, USE_R: tl.constexpr
+):  # fmt: skip
+    """A query's loss from the sums over its pairs, and the gradient's factors."""
     total = tl.load(scalars + POISON)
     has = 0
     if USE_D:
         count = tl.load(scalars + TARGETS)
         pairs = count * (count - 1.0) / 2.0
         factor = tl.where(pairs > 0.0, alpha / tl.maximum(pairs, 1.0), 0.0)
-        total += factor * sum_field(fields, D_LOSS, S, n, BR)
+        total += factor * d_loss
         # The mse runs on logits as they are, so its inv_tau is 1.
         tl.store(scalars + D_FACTOR, factor * inv_tau)
         has = tl.where(pairs > 0.0, 1, has)
     if USE_R:
-        pairs = sum_field(fields, BELOW, S, n, BR)
-        factor = tl.where(pairs > 0.0, (1.0 - alpha) / tl.where(pairs > 0.0, pairs, 1.0), 0.0)
-        total += factor * sum_field(fields, R_LOSS, S, n, BR)
+        factor = tl.where(r_weight > 0.0, (1.0 - alpha) / tl.where(r_weight > 0.0, r_weight, 1.0), 0.0)
+        total += factor * r_loss
         tl.store(scalars + R_FACTOR, factor)
-        has = tl.where(pairs > 0.0, 1, has)
+        has = tl.where(r_weight > 0.0, 1, has)
     tl.store(loss, total)
     tl.store(has_pairs, has)
 
 
 @triton.jit
-def gradient_rows(
-    rows, n, mask, mask_stride, fields, S, scalars, gradient,
-    MASKED: tl.constexpr, USE_D: tl.constexpr, USE_R: tl.constexpr,
-):  # fmt: skip
-    inside = rows < n
+def gradient_rows(rows, slots, valid, inside, fields, S, scalars, gradient, USE_D: tl.constexpr, USE_R: tl.constexpr):
     value = tl.load(scalars + POISON) + rows * 0.0
     if USE_D:
         value += tl.load(scalars + D_FACTOR) * tl.load(fields + D_SLOPE * S + rows, mask=inside, other=0.0)
     if USE_R:
         value += tl.load(scalars + R_FACTOR) * tl.load(fields + R_SLOPE * S + rows, mask=inside, other=0.0)
-    valid = load_valid(mask, rows, mask_stride, n, MASKED)
-    tl.store(gradient + rows, tl.where(valid, value, 0.0).to(gradient.dtype.element_ty), mask=inside)
+    tl.store(gradient + slots, tl.where(valid, value, 0.0).to(gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["Q", "S"])

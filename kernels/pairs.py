@@ -38,15 +38,20 @@ def multiply(a, b):
 
 
 @triton.jit
-def column(j, n, pointer, other):
-    """(BC, 1) values of the documents j, `other` past the end."""
-    return tl.load(pointer + j, mask=j < n, other=other)[:, None]
+def column(j, n, pointer, other, TAIL: tl.constexpr):
+    """(BC, 1) values of the documents j; with TAIL the last tile may reach past the end, n, and finds `other` there."""
+    if TAIL:
+        value = tl.load(pointer + j, mask=j < n, other=other)
+    else:
+        value = tl.load(pointer + j)
+    return value[:, None]
 
 
 @triton.jit
 def label_pull(
     u, u_row, ranks, rank_row, gains, gain_row, n, wide, offset,
     BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, APPROX: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Σ_{y_j ≠ y_i} ω_ij r_ij for the rows. `u` holds F_j, or u_j where `wide`; a NaN rank takes part in no pair."""
     nan = float("nan")
@@ -56,39 +61,59 @@ def label_pull(
     if wide:
         for begin in range(0, n, BC):
             j = begin + tl.arange(0, BC)
-            rank = column(j, n, ranks, nan)
-            x = u_row[None, :] - column(j, n, u, 0.0)
+            rank = column(j, n, ranks, nan, TAIL)
+            x = u_row[None, :] - column(j, n, u, 0.0, TAIL)
             if MARGIN:
                 x += tl.where(rank_row > rank, -offset, offset)
             value = reciprocal(1.0 + tl.exp(tl.minimum(x, 80.0)), APPROX)
             if WEIGHTED:
-                value *= tl.abs(gain_row - column(j, n, gains, 0.0))
+                value *= tl.abs(gain_row - column(j, n, gains, 0.0, TAIL))
             total += tl.sum(tl.where((rank_row > rank) | (rank_row < rank), value, 0.0), 0)
     else:
         e = (1.0 / u_row)[None, :]
         e_below = e * tl.exp(-offset)
         e_above = e * tl.exp(offset)
-        for begin in range(0, n, 2 * BC):
-            j = begin + tl.arange(0, BC)
-            k = j + BC
-            rank_j = column(j, n, ranks, nan)
-            rank_k = column(k, n, ranks, nan)
-            if MARGIN:
-                a = 1.0 + tl.where(rank_row > rank_j, e_below, e_above) * column(j, n, u, 1.0)
-                b = 1.0 + tl.where(rank_row > rank_k, e_below, e_above) * column(k, n, u, 1.0)
-            else:
-                a = 1.0 + e * column(j, n, u, 1.0)
-                b = 1.0 + e * column(k, n, u, 1.0)
-            if WEIGHTED:
-                for_j = b * tl.abs(gain_row - column(j, n, gains, 0.0))
-                for_k = a * tl.abs(gain_row - column(k, n, gains, 0.0))
-            else:
-                for_j = b
-                for_k = a
-            for_j = tl.where((rank_row > rank_j) | (rank_row < rank_j), for_j, 0.0)
-            for_k = tl.where((rank_row > rank_k) | (rank_row < rank_k), for_k, 0.0)
-            total += tl.sum((for_j + for_k) * reciprocal(a * b, APPROX), 0)
+        whole = n
+        if TAIL:  # a tile with bounds of its own: in the others they would cost a third of the instructions
+            whole = n // (2 * BC) * (2 * BC)
+        for begin in range(0, whole, 2 * BC):
+            total += pull_of_tile(
+                u, ranks, rank_row, gains, gain_row, begin, n, e, e_below, e_above, BC, WEIGHTED, MARGIN, APPROX, False
+            )
+        if TAIL:
+            if whole < n:
+                total += pull_of_tile(
+                    u, ranks, rank_row, gains, gain_row, whole, n, e, e_below, e_above, BC, WEIGHTED, MARGIN, APPROX, True
+                )
     return total
+
+
+@triton.jit
+def pull_of_tile(
+    u, ranks, rank_row, gains, gain_row, begin, n, e, e_below, e_above,
+    BC: tl.constexpr, WEIGHTED: tl.constexpr, MARGIN: tl.constexpr, APPROX: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """What the rows hear from 2 BC columns; two of them share a reciprocal."""
+    nan = float("nan")
+    j = begin + tl.arange(0, BC)
+    k = j + BC
+    rank_j = column(j, n, ranks, nan, TAIL)
+    rank_k = column(k, n, ranks, nan, TAIL)
+    if MARGIN:
+        a = 1.0 + tl.where(rank_row > rank_j, e_below, e_above) * column(j, n, u, 1.0, TAIL)
+        b = 1.0 + tl.where(rank_row > rank_k, e_below, e_above) * column(k, n, u, 1.0, TAIL)
+    else:
+        a = 1.0 + e * column(j, n, u, 1.0, TAIL)
+        b = 1.0 + e * column(k, n, u, 1.0, TAIL)
+    if WEIGHTED:
+        for_j = b * tl.abs(gain_row - column(j, n, gains, 0.0, TAIL))
+        for_k = a * tl.abs(gain_row - column(k, n, gains, 0.0, TAIL))
+    else:
+        for_j = b
+        for_k = a
+    for_j = tl.where((rank_row > rank_j) | (rank_row < rank_j), for_j, 0.0)
+    for_k = tl.where((rank_row > rank_k) | (rank_row < rank_k), for_k, 0.0)
+    return tl.sum((for_j + for_k) * reciprocal(a * b, APPROX), 0)
 
 
 @triton.jit
@@ -123,15 +148,17 @@ def load_valid(mask, i, mask_stride, n, MASKED: tl.constexpr):
 
 
 @triton.jit
-def pair_counts(ranks, rank_row, gains, gain_row, n, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr):
+def pair_counts(
+    ranks, rank_row, gains, gain_row, n, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
     """Σ ω over the documents above, and below, each row."""
     above = tl.zeros((BR,), tl.float32)
     below = tl.zeros((BR,), tl.float32)
     for begin in range(0, n, BC):
         j = begin + tl.arange(0, BC)
-        rank = column(j, n, ranks, float("nan"))
+        rank = column(j, n, ranks, float("nan"), TAIL)
         if WEIGHTED:
-            weight = tl.abs(gain_row[None, :] - column(j, n, gains, 0.0))
+            weight = tl.abs(gain_row[None, :] - column(j, n, gains, 0.0, TAIL))
         else:
             weight = 1.0
         above += tl.sum(tl.where(rank > rank_row[None, :], weight, 0.0), 0)
@@ -142,7 +169,7 @@ def pair_counts(ranks, rank_row, gains, gain_row, n, BR: tl.constexpr, BC: tl.co
 @triton.jit
 def label_losses(
     u, u_row, ranks, rank_row, gains, gain_row, n, offset,
-    BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Σ_below ω softplus(offset − (u_i − u_j)), and Σ_below ω p − Σ_above ω p, the direction that lowers it.
 
@@ -152,17 +179,17 @@ def label_losses(
     slope = tl.zeros((BR,), tl.float32)
     for begin in range(0, n, BC):
         j = begin + tl.arange(0, BC)
-        rank = column(j, n, ranks, float("nan"))
+        rank = column(j, n, ranks, float("nan"), TAIL)
         below = rank < rank_row[None, :]
         above = rank > rank_row[None, :]
-        d = u_row[None, :] - column(j, n, u, 0.0)
+        d = u_row[None, :] - column(j, n, u, 0.0, TAIL)
         x = tl.where(below, d, -d) - offset  # how far the pair is ordered right
         t = tl.exp(-tl.abs(x))
         q = reciprocal(1.0 + t, APPROX)
         p = tl.where(x > 0.0, t * q, q)
         value = tl.maximum(-x, 0.0) + tl.log(1.0 + t)
         if WEIGHTED:
-            weight = tl.abs(gain_row[None, :] - column(j, n, gains, 0.0))
+            weight = tl.abs(gain_row[None, :] - column(j, n, gains, 0.0, TAIL))
             p *= weight
             value *= weight
         loss += tl.sum(tl.where(below, value, 0.0), 0)
@@ -172,7 +199,8 @@ def label_losses(
 
 @triton.jit
 def distillation_losses(
-    z, z_row, s, s_row, rows, n, wide, z_middle, s_middle, BR: tl.constexpr, BC: tl.constexpr, APPROX: tl.constexpr
+    z, z_row, s, s_row, rows, n, wide, z_middle, s_middle,
+    BR: tl.constexpr, BC: tl.constexpr, APPROX: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Σ_j BCE over the pairs in which i is the student's higher document, and Σ_j σ(z_i − z_j) − σ(s_i − s_j).
 
@@ -191,8 +219,8 @@ def distillation_losses(
         product = tl.full((BR,), 1.0, tl.float32)
         for begin in range(stretch, tl.minimum(stretch + 64, n), BC):
             j = begin + tl.arange(0, BC)
-            z_j = column(j, n, z, 0.0)
-            s_j = column(j, n, s, float("nan"))
+            z_j = column(j, n, z, 0.0, TAIL)
+            s_j = column(j, n, s, float("nan"), TAIL)
             dz = z_row - z_j
             if wide:
                 e = tl.exp(tl.minimum(-dz, 43.0))

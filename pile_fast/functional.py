@@ -78,7 +78,7 @@ def pile_ensemble(
         prior: (M,) or (Q, M) weights >= 0 to start from, need not sum to 1; a teacher with prior 0 counts as missing.
         return_weights: also return the weights.
         return_trace: also return the label loss per iteration.
-        pairwise: how pairs are summed: "direct" O(n²), "chebyshev" O(n), or "auto" by a measured cost model.
+        pairwise: how pairs are summed: "direct" O(n²), "chebyshev" O(n), or "auto" by a cost model.
         backend: "auto" or a name from `pile_fast.available_backends()`.
 
     Returns:

@@ -25,7 +25,7 @@ def _load(name):
 
 def run(*command):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -36,7 +36,7 @@ def test_battery_and_contract_in_the_interpreter():
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k",
         "not index1 and not inf]", HERE / "triton_interpreter_cases.py",
     )  # fmt: skip
-    assert int(re.search(r"(\d+) passed", out)[1]) > 150
+    assert int(re.search(r"(\d+) passed", out)[1]) > 180
 
 
 def test_gpu_check_dry_run(tmp_path):
@@ -55,31 +55,32 @@ def test_without_a_gpu_it_says_so():
 aot = _load("triton_aot")
 
 
-# The fused kernels everywhere, the phases of long lists on one chip; docs/triton.md's table has all (make triton-table).
+CASES = aot.cases()
+# On one chip; on AMD's, where no list takes the one launch, the long lists' inner loops. docs/triton.md has four chips.
+AMD = tuple(f"{next(iter(aot.LONG))}: {name}" for name in ("deposit", "apply_labels", "iterate", "distill", "labels"))
 CHECKED = [
-    pytest.param(case, target, id=f"{case.name}-{target}")
-    for case in aot.CASES
-    for target in aot.TARGETS
-    if target == "sm_90"
-    or (not case.name.startswith("long") and (target == "gfx942" or "alpha" in case.name or "16" in case.name))
+    pytest.param(name, target, id=f"{name}-{target}")
+    for name in CASES
+    for target in ("sm_90", "gfx942")
+    if (aot.in_table(name) if target == "sm_90" else name in AMD)
 ]
 
 
-@pytest.mark.parametrize("case, target", CHECKED)
-def test_compiles_without_spilling(case, target):
-    found = aot.resources(aot.compile_case(case, target))
-    # ptxas may park a pointer or two over a program's life (8 bytes each) for occupancy's sake; never within a pair loop.
-    assert found["spills"] <= 16 and found.get("local", 0) == 0
-    assert found["shared"] <= aot.SHARED_LIMIT[target]
+@pytest.mark.parametrize("name, target", CHECKED)
+def test_compiles_without_spilling(name, target):
+    found = aot.resources(CASES[name].compile(target))
+    assert found["spills"] == 0 and found["shared"] <= aot.SHARED_LIMIT[target]
 
 
 def test_the_ensembles_inner_loop_shares_its_reciprocals():
-    # A tile of 4 + 4 columns by 2 rows per thread: 8 reciprocals serve 16 pairs, in fewer than 9 instructions each.
-    case = next(case for case in aot.CASES if case.name == "long lists, packed: iterate")
-    found = aot.resources(aot.compile_case(case, "sm_90"))
-    assert found["reciprocals"] == 8 and found["exponentials"] == 0 and found["loop"] < 9 * 16
+    # A tile of 4 + 4 columns by 2 rows per thread: 8 reciprocals serve 16 pairs.
+    for name, instructions in (("pile_loss, 128 documents", 7), ("direct: iterate", 8)):
+        found = aot.resources(CASES[name].compile("sm_90"))
+        assert found["reciprocals"] == 8 and found["exponentials"] == 0 and found["loop"] < instructions * 16
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-def test_the_reduction_compiles(target):
-    assert aot.resources(aot.compile_reduction(target))["spills"] == 0
+@pytest.mark.parametrize("call", aot.FUSED | aot.LONG)
+def test_a_short_list_is_one_launch_and_a_long_one_few(call):
+    names = [launch.name for launch in aot.launches((aot.FUSED | aot.LONG)[call])]
+    assert ("pile" in names) == (call in aot.FUSED)
+    assert ("deposit" in names) == (call in aot.LONG and "direct" not in call)

@@ -1,22 +1,28 @@
 """Compile the Triton kernels ahead of time for GPUs that are not here, and read what became of them.
 
-`python tests/triton_aot.py` prints the table of docs/triton.md, `--write` puts it there. test_triton.py checks a part of it.
+What is compiled is what the backend launches: its functions run on tensors without storage, and launches are written down
+instead of made. `python tests/triton_aot.py` prints the table of docs/triton.md, `--write` puts it there, `--all` takes every
+signature (a quarter of an hour). test_triton.py checks a part.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
+import torch
 import triton
-from pile_fast.kernels.loss import reduce_kernel
-from pile_fast.kernels.pile import pile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from pile_fast.backends.triton import _config
+from pile_fast.backends import triton as backend
+from pile_fast.batch import RankingBatch
+from pile_fast.options import ensemble_options, loss_options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,89 +32,147 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
-POINTERS = dict(
-    student=None, teachers=None, target=None, labels="*fp32", mask=None, cu_seqlens=None, block_ends=None, owner=None,
-    prior=None, logits=None, weights=None, trace=None, losses=None, has_pairs=None, gradient=None, scratch="*fp32",
-)  # fmt: skip
-ENSEMBLE = dict(teachers="*fp32", logits="*fp32")
-LOSS = dict(student="*fp32", target="*fp32", losses="*fp32", has_pairs="*i32", gradient="*fp32")
-PACKED = dict(cu_seqlens="*i32", block_ends="*i64", owner="*i32")
-OPTIONS = dict(
-    PHASE="all", ENSEMBLE=True, LOSS=True, BY_DOCUMENT=True, NORMALIZE="zscore", WEIGHT="none", MARGIN=False, TRACE=False,
-    USE_D=True, MSE=False, USE_R=False, WITH_GRADIENT=True, MASKED=False, PACKED=False,
-)  # fmt: skip
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: dict  # by name, constants included
+    options: dict  # num_warps and such
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+    @property
+    def key(self) -> tuple:
+        return self.name, tuple(self.signature().items()), tuple(self.options.items())
+
+    def signature(self) -> dict:
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        return {name: value if name in constants else _type(value) for name, value in self.arguments.items()}
+
+    def compile(self, target: str):
+        arguments = self.arguments
+        if target.startswith("gfx") and "APPROX" in arguments:  # an instruction of NVIDIA's
+            arguments = arguments | dict(APPROX=False)
+        signature, constants, attributes = {}, {}, {}
+        for number, parameter in enumerate(self.kernel.params):
+            value = arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = _type(value)
+            if isinstance(value, torch.Tensor):
+                attributes[(number,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        return triton.compile(source, target=TARGETS[target], options=self.options)
 
 
-class Case(NamedTuple):
-    name: str
-    slots: int
-    teachers: int
-    pointers: dict
-    options: dict
+def _type(value) -> str:
+    if isinstance(value, torch.Tensor):
+        names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        return "*" + names.get(value.dtype, str(value.dtype).removeprefix("torch.").replace("uint", "u").replace("int", "i"))
+    return "fp32" if isinstance(value, float) else "i32"
 
 
-FUSED = ENSEMBLE | LOSS
-CASES = [
-    Case("pile_loss, 32 documents", 32, 4, FUSED, {}),
-    Case("pile_loss, 64 documents", 64, 4, FUSED, {}),
-    Case("pile_loss, 128 documents", 128, 4, FUSED, {}),
-    Case("pile_loss, 128 documents, 8 teachers", 128, 8, FUSED, {}),
-    Case(
-        "pile_loss, by query, label gaps, margin, alpha 0.5, masked, bf16, int64 labels", 128, 4,
-        FUSED | dict(mask="*u8", labels="*i64", student="*bf16", teachers="*bf16", gradient="*bf16", prior="*fp32"),
-        dict(BY_DOCUMENT=False, WEIGHT="label_gap", MARGIN=True, USE_R=True, MASKED=True),
+def launches(call: Callable) -> list[Launch]:
+    """What a call launches, each kernel once per signature."""
+    found = {}
+
+    def record(kernel, grid):
+        def run(*arguments, **named):
+            options = {k: named.pop(k) for k in ("num_warps", "enable_fp_fusion") if k in named}
+            names = [p.name for p in kernel.params]
+            launch = Launch(kernel, dict(zip(names, arguments, strict=False)) | named, options)
+            assert set(launch.arguments) == set(names), set(launch.arguments) ^ set(names)
+            found.setdefault(launch.key, launch)
+
+        return run
+
+    with mock.patch.object(JITFunction, "__getitem__", record):
+        call()
+    return list(found.values())
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def pile_loss(
+    shape, *, packed=0, masked=False, dtype=torch.float32, labels=torch.float32, prior=False, alpha=1.0, pairwise="direct",
+    pair_weight=None, granularity="document", margin=0.0, reduction="mean",
+):  # fmt: skip
+    *documents, teachers = shape
+    batch = RankingBatch(
+        student_logits=tensor(*documents, dtype=dtype), teacher_logits=tensor(*shape, dtype=dtype),
+        labels=tensor(*documents, dtype=labels), prior=tensor(teachers) if prior else None,
+        mask=tensor(*documents, dtype=torch.bool) if masked else None,
+        cu_seqlens=tensor(packed + 1, dtype=torch.int32) if packed else None,
+    )  # fmt: skip
+    ensemble = ensemble_options(2, None, granularity, "zscore", 1.0, margin, pair_weight, pairwise)
+    backend.pile_loss(batch, ensemble, loss_options(alpha, "logistic", 1.0, pair_weight, reduction, pairwise), True)
+
+
+def pile_ensemble(
+    shape, *, packed=0, dtype=torch.float32, pair_weight=None, granularity="document", pairwise="direct", more=False
+):  # fmt: skip
+    batch = RankingBatch(
+        teacher_logits=tensor(*shape, dtype=dtype), labels=tensor(*shape[:-1]),
+        cu_seqlens=tensor(packed + 1, dtype=torch.int64) if packed else None,
+    )  # fmt: skip
+    backend.ensemble(batch, ensemble_options(2, None, granularity, "zscore", 1.0, 0.0, pair_weight, pairwise), more, more)
+
+
+def pair_loss(shape, *, alpha, distillation="logistic", pairwise="direct"):
+    batch = RankingBatch(student_logits=tensor(*shape), target_logits=tensor(*shape), labels=tensor(*shape))
+    backend.pair_loss(batch, loss_options(alpha, distillation, 1.0, None, "mean", pairwise), True)
+
+
+def no_reduction(call, *arguments, **options):
+    return lambda: call(*arguments, reduction="none", **options)
+
+
+FUSED = {
+    "pile_loss, 32 documents": no_reduction(pile_loss, (256, 32, 4)),
+    "pile_loss, 64 documents": no_reduction(pile_loss, (256, 64, 4)),
+    "pile_loss, 128 documents": no_reduction(pile_loss, (256, 128, 4)),
+    "pile_loss, 128 documents, 8 teachers": no_reduction(pile_loss, (256, 128, 8)),
+    "pile_loss, by query, label gaps, margin, alpha 0.5, masked, bf16, int64 labels": no_reduction(
+        pile_loss, (256, 128, 4), masked=True, dtype=torch.bfloat16, labels=torch.int64, prior=True, alpha=0.5,
+        pair_weight="label_gap", granularity="query", margin=0.3,
     ),
-    Case(
-        "pile_ensemble, packed, weights, trace, fp16, 16 teachers", 128, 16,
-        ENSEMBLE | dict(cu_seqlens="*i64", teachers="*fp16", weights="*fp32", trace="*fp32"),
-        dict(LOSS=False, USE_D=False, TRACE=True, PACKED=True, WEIGHT="gain_gap", WITH_GRADIENT=False),
+    "pile_ensemble, packed, weights, trace, fp16, 16 teachers": lambda: pile_ensemble(
+        (2048, 16), packed=64, dtype=torch.float16, pair_weight="gain_gap", more=True
     ),
-    Case("pile_ensemble, 128 teachers", 128, 128, ENSEMBLE, dict(LOSS=False, USE_D=False, WITH_GRADIENT=False)),
-    Case("mean squared differences", 128, 1, LOSS, dict(ENSEMBLE=False, MSE=True)),
-    Case("pairwise_logistic_loss", 128, 1, LOSS | dict(target=None), dict(ENSEMBLE=False, USE_D=False, USE_R=True)),
-    *(
-        Case(f"long lists, packed: {phase}", 1 << 20, 8, FUSED | PACKED, dict(PHASE=phase, PACKED=True, USE_R=True))
-        for phase in (
-            "ranks", "statistics", "calibrate", "counts", "iterate", "output", "load", "loss_sums", "pairs",
-            "loss_total", "gradient",
-        )
+    "pile_ensemble, 128 teachers": lambda: pile_ensemble((256, 128, 128)),
+    "mean squared differences": lambda: pair_loss((256, 128), alpha=1.0, distillation="mse"),
+    "pairwise_logistic_loss": lambda: pair_loss((256, 128), alpha=0.0),
+}  # fmt: skip
+LONG = {
+    "packed, in linear time": lambda: pile_loss((1 << 20, 8), packed=64, alpha=0.5, pairwise="chebyshev"),
+    "by query, weighted, margin, masked": lambda: pile_loss(
+        (4, 40_000, 4), masked=True, dtype=torch.bfloat16, labels=torch.int64, alpha=0.5, pairwise="chebyshev",
+        pair_weight="label_gap", granularity="query", margin=0.3,
     ),
-    *(
-        Case(f"long lists, by query: {phase}", 1 << 20, 8, FUSED, dict(PHASE=phase, BY_DOCUMENT=False))
-        for phase in ("totals", "iterate", "reweight", "tilt")
-    ),
-    *(
-        Case(f"long lists: {phase}", 1 << 20, 8, FUSED | dict(trace="*fp32"), dict(PHASE=phase, TRACE=True))
-        for phase in ("trace_rows", "trace_sum")
-    ),
-]  # fmt: skip
-
-FLOATS = ("step", "inv_temperature", "offset", "alpha", "inv_tau")
+    "trace, weights, 16 teachers": lambda: pile_ensemble((4, 2000, 16), pairwise="chebyshev", more=True),
+    "direct": lambda: pile_loss((16, 1000, 8), alpha=0.5),
+    "direct, packed, by query, 128 teachers": lambda: pile_ensemble((6000, 128), packed=3, granularity="query", more=True),
+}  # fmt: skip
 
 
-def compile_case(case: Case, target: str):
-    config = _config(case.slots, case.teachers)
-    launch = {k: config.pop(k) for k in ("num_warps", "enable_fp_fusion")}
-    constants = OPTIONS | case.options | config | dict(APPROX=target.startswith("sm_"))
-    return compile_kernel(pile_kernel, POINTERS | case.pointers, constants, target, launch)
-
-
-def compile_reduction(target: str):
-    pointers = dict(losses="*fp32", has_pairs="*i32", total="*fp32", gradient="*fp32", scaled="*bf16")
-    constants = dict(MEAN=True, WITH_GRADIENT=True, BLOCK=1024)
-    return compile_kernel(reduce_kernel, pointers, constants, target, dict(num_warps=4, enable_fp_fusion=True))
-
-
-def compile_kernel(kernel, pointers, constants, target, launch):
-    signature, fixed = {}, {}
-    for name in kernel.arg_names:
-        if name in constants or (name in pointers and pointers[name] is None):
-            signature[name] = "constexpr"
-            fixed[name] = constants.get(name)
-        else:
-            signature[name] = pointers.get(name) or ("fp32" if name in FLOATS else "i32")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    return triton.compile(source, target=TARGETS[target], options=launch)
+def cases() -> dict[str, Launch]:
+    """Every kernel with every signature, by a name of its own."""
+    found, known = {}, set()
+    for name, call in FUSED.items():
+        for launch in launches(call):
+            if launch.key not in known:
+                found[name if launch.name == "pile" else "reduction over queries"] = launch
+                known.add(launch.key)
+    for name, call in LONG.items():
+        for launch in launches(call):
+            if launch.key not in known:
+                found.setdefault(f"{name}: {launch.name}", launch)
+                known.add(launch.key)
+    return found
 
 
 def resources(compiled) -> dict:
@@ -152,19 +216,24 @@ def innermost_loop(sass: str) -> dict:
     return best
 
 
-def table() -> str:
+def in_table(name: str) -> bool:
+    """The one-launch kernels, and of the long lists' those of the first call."""
+    return ":" not in name or name.startswith(next(iter(LONG)))
+
+
+def table(everything: bool) -> str:
     lines = [
         f"Triton {triton.__version__}; registers per thread / bytes of shared memory.",
         "",
         "| kernel | " + " | ".join(TARGETS) + " |",
         "|---|" + "---|" * len(TARGETS),
     ]
-    rows = [(case.name, lambda target, case=case: compile_case(case, target)) for case in CASES]
-    rows.append(("reduction over queries", compile_reduction))
-    for name, make in rows:
+    for name, launch in cases().items():
+        if not (everything or in_table(name)):
+            continue
         cells = []
         for target in TARGETS:
-            found = resources(make(target))
+            found = resources(launch.compile(target))
             spilled = f", {found['spills']} spilled" if found["spills"] else ""
             cells.append(f"{found['registers']} / {found['shared']:,}{spilled}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -173,7 +242,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    text = table()
+    text = table("--all" in sys.argv)
     if "--write" in sys.argv:
         page = Path(__file__).resolve().parents[1] / "docs/triton.md"
         begin, end = "<!-- aot -->", "<!-- /aot -->"

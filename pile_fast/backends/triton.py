@@ -2,7 +2,7 @@
 
 Everything a launch needs is known from shapes and dtypes: no value of a device tensor is read. A short list is one program of
 one launch (then a small one for the reduction over queries); where lists are long, or few, every phase is a launch over
-blocks of documents.
+chunks of documents (triton_long.py).
 
 With TRITON_INTERPRET=1 set before triton is imported, the kernels run in Triton's interpreter and the backend, asked for by
 name, serves CPU tensors: for tests.
@@ -28,6 +28,13 @@ MAX_TEACHERS = 128
 # Up to this many documents per list one program walks through a list alone, if there are lists enough to keep a GPU busy.
 LONGEST_ALONE = 1024
 ENOUGH_QUERIES = 128
+# Packed lists may all be short or one of them long. Up to this many documents in all, even one long list is a program's work of
+# a few milliseconds; so lists that are short on average get a program each.
+LONGEST_PACKED = 4096
+# "auto" sums in linear time from here on, by arithmetic (docs/triton.md): lists of this length, and so many pairs (length
+# squared) that an iteration's direct sums take longer than four more launches.
+SHORTEST_LINEAR = 512
+PAIRS_LINEAR = 2**26
 # One program hands its scratch from phase to phase across a barrier. On NVIDIA that orders global memory within the program;
 # the code Triton makes for AMD does not wait for stores before it, so there the end of a launch is the barrier.
 _BARRIER_ORDERS_MEMORY = torch.version.hip is None
@@ -52,7 +59,6 @@ def refusal(batch: RankingBatch) -> str:
 def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(batch, options.pairwise)
     teachers = batch.teacher_logits
     # Documents of no query keep what they are filled with; all others are written.
     logits = _documents(batch, teachers, teachers.shape[:-1], torch.float32, torch.nan)
@@ -68,23 +74,16 @@ def ensemble(
 
 
 def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    _check(batch, options.pairwise)
     return _loss(batch, None, options, with_gradient, batch.target_logits)
 
 
 def pile_loss(
     batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    _check(batch, ensemble_options.pairwise)
     if loss_options.alpha == 0:
         return _loss(batch, None, loss_options, with_gradient, None)
     target = batch.student_logits.new_empty(batch.student_logits.shape, dtype=torch.float32)
     return _loss(batch, ensemble_options, loss_options, with_gradient, target)
-
-
-def _check(batch: RankingBatch, pairwise: str) -> None:
-    if pairwise == "chebyshev":
-        raise NotImplementedError("pairwise='chebyshev': backend 'triton' has only 'direct' pair sums; use 'auto' or 'direct'")
 
 
 def _documents(batch: RankingBatch, like: Tensor, shape, dtype: torch.dtype, fill: float) -> Tensor:
@@ -138,97 +137,86 @@ def _run(
     gradient: Tensor | None = None,
 ) -> None:
     """Launch everything from the inputs to the outputs given, but for the reduction over queries."""
+    from pile_fast.backends import triton_long
     from pile_fast.kernels.ensemble import FIELDS, SCALARS
     from pile_fast.kernels.pile import pile_kernel
 
     some = batch.teacher_logits if batch.student_logits is None else batch.student_logits
     queries, slots = batch.num_queries, batch.slots
-    documents = slots if batch.packed else queries * slots
     if queries == 0:
+        return
+    documents = slots if batch.packed else queries * slots
+    if documents == 0:
+        for output, value in ((weights, 0), (trace, 0), (losses, 0), (has_pairs, 0)):
+            if output is not None:
+                output.fill_(value)
         return
     M = batch.num_teachers if options is not None else 1
     config = _config(slots, M)
-    mean_length = slots / queries if batch.packed else slots
-    short = slots <= config["BR"] or (queries >= ENOUGH_QUERIES and mean_length <= LONGEST_ALONE)
-    alone = short and _BARRIER_ORDERS_MEMORY
-    block_ends = owner = None
-    if not batch.packed:
-        blocks = queries * -(-slots // config["BR"])
-    elif not alone:
-        lengths = batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]
-        block_ends = ((lengths + (config["BR"] - 1)) // config["BR"]).cumsum(0)
-        blocks = documents // config["BR"] + queries  # at least as many as there are
-        owner = torch.searchsorted(block_ends, torch.arange(blocks, device=some.device), right=True, out_int32=True)
-
-    scratch_size = documents * (FIELDS.value + M) + queries * (5 * M + SCALARS.value)
-    scratch = some.new_empty(scratch_size, dtype=torch.float32)
-    use_d, use_r = loss is not None and loss.alpha > 0, loss is not None and loss.alpha < 1
-    by_document = options is None or options.granularity == "document"
-    mse = use_d and loss.distillation == "mse"
-    # One pair weight serves both: the functions take one.
-    weight = options.pair_weight if options is not None else loss.pair_weight
-    mask = None if batch.mask is None else batch.mask.view(torch.uint8)
-    labels = batch.labels
-    if labels is not None and labels.dtype is torch.bool:
-        labels = labels.view(torch.uint8)
-    arguments = (
-        *_strided(batch.student_logits), *_strided(batch.teacher_logits if options is not None else None, 3),
-        *_strided(target), *_strided(labels), *_strided(mask),
-        batch.cu_seqlens, block_ends, owner, *_strided(batch.prior if options is not None else None),
-        logits, weights, trace, 0 if trace is None else trace.shape[1], losses, has_pairs, gradient, scratch,
-        queries, slots, documents, M,
-    )  # fmt: skip
-    numbers = (
-        float(options.step_size) if options is not None else 0.0,
-        1 / options.temperature if options is not None else 1.0,
-        options.margin / options.temperature if options is not None else 0.0,
-        loss.alpha if loss is not None else 0.0,
-        1 / loss.distillation_temperature if use_d and not mse else 1.0,
-    )
-    constants = dict(
-        ENSEMBLE=options is not None, LOSS=loss is not None, BY_DOCUMENT=by_document,
-        NORMALIZE=options.normalize if options is not None else "none", WEIGHT=weight,
-        MARGIN=options is not None and options.margin != 0, TRACE=trace is not None, USE_D=use_d, MSE=mse, USE_R=use_r,
-        WITH_GRADIENT=gradient is not None, MASKED=mask is not None, PACKED=batch.packed,
-        APPROX=not _INTERPRET and torch.version.hip is None, **config,
-    )  # fmt: skip
-
-    def launch(phase: str, programs: int, iterations: int = 0, iteration: int = 0) -> None:
-        if programs:
-            pile_kernel[(programs,)](*arguments, iterations, iteration, *numbers, PHASE=phase, **constants)
-
+    # One pair weight and one pair sum serve both: the functions take one.
+    weight, pairwise = (options or loss).pair_weight, (options or loss).pairwise
+    approx = not _INTERPRET and torch.version.hip is None
+    split = pairwise == "chebyshev" or (pairwise == "auto" and _in_linear_time(batch))
+    split = split and slots >= triton_long.WINDOW  # else there is nothing but direct sums
     with _on(some):
-        if alone:
-            launch("all", queries, options.iterations if options is not None else 0)
+        if split or not _alone(batch, config["BR"]):
+            labelled = options is not None or loss.alpha < 1
+            lists = triton_long.LongLists(batch, config, split, weight, labelled, approx)
+            if options is not None:
+                lists.ensemble(options, logits, weights, trace)
+            if loss is not None:
+                lists.loss(loss, target, losses, has_pairs, gradient)
             return
-        if options is not None or use_r:
-            launch("ranks", blocks)
-        if options is not None:
-            launch("statistics", queries)
-            launch("calibrate", blocks)
-            launch("counts", blocks)
-            if trace is not None or not by_document:
-                launch("totals", queries)
-            for iteration in range(options.iterations + 1):
-                if trace is not None:
-                    launch("trace_rows", blocks, 1, iteration)
-                    launch("trace_sum", queries, 1, iteration)
-                if iteration == options.iterations:
-                    break
-                launch("iterate", blocks, 1, iteration)
-                if not by_document:
-                    launch("reweight", queries, 1, iteration)
-                    launch("tilt", blocks, 1, iteration)
-            launch("output", blocks)
-            if weights is not None and not by_document:
-                launch("weights", queries)
-        if loss is not None:
-            launch("load", blocks)
-            launch("loss_sums", queries)
-            launch("pairs", blocks)
-            launch("loss_total", queries)
-            if gradient is not None:
-                launch("gradient", blocks)
+
+        # Lists begin and end with a whole tile of columns.
+        tile = 2 * config["BC"]
+        rows = documents + (queries + 1) * tile if batch.packed else queries * -(-slots // tile) * tile
+        scratch_size = rows * (FIELDS.value + M) + queries * (5 * M + SCALARS.value)
+        use_d, use_r = loss is not None and loss.alpha > 0, loss is not None and loss.alpha < 1
+        mse = use_d and loss.distillation == "mse"
+        mask = None if batch.mask is None else batch.mask.view(torch.uint8)
+        labels = batch.labels
+        if labels is not None and labels.dtype is torch.bool:
+            labels = labels.view(torch.uint8)
+        pile_kernel[(queries,)](
+            *_strided(batch.student_logits), *_strided(batch.teacher_logits if options is not None else None, 3),
+            *_strided(target), *_strided(labels), *_strided(mask),
+            batch.cu_seqlens, *_strided(batch.prior if options is not None else None),
+            logits, weights, trace, 0 if trace is None else trace.shape[1], losses, has_pairs, gradient,
+            some.new_empty(scratch_size, dtype=torch.float32),
+            queries, slots, documents, M, options.iterations if options is not None else 0,
+            float(options.step_size) if options is not None else 0.0,
+            1 / options.temperature if options is not None else 1.0,
+            options.margin / options.temperature if options is not None else 0.0,
+            loss.alpha if loss is not None else 0.0,
+            1 / loss.distillation_temperature if use_d and not mse else 1.0,
+            ENSEMBLE=options is not None, LOSS=loss is not None,
+            BY_DOCUMENT=options is None or options.granularity == "document",
+            NORMALIZE=options.normalize if options is not None else "none", WEIGHT=weight,
+            MARGIN=options is not None and options.margin != 0, TRACE=trace is not None, USE_D=use_d, MSE=mse, USE_R=use_r,
+            WITH_GRADIENT=gradient is not None, MASKED=mask is not None, PACKED=batch.packed, APPROX=approx, **config,
+        )  # fmt: skip
+
+
+def _longest(batch: RankingBatch) -> tuple[int, int]:
+    """The longest list there may be, and how many of them: of packed lists only the sum of the lengths is known."""
+    return batch.slots, 1 if batch.packed else batch.num_queries
+
+
+def _in_linear_time(batch: RankingBatch) -> bool:
+    """Which sum "auto" takes."""
+    length, lists = _longest(batch)
+    return length >= SHORTEST_LINEAR and lists * length * length >= PAIRS_LINEAR
+
+
+def _alone(batch: RankingBatch, block: int) -> bool:
+    """Whether one program takes a whole list."""
+    if not _BARRIER_ORDERS_MEMORY:
+        return False
+    length, lists = _longest(batch)
+    if batch.packed and length <= LONGEST_PACKED and length <= block * batch.num_queries:
+        return True
+    return length <= block or (length <= LONGEST_ALONE and lists >= ENOUGH_QUERIES)
 
 
 def _config(slots: int, teachers: int) -> dict:

@@ -1,0 +1,386 @@
+"""Pair sums in linear time: documents act on each other through the cells their logits lie in.
+
+The range of u is cut into cells of width h = 1.5. With u = centre + x in each cell, k(u_j − u_i) for one of the kernels k below
+is a polynomial of degree 7 in x_i and in x_j to 8e-8 (interpolated at Chebyshev nodes), an 8 x 8 matrix that depends on how far
+the cells are apart. So, over the chunks of kernels/chunks.py,
+
+    deposit  a chunk adds w (1, x, …, x^7) of its documents to its cells' moments, w = 1 and, for weighted pairs, the gain;
+    collect  what lies below a block, and above it, is the sum of its query's chunks before, and after;
+    apply    moments times matrices: a block's field, a polynomial per cell;
+    evaluate a document reads its block's field at its own x.
+
+ω_ij = gain_i − gain_j splits into a field of counts and one of gains. Sums are of one sign and relative accuracy: Σ_below
+σ(offset − (u_i − u_j)) and Σ_above σ(offset − (u_j − u_i)) have matrices of their own, so well ordered lists keep their digits.
+
+Moments without atomics: a program owns a chunk and, cell by cell, sums the powers of the documents in it (a [CHUNK, 8] tile in
+registers, times 0 or 1) over its threads. Cells · 8 multiply-adds per document, 10 instructions per document and cell in all; a
+one-hot matrix product at full float32 precision (no tensor cores) would take 16 multiply-adds and as many loads from shared
+memory. Sums over chunks go through sums of 64 chunks each. All orders are fixed.
+
+Floor per document and pass: deposit 4 to 12 bytes, about 80 instructions for 8 cells; evaluate 12 to 20 bytes, 32 more from L1,
+30 instructions. Per block: 64 multiply-adds for each pair of near cells. Ranges of more than MAX_CELLS cells (192 in units of
+the temperature) have no grid (0 cells): their queries fall back to direct sums, on the device.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from pile_fast.kernels.chunks import chunk_rows, chunks_before, query_chunks, query_of
+
+P = tl.constexpr(8)  # powers
+CELL = tl.constexpr(1.5)
+MAX_CELLS = tl.constexpr(128)
+ROW = tl.constexpr(MAX_CELLS.value * P.value)  # floats of a set of moments, or of a field
+SPAN = tl.constexpr(14)  # cells further apart than this see each other saturated: 1.5 · (14 − 1) > 18, e^-18 = 1.5e-8
+ENTRIES = tl.constexpr(2 * SPAN.value + 1)
+MATRICES = tl.constexpr(ENTRIES.value * P.value * P.value)  # floats of one kernel's table
+# The kernels, v = u_j − u_i: what is below a document pulls it up, what is above pushes it down, and the pairs' losses.
+BELOW = tl.constexpr(0)  # σ(offset + v)
+ABOVE = tl.constexpr(1)  # σ(offset − v)
+LOSS = tl.constexpr(2)  # softplus(offset + v)
+SUPER = tl.constexpr(64)  # chunks whose moments are summed ahead
+
+
+def _interpolation() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Chebyshev nodes of a cell, and the coefficient of x^k in the basis polynomial of node p, at index 8 k + p."""
+    half, p = CELL.value / 2, P.value
+    angles = [math.pi * (2 * i + 1) / (2 * p) for i in range(p)]
+    chebyshev = [[1.0] + [0.0] * (p - 1), [0.0, 1.0] + [0.0] * (p - 2)]
+    for d in range(2, p):
+        doubled = [0.0] + [2 * c for c in chebyshev[d - 1][:-1]]
+        chebyshev.append([a - b for a, b in zip(doubled, chebyshev[d - 2], strict=True)])
+    basis = [
+        sum((1 if d == 0 else 2) / p * math.cos(d * angle) * chebyshev[d][k] for d in range(p)) / half**k
+        for k in range(p)
+        for angle in angles
+    ]
+    return tuple(half * math.cos(angle) for angle in angles), tuple(basis)
+
+
+NODES, BASIS = map(tl.constexpr, _interpolation())
+
+
+@triton.jit
+def first_entry(offset, KERNEL: tl.constexpr):
+    """The table's first entry is for a source cell this many cells above the target's; it is centred on the kernel's bend."""
+    centre = tl.minimum(tl.maximum(offset / CELL, -1e6), 1e6)
+    return tl.floor((centre if KERNEL == ABOVE else -centre) + 0.5).to(tl.int32) - SPAN
+
+
+@triton.jit
+def matrices_kernel(tables, offset):
+    """tables[kernel][entry][source power][target power]; one program each matrix."""
+    e = tl.program_id(0)
+    kernel = tl.program_id(1)
+    p = tl.arange(0, P)
+    at = p[:, None] * P + p[None, :]
+    node = tl.zeros((P,), tl.float64)
+    basis = tl.zeros((P, P), tl.float64)
+    for i in tl.static_range(P):
+        node = tl.where(p == i, tl.full((), NODES[i], tl.float64), node)
+    for i in tl.static_range(P * P):
+        basis = tl.where(at == i, tl.full((), BASIS[i], tl.float64), basis)
+    first = tl.where(kernel == ABOVE, first_entry(offset, ABOVE), first_entry(offset, BELOW))
+    v = (first + e).to(tl.float64) * CELL + node[:, None] - node[None, :]
+    x = tl.where(kernel == ABOVE, -v, v) + offset
+    t = tl.exp(-tl.abs(x))
+    if kernel == LOSS:
+        value = tl.where(x > 0.0, x, 0.0) + tl.log(1.0 + t)
+    else:
+        value = tl.where(x > 0.0, 1.0, t) / (1.0 + t)
+    half = tl.sum(basis[:, :, None] * value[None, :, :], 1)
+    out = tl.sum(half[:, None, :] * basis[None, :, :], 2)
+    tl.store(tables + kernel * MATRICES + e * P * P + at, out.to(tl.float32))
+
+
+@triton.jit
+def store_grid(to, low, high, wanted):
+    """Origin and number of cells over a range; 0 cells where there are too many, the range is none, or none are wanted."""
+    count = (high - low) / CELL + 1.0
+    cells = tl.floor(tl.where(wanted & (count >= 1.0) & (count < MAX_CELLS + 1.0), count, 0.0))
+    # Centred: the outer cells share what the last one has to spare.
+    tl.store(to, (low + high - cells * CELL) / 2.0)
+    tl.store(to + 1, cells)
+
+
+@triton.jit
+def load_grid(grid):
+    return tl.load(grid), tl.load(grid + 1)
+
+
+@triton.jit
+def locate(u, origin, cells):
+    """Cell, and u relative to the cell's centre. Clamped: rounding may put a logit a hair outside."""
+    u = u - origin
+    cell = tl.floor(tl.minimum(tl.maximum(u / CELL, 0.0), cells - 0.5))
+    return cell.to(tl.int32), u - (cell + 0.5) * CELL
+
+
+@triton.jit
+def powers(x):
+    """(…, P): 1, x, …, x^7, one factor per binary digit of the exponent."""
+    k = tl.arange(0, P)[None, :]
+    x = x[:, None]
+    x2 = x * x
+    return tl.where((k & 1) != 0, x, 1.0) * tl.where((k & 2) != 0, x2, 1.0) * tl.where((k & 4) != 0, x2 * x2, 1.0)
+
+
+@triton.jit
+def evaluate(field, u, origin, cells, inside):
+    """The field's polynomials at logits u; 0 where not `inside`."""
+    cell, x = locate(u, origin, cells)
+    at = cell[:, None] * P + tl.arange(0, P)[None, :]
+    f = tl.load(field + at, mask=inside[:, None], other=0.0)
+    return tl.sum(f * powers(tl.where(inside, x, 0.0)), 1)
+
+
+@triton.jit
+def at_row(moments, short, q, width):
+    """Where the moments of chunk 0 would lie: those of short queries, one chunk each, take no room. `short`: how many there are
+    up to a query."""
+    if short is not None:
+        moments -= tl.load(short + q) * width
+    return moments
+
+
+@triton.jit(do_not_specialize=["Q", "N", "S", "value", "part", "grid_at", "per_query_stride"])
+def deposit_kernel(
+    moments, short, fields, per_query, per_query_stride, chunk_begin, owner, cu_seqlens, Q, N, S, value, part, grid_at,
+    GAIN: tl.constexpr, VALUES: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Moments of a chunk's documents at logits fields[value], of those whose fields[part] is not NaN; with GAIN >= 0 a second
+    set, weighted by that field. VALUES == 2: a set for each of two logits, fields[value + v], on grids of their own."""
+    c = tl.program_id(0)
+    S = S.to(tl.int64)
+    at = tl.load(chunk_begin + c)
+    if at >= S:
+        return
+    q, first, n, begin, end = chunk_rows(c, at, chunk_begin, owner, cu_seqlens, Q, N, S, PACKED)
+    SETS: tl.constexpr = VALUES + (GAIN >= 0)
+    p = tl.arange(0, P)
+    rows = begin + tl.arange(0, CHUNK)
+    inside = rows < end
+    fields += first
+    takes = tl.load(fields + part * S + rows, mask=inside, other=float("nan"))
+    takes = inside & (takes == takes)
+    for v in tl.static_range(VALUES):
+        origin, cells = load_grid(per_query + q * per_query_stride + grid_at + 2 * v)
+        u = tl.load(fields + (value + v) * S + rows, mask=takes, other=0.0)
+        cell, x = locate(u, origin, cells)
+        power = powers(tl.where(takes, x, 0.0))
+        to = at_row(moments, short, q, SETS * ROW) + (c.to(tl.int64) * SETS + v) * ROW + p
+        if GAIN >= 0:
+            gain = tl.load(fields + GAIN * S + rows, mask=takes, other=0.0)
+        for k in range(0, cells.to(tl.int32)):
+            here = tl.where(takes & (cell == k), 1.0, 0.0)
+            tl.store(to + k * P, tl.sum(here[:, None] * power, 0))
+            if GAIN >= 0:
+                tl.store(to + ROW + k * P, tl.sum((here * gain)[:, None] * power, 0))
+
+
+@triton.jit
+def sum_rows(rows, a, b, width, column, inside, total):
+    """total + rows[a:b, column], in float64."""
+    for begin in range(a, b, 16):
+        i = begin + tl.arange(0, 16)
+        at = i.to(tl.int64)[:, None] * width + column[None, :]
+        part = tl.load(rows + at, mask=(i < b)[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(part, 0).to(tl.float64)
+    return total
+
+
+@triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
+def super_kernel(
+    moments, short, supers, per_query, per_query_stride, chunk_begin, counts, owner, cu_seqlens, Q, N, S, grid_at,
+    SELF: tl.constexpr, SETS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums of SUPER chunks' moments, one set a program; where the query ends earlier, of some, and they are used by nobody."""
+    first_chunk = tl.program_id(0) * SUPER
+    k = tl.program_id(1)
+    S = S.to(tl.int64)
+    at = tl.load(chunk_begin + first_chunk)
+    if at >= S:
+        return
+    q, first, n = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
+    _, cells = load_grid(per_query + q * per_query_stride + grid_at + (2 * k if SELF else 0))
+    last = tl.minimum(first_chunk + SUPER, chunks_before(counts, first + n))
+    moments = at_row(moments, short, q, SETS * ROW)
+    used = cells.to(tl.int32) * P
+    for begin in range(0, used, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        zero = tl.zeros((COLUMNS,), tl.float64)
+        total = sum_rows(moments + k * ROW, first_chunk, last, SETS * ROW, column, column < used, zero)
+        to = supers + (tl.program_id(0).to(tl.int64) * SETS + k) * ROW + column
+        tl.store(to, total.to(tl.float32), mask=column < used)
+
+
+@triton.jit
+def sum_range(moments, supers, a, b, width, column, inside, TWO_LEVELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Σ of the moments of chunks [a, b)."""
+    total = tl.zeros((COLUMNS,), tl.float64)
+    if TWO_LEVELS:
+        up = tl.minimum((a + SUPER - 1) // SUPER * SUPER, b)
+        down = tl.maximum(b // SUPER * SUPER, up)
+        total = sum_rows(moments, a, up, width, column, inside, total)
+        total = sum_rows(supers, up // SUPER, down // SUPER, width, column, inside, total)
+        total = sum_rows(moments, down, b, width, column, inside, total)
+    else:
+        total = sum_rows(moments, a, b, width, column, inside, total)
+    return total.to(tl.float32)
+
+
+@triton.jit
+def target_chunks(
+    target, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S, SELF: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Query of a target, the chunks below it, [c_first, c_begin), and above, [c_end, c_last). Targets are blocks, or with SELF
+    queries, which meet all of their chunks, as if those were below. No chunks: nothing to do."""
+    if SELF:
+        q = target.to(tl.int64)
+        c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S, PACKED)
+        c_begin = c_last
+        c_end = c_last
+    else:
+        exists = target < (tl.load(counts + S - 1) >> 32)
+        c_begin = tl.load(block_chunk + target, mask=exists, other=0)
+        c_end = tl.load(block_chunk + target + 1, mask=exists, other=0)
+        at = tl.load(chunk_begin + c_begin)
+        q, first, n = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
+        c_first = tl.where(exists, chunks_before(counts, first), c_begin)
+        c_last = tl.where(exists, chunks_before(counts, first + n), c_end)
+        c_end = tl.minimum(c_end, c_last)
+    return q, c_first, c_begin, c_end, c_last
+
+
+@triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
+def collect_kernel(
+    sides, moments, short, supers, per_query, per_query_stride, chunk_begin, chunk_block, block_chunk, counts, owner,
+    cu_seqlens, Q, N, S, grid_at,
+    SELF: tl.constexpr, SETS: tl.constexpr, TWO_LEVELS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """sides[target][below, above][set]: the moments that a target meets, one set of one side a program. SELF: one side."""
+    target = tl.program_id(0)
+    k = tl.program_id(1) % SETS
+    S = S.to(tl.int64)
+    q, c_first, c_begin, c_end, c_last = target_chunks(
+        target, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S, SELF, PACKED
+    )
+    if (c_first == c_begin) & (c_end == c_last):
+        return
+    _, cells = load_grid(per_query + q * per_query_stride + grid_at + (2 * k if SELF else 0))
+    used = cells.to(tl.int32) * P
+    below = tl.program_id(1) < SETS
+    first = tl.where(below, c_first, c_end)
+    last = tl.where(below, c_begin, c_last)
+    block = target
+    if SELF:
+        block = tl.load(chunk_block + c_first)
+    to = sides + (block.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROW
+    moments = at_row(moments, short, q, SETS * ROW) + k * ROW
+    supers += k * ROW
+    for begin in range(0, used, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        total = sum_range(moments, supers, first, last, SETS * ROW, column, column < used, TWO_LEVELS, COLUMNS)
+        tl.store(to + column, total, mask=column < used)
+
+
+@triton.jit
+def act(tables, source, c, cells, offset, KERNEL: tl.constexpr, TARGETS: tl.constexpr):
+    """(TARGETS, P): the field that source moments make in cells c (consecutive) under a kernel."""
+    first = first_entry(offset, KERNEL)
+    p = tl.arange(0, P)
+    lowest = tl.min(c, 0)
+    f = tl.zeros((TARGETS, P), tl.float32)
+    begin = tl.maximum(0, -(lowest + TARGETS - 1 + first))
+    end = tl.minimum(ENTRIES, cells - lowest - first)
+    for e in range(begin, end):
+        s = c + first + e
+        inside = (s >= 0) & (s < cells)
+        moments = tl.load(source + s[:, None] * P + p[None, :], mask=inside[:, None], other=0.0)
+        matrix = tl.load(tables + KERNEL * MATRICES + e * P * P + p[:, None] * P + p[None, :])
+        f += tl.sum(moments[:, :, None] * matrix[None, :, :], 1)
+    # Saturated cells: σ is 1 or 0, softplus is its argument or 0.
+    s = tl.arange(0, MAX_CELLS)
+    weight = tl.load(source + s * P, mask=s < cells, other=0.0)
+    if KERNEL == ABOVE:
+        far = s[None, :] < (c + first)[:, None]
+    else:
+        far = s[None, :] >= (c + first + ENTRIES)[:, None]
+    mass = tl.sum(tl.where(far, weight[None, :], 0.0), 1)
+    if KERNEL == LOSS:
+        # Σ w (offset + h (s − c) + x_j − x_i), relative to the target cell so that nothing large cancels.
+        place = tl.load(source + s * P + 1, mask=s < cells, other=0.0)
+        away = offset + CELL * (s[None, :] - c[:, None]).to(tl.float32)
+        value = tl.sum(tl.where(far, weight[None, :] * away + place[None, :], 0.0), 1)
+        f += tl.where(p[None, :] == 0, value[:, None], tl.where(p[None, :] == 1, -mass[:, None], 0.0))
+    else:
+        f += tl.where(p[None, :] == 0, mass[:, None], 0.0)
+    return f
+
+
+@triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
+def apply_labels_kernel(
+    pulls, losses, sides, tables, per_query, per_query_stride, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S,
+    grid_at, offset,
+    SETS: tl.constexpr, PACKED: tl.constexpr, TARGETS: tl.constexpr,
+):  # fmt: skip
+    """Fields of the label pairs, [block][set], one set a program: pulls, Σ_below ω σ(offset − (u − u_j)) − Σ_above
+    ω σ(offset − (u_j − u)), and losses, Σ_below ω softplus(offset − (u − u_j)), whichever are wanted."""
+    target = tl.program_id(0)
+    k = tl.program_id(1)
+    S = S.to(tl.int64)
+    q, c_first, c_begin, c_end, c_last = target_chunks(
+        target, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S, False, PACKED
+    )
+    if (c_first == c_begin) & (c_end == c_last):
+        return
+    _, cells = load_grid(per_query + q * per_query_stride + grid_at)
+    cells = cells.to(tl.int32)
+    below = sides + (target.to(tl.int64) * 2 * SETS + k) * ROW
+    for begin in range(0, cells, TARGETS):
+        c = begin + tl.arange(0, TARGETS)
+        to = (target.to(tl.int64) * SETS + k) * ROW + c[:, None] * P + tl.arange(0, P)[None, :]
+        inside = (c < cells)[:, None]
+        if pulls is not None:
+            f = act(tables, below, c, cells, offset, BELOW, TARGETS)
+            # Where gains give ω its sign, gain_i counts − gains, both sides add up.
+            g = act(tables, below + SETS * ROW, c, cells, offset, ABOVE, TARGETS)
+            tl.store(pulls + to, f + g if SETS == 2 else f - g, mask=inside)
+        if losses is not None:
+            tl.store(losses + to, act(tables, below, c, cells, offset, LOSS, TARGETS), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "S", "grid_at", "per_query_stride"])
+def apply_self_kernel(
+    pulls, losses, sides, tables, per_query, per_query_stride, chunk_block, counts, cu_seqlens, N, S, grid_at,
+    PACKED: tl.constexpr, TARGETS: tl.constexpr,
+):  # fmt: skip
+    """Fields of a query's documents on each other, for the distillation pairs, at the query's first block: pulls[student,
+    target], Σ_j σ(u_j − u) − 1/2, one of them a program, and losses, Σ_j softplus(u_j − u) − (u_j − u) / 2 at z."""
+    q = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1)
+    c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
+    _, cells = load_grid(per_query + q * per_query_stride + grid_at + 2 * k)
+    cells = cells.to(tl.int32)
+    if (c_first == c_last) | (cells == 0):
+        return
+    block = tl.load(chunk_block + c_first).to(tl.int64)
+    p = tl.arange(0, P)[None, :]
+    s = tl.arange(0, MAX_CELLS)
+    source = sides + (block * 2 + k) * ROW
+    weight = tl.load(source + s * P, mask=s < cells, other=0.0)
+    place = tl.load(source + s * P + 1, mask=s < cells, other=0.0)
+    half = tl.sum(weight, 0) / 2.0
+    for begin in range(0, cells, TARGETS):
+        c = begin + tl.arange(0, TARGETS)
+        at = c[:, None] * P + p
+        inside = (c < cells)[:, None]
+        f = act(tables, source, c, cells, 0.0, BELOW, TARGETS)
+        tl.store(pulls + (block * 2 + k) * ROW + at, f - tl.where(p == 0, half, 0.0), mask=inside)
+        if k == 0:
+            away = CELL * (s[None, :] - c[:, None]).to(tl.float32)
+            value = tl.sum(weight[None, :] * away + place[None, :], 1) / 2.0
+            f = act(tables, source, c, cells, 0.0, LOSS, TARGETS)
+            f -= tl.where(p == 0, value[:, None], tl.where(p == 1, -half, 0.0))
+            tl.store(losses + block * ROW + at, f, mask=inside)
