@@ -5,9 +5,9 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble gpu-check triton-table lint clean
+.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble gpu-check triton-table cuda-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -42,7 +42,7 @@ build/peers/%/pyvenv.cfg: $(VENV)/.installed
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
 
-# On a machine with a GPU: needs a Python with PyTorch and Triton, and no installation. GPU_PYTHON=... STAGES="correctness speed"
+# On a machine with a GPU: needs a Python with PyTorch and Triton, nvcc for the CUDA kernels, and no installation. GPU_PYTHON=... STAGES="correctness speed"
 GPU_PYTHON ?= $(PYTHON)
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(STAGES)
@@ -51,7 +51,7 @@ gpu-check:
 triton-table: setup
 	$(BIN)/python tests/triton_aot.py --write
 
-# This package alone, then beside the peers that are installed (bench-peers-setup, once): figures want an idle machine.
+.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble gpu-check triton-table cuda-table lint clean
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/peers/compare.py

@@ -38,7 +38,10 @@ def main() -> int:
                 shutil.copy(source, folder / name)
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(
-            build, cwd=folder, check=True, env=os.environ | {"PILE_FAST_SANITIZE": "1", "PILE_FAST_REQUIRE_CPU": "1"}
+            build,
+            cwd=folder,
+            check=True,
+            env=os.environ | {"PILE_FAST_SANITIZE": "1", "PILE_FAST_REQUIRE_CPU": "1", "PILE_FAST_CUDA": "0"},
         )
         path = folder / "path"
         path.mkdir()

@@ -31,7 +31,9 @@ def test_public_names():
 @pytest.mark.parametrize(
     "name",
     sorted(
-        m.name for m in pkgutil.walk_packages(pile_fast.__path__, "pile_fast.") if not m.name.endswith(("__main__", "._cpu"))
+        m.name
+        for m in pkgutil.walk_packages(pile_fast.__path__, "pile_fast.")
+        if not m.name.endswith(("__main__", "._cpu", "._cuda"))
     ),
 )
 def test_docstring_examples(name):

@@ -5,21 +5,12 @@ Tensors cross the border as addresses and strides; nothing is copied on the way 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from pile_fast.backends import native
 from pile_fast.batch import RankingBatch, check_cu_seqlens
-from pile_fast.options import (
-    DISTILLATIONS,
-    GRANULARITIES,
-    NORMALIZATIONS,
-    PAIR_SUMS,
-    REDUCTIONS,
-    EnsembleOptions,
-    LossOptions,
-)
+from pile_fast.options import EnsembleOptions, LossOptions
 
 try:
     from pile_fast import _cpu
@@ -33,18 +24,6 @@ except ImportError as error:
     )
 
 DEVICES = ("cpu",)
-
-# In the order of the enums of csrc/include/pile/options.h.
-_DTYPES = {
-    dtype: code
-    for code, dtype in enumerate(
-        (
-            torch.float32, torch.float64, torch.bfloat16, torch.float16,
-            torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-        )
-    )
-}  # fmt: skip
-_PAIR_WEIGHTS = ("none", "label_gap", "gain_gap")
 
 
 def unavailable() -> str:
@@ -75,7 +54,7 @@ def ensemble(
         0,
         0,
     )
-    _run(batch, _ensemble_options(options), None, outputs)
+    _run(batch, native.ensemble_options(_cpu, options), None, outputs)
     return logits, weights, trace
 
 
@@ -86,8 +65,8 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 def pile_loss(
     batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    native = _ensemble_options(ensemble_options) if loss_options.alpha > 0 else None
-    return _loss(batch, native, loss_options, with_gradient)
+    own = native.ensemble_options(_cpu, ensemble_options) if loss_options.alpha > 0 else None
+    return _loss(batch, own, loss_options, with_gradient)
 
 
 def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tensor]:
@@ -99,50 +78,15 @@ def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tenso
     else:
         gradient = student.new_empty(0)
         outputs = (0, 0, 0, loss.data_ptr(), 0)
-    _run(batch, native_ensemble, _loss_options(options), outputs)
+    _run(batch, native_ensemble, native.loss_options(_cpu, options), outputs)
     return loss, gradient
 
 
 def _run(batch, native_ensemble, native_loss, outputs) -> None:
-    student, teachers, target, labels = batch.student_logits, batch.teacher_logits, batch.target_logits, batch.labels
-    mask, cu_seqlens, prior = batch.mask, batch.cu_seqlens, batch.prior
-    # (address, dtype, strides) each; the extension tells the layouts apart by the number of strides.
-    views = (
-        None if student is None else (student.data_ptr(), _DTYPES[student.dtype], student.stride()),
-        None if teachers is None else (teachers.data_ptr(), _DTYPES[teachers.dtype], teachers.stride()),
-        None if target is None else (target.data_ptr(), _DTYPES[target.dtype], target.stride()),
-        None if labels is None else (labels.data_ptr(), _DTYPES[labels.dtype], labels.stride()),
-        None if mask is None else (mask.data_ptr(), _DTYPES[mask.dtype], mask.stride()),
-        None if cu_seqlens is None else (cu_seqlens.data_ptr(), _DTYPES[cu_seqlens.dtype], cu_seqlens.stride()),
-        None if prior is None else (prior.data_ptr(), _DTYPES[prior.dtype], prior.stride()),
-    )
-    sizes = (batch.num_queries, batch.slots, batch.num_teachers)
-    if not _cpu.run(sizes, views, native_ensemble, native_loss, outputs, batch.dtype is torch.float64, torch.get_num_threads()):
-        check_cu_seqlens(cu_seqlens, batch.slots)
+    done = _cpu.run(
+        native.sizes(batch), native.views(batch), native_ensemble, native_loss, outputs, batch.dtype is torch.float64,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if not done:
+        check_cu_seqlens(batch.cu_seqlens, batch.slots)
         raise ValueError(f"expected at most 2^31 - 1 documents per query, got {batch.slots}")
-
-
-@functools.lru_cache(maxsize=256)
-def _ensemble_options(options: EnsembleOptions):
-    return _cpu.EnsembleOptions(
-        options.iterations,
-        options.step_size,
-        GRANULARITIES.index(options.granularity),
-        NORMALIZATIONS.index(options.normalize),
-        options.temperature,
-        options.margin,
-        _PAIR_WEIGHTS.index(options.pair_weight),
-        PAIR_SUMS.index(options.pairwise),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _loss_options(options: LossOptions):
-    return _cpu.LossOptions(
-        options.alpha,
-        DISTILLATIONS.index(options.distillation),
-        options.distillation_temperature,
-        _PAIR_WEIGHTS.index(options.pair_weight),
-        REDUCTIONS.index(options.reduction),
-        PAIR_SUMS.index(options.pairwise),
-    )

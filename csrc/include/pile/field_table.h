@@ -17,47 +17,77 @@ namespace pile {
 
 constexpr double kCell = 1.5;  // h
 
-template <class T, int P>
-struct FieldTable {
-  static constexpr double kReach = P <= 8 ? 18.0 : 38.0;
-  static constexpr int kSpan = int(kReach / kCell) + 2;  // cells to either side that see each other
-  static constexpr int kEntries = 2 * kSpan + 1;
+#if defined(__CUDACC__)
+#define PILE_TABLE __host__ __device__
+#else
+#define PILE_TABLE
+#endif
 
+// The two kernels.
+template <class Real>
+PILE_TABLE Real kappa(Real v) {
+  return std::tanh(v / 2) / 2;
+}
+template <class Real>
+PILE_TABLE Real psi(Real v) {
+  return std::fabs(v) / 2 + std::log1p(std::exp(-std::fabs(v)));
+}
+
+// Chebyshev nodes of a cell, and lagrange[k][p]: the coefficient of x^k in node p's basis polynomial. set(p) for every p first.
+template <class Real, int P>
+struct CellNodes {
+  Real node[P], lagrange[P][P];
+
+  PILE_TABLE void set(int p) {
+    const Real pi = Real(3.14159265358979323846264338327950288L);
+    node[p] = Real(kCell / 2) * std::cos(pi * (2 * p + 1) / (2 * P));
+    Real previous[P] = {1}, current[P] = {0, 1};  // T_0, T_1 in powers
+    for (int k = 0; k < P; ++k) lagrange[k][p] = (k == 0 ? Real(1) : Real(0)) / P;
+    for (int degree = 1; degree < P; ++degree) {
+      const Real value = std::cos(degree * pi * (2 * p + 1) / (2 * P)) * 2 / P;
+      for (int k = 0; k < P; ++k) lagrange[k][p] += value * current[k];
+      for (int k = P - 1; k >= 0; --k) {
+        const Real next = 2 * (k ? current[k - 1] : Real(0)) - previous[k];
+        previous[k] = next;
+      }
+      for (int k = 0; k < P; ++k) {
+        const Real swap = previous[k];
+        previous[k] = current[k];
+        current[k] = swap;
+      }
+    }
+    Real scale = 1;
+    for (int k = 0; k < P; ++k, scale *= Real(kCell / 2)) lagrange[k][p] /= scale;
+  }
+};
+
+// Cells that see each other: kEntries of them around the one that the offset makes the nearest.
+template <int P>
+struct FieldReach {
+  static constexpr double kReach = P <= 8 ? 18.0 : 38.0;
+  static constexpr int kSpan = int(kReach / kCell) + 2;  // to either side
+  static constexpr int kEntries = 2 * kSpan + 1;
   // Entry e is for cells δ = first + e apart; below and above them the kernel is saturated.
+  static PILE_TABLE int first(double offset) { return int(std::floor(-offset / kCell + 0.5)) - kSpan; }
+};
+
+template <class T, int P>
+struct FieldTable : FieldReach<P> {
+  using FieldReach<P>::kEntries;
+
   double offset;
   int first;
   T kappa[kEntries][P][P];
   T psi[kEntries][P][P];
 
-  explicit FieldTable(double offset) : offset(offset) {
-    first = int(std::floor(-offset / kCell + 0.5)) - kSpan;
+  explicit FieldTable(double offset) : offset(offset), first(FieldReach<P>::first(offset)) {
     using Real = long double;
-    const Real pi = 3.14159265358979323846264338327950288L;
-    Real node[P], lagrange[P][P];  // lagrange[k][p]: coefficient of x^k in node p's basis polynomial
-    for (int p = 0; p < P; ++p) node[p] = Real(kCell / 2) * std::cos(pi * (2 * p + 1) / (2 * P));
-    for (int p = 0; p < P; ++p) {
-      Real previous[P] = {1}, current[P] = {0, 1};  // T_0, T_1 in powers
-      for (int k = 0; k < P; ++k) lagrange[k][p] = (k == 0 ? Real(1) : Real(0)) / P;
-      for (int degree = 1; degree < P; ++degree) {
-        const Real value = std::cos(degree * pi * (2 * p + 1) / (2 * P)) * 2 / P;
-        for (int k = 0; k < P; ++k) lagrange[k][p] += value * current[k];
-        for (int k = P - 1; k >= 0; --k) {
-          const Real next = 2 * (k ? current[k - 1] : Real(0)) - previous[k];
-          previous[k] = next;
-        }
-        for (int k = 0; k < P; ++k) {
-          const Real swap = previous[k];
-          previous[k] = current[k];
-          current[k] = swap;
-        }
-      }
-      Real scale = 1;
-      for (int k = 0; k < P; ++k, scale *= Real(kCell / 2)) lagrange[k][p] /= scale;
-    }
+    CellNodes<Real, P> cell;
+    for (int p = 0; p < P; ++p) cell.set(p);
     for (int e = 0; e < kEntries; ++e) {
       const Real shift = Real(this->offset) + Real(kCell) * (first + e);
-      fill(kappa[e], shift, node, lagrange, [](Real v) { return std::tanh(v / 2) / 2; });
-      fill(psi[e], shift, node, lagrange, [](Real v) { return std::fabs(v) / 2 + std::log1p(std::exp(-std::fabs(v))); });
+      fill(kappa[e], shift, cell.node, cell.lagrange, [](Real v) { return pile::kappa(v); });
+      fill(psi[e], shift, cell.node, cell.lagrange, [](Real v) { return pile::psi(v); });
     }
   }
 

@@ -1,0 +1,262 @@
+// The ensemble of one query by one team of threads: calibrate the teachers, then T exponentiated-gradient steps on their weights.
+#pragma once
+
+#include "pairs.h"
+#include "teachers.h"
+
+namespace pile {
+namespace gpu {
+
+// Read a query's tensors into the workspace, everything at once: one wait for the memory, not one per phase.
+template <class Team>
+PILE_DEVICE void stage(const Call& call, const Query& query, const Team& team, const Workspace& w) {
+  const Batch& batch = call.batch;
+  if (call.has_ensemble) copy_teachers(call, query, team, w.teachers, w.stride);
+  const bool with_labels = call.has_ensemble || call.ranks();
+  const bool with_target = call.distills() && !call.has_ensemble;
+  for (int i = team.rank; i < query.n; i += team.size) {
+    const uint64_t key = slot_key(call, query, i, with_labels);
+    w.keys()[i] = key;
+    w.whole(w.kSlot)[i] = i;
+    // Under the mask nothing is read.
+    if (call.has_loss) w.field(w.kStudent)[i] = key == kAbsent ? 0.0f : load_logit(batch.student, at(batch.student, query, i));
+    if (with_target) w.field(w.kLogit)[i] = key == kAbsent ? not_a_number() : load_logit(batch.target, at(batch.target, query, i));
+  }
+  team.sync();
+}
+
+template <class Team>
+class EnsembleQuery {
+ public:
+  PILE_DEVICE EnsembleQuery(const Call& call, const Query& query, const Team& team, const Workspace& w)
+      : call_(call), query_(query), team_(team), w_(w), count_(call.teachers()), lanes_(kLanes), slot_(w.whole(w.kSlot)) {}
+
+  // From the staged tensors to logits by slot in w.kLogit (NaN: no teacher scored the document) and the outputs asked for.
+  PILE_DEVICE Counts run() {
+    inspect();
+    calibrate();
+    sort_keys(team_, w_.keys(), slot_, query_.n);
+    counts_ = Counts::of(w_.keys(), query_.n);
+    pairs_ = weigh_pairs(team_, w_, call_.ensemble.pair_weight, counts_.labelled);
+    team_.sync();
+    start();
+    for (int64_t it = 0; it < call_.ensemble.iterations; ++it) {
+      trace(it);
+      pull(int(it & 1));
+      if (!call_.by_document()) reweight();
+    }
+    trace(call_.ensemble.iterations);
+    team_.sync();
+    finish();
+    return counts_;
+  }
+
+ private:
+  PILE_DEVICE Teachers teachers() const {
+    return {w_.teachers,
+            w_.energy(count_),
+            w_.weight(count_),
+            w_.field(w_.kLow),
+            w_.field(w_.kHigh),
+            w_.stride,
+            count_,
+            call_.by_document(),
+            missing_ == 0 && !(call_.by_document() && call_.batch.prior.data)};
+  }
+
+  // Which scores take part; keys of documents that no teacher scored.
+  PILE_DEVICE void inspect() {
+    double missing = 0;
+    for (int i = team_.rank; i < query_.n; i += team_.size) {
+      const uint64_t key = w_.keys()[i];
+      int present = 0;
+#pragma unroll 1
+      for (int m = 0; m < count_; ++m) {
+        float* t = w_.teachers + m * w_.stride + i;
+        if (key == kAbsent || (call_.batch.prior.data && !(prior_weight(call_, query_.index, m) > 0))) *t = not_a_number();
+        present += is_number(*t);
+      }
+      if (key != kAbsent && present == 0) w_.keys()[i] = kUnscored;
+      if (present > 0) missing += count_ - present;
+    }
+    missing_ = team_.sum(missing);
+    team_.sync();
+  }
+
+  PILE_DEVICE void calibrate() {
+    const Normalize normalize = call_.ensemble.normalize;
+    measure(
+        team_, count_, 0, query_.n, [&](int m, int i) { return w_.teachers[m * w_.stride + i]; },
+        [&](int m, const Moments& of) {
+          const Calibration own(of, normalize);
+          w_.mean()[m] = own.mean;
+          w_.scale(count_)[m] = own.scale;
+          w_.energy(count_)[m] = of.count > 0 ? start_energy(call_, query_.index, m) : -kInfinity;
+        });
+    team_.sync();
+    float low = kInfinity, high = -kInfinity;
+#pragma unroll 1
+    for (int m = 0; m < count_; ++m) {
+      const Calibration own(w_.mean()[m], w_.scale(count_)[m]);
+      for (int i = team_.rank; i < query_.n; i += team_.size) {
+        float* t = w_.teachers + m * w_.stride + i;
+        *t = own(*t);
+        low = fminf(low, *t);
+        high = fmaxf(high, *t);
+      }
+    }
+    range_.low = lowest(team_, low) * call_.per_unit;
+    range_.high = -lowest(team_, -high) * call_.per_unit;
+    wide_ = range_.wide(call_.offset);
+    refresh_weights(team_, w_.energy(count_), w_.weight(count_), count_);
+  }
+
+  PILE_DEVICE bool leads() const { return lanes_.rank == 0; }
+  // Does the loop keep s itself? For the trace, and for the teachers' pulls.
+  PILE_DEVICE bool keeps_logits() const { return call_.out.trace || !call_.by_document(); }
+
+  PILE_DEVICE void set_logit(int k, float s, int to) const {
+    const float u = s * call_.per_unit;
+    w_.field(to ? w_.kU1 : w_.kU0)[k] = wide_ ? u : expf(range_.middle() - u);
+    if (keeps_logits()) w_.field(w_.kLogit)[k] = s;
+  }
+
+  PILE_DEVICE void start() {
+    const Teachers of = teachers();
+    for (int k = team_.rank; k < counts_.scored; k += team_.size) {
+      float low, high;
+      of.range(slot_[k], low, high);
+      w_.field(w_.kLow)[k] = low;
+      w_.field(w_.kHigh)[k] = high;
+      w_.field(w_.kExponent)[k] = 0;
+      if (k < counts_.labelled) set_logit(k, of.logit(k, slot_[k], 0), 0);
+    }
+    team_.sync();
+  }
+
+  // λ of every labelled document; by document also its new exponent and logit.
+  PILE_DEVICE void pull(int read) {
+    const float *u = w_.field(call_.by_document() && read ? w_.kU1 : w_.kU0), *gains = w_.field(w_.kGain);
+    const int labelled = counts_.labelled;
+    LabelColumns columns = {u, gains, u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast), 0, labelled, 0, labelled,
+                            0, 0, wide_, call_.ensemble.pair_weight != PairWeight::none};
+    columns.set_offset(call_.offset);
+    const bool alone = !Team::kOneWarp && call_.rows == 1;
+    const int rows = alone ? 1 : 4, step = team_.size / kLanes * rows;
+    // Every group of lanes takes a row, or a block of four, in turn.
+    for (int row = team_.rank / kLanes * rows; row < labelled; row += step) {
+      float pulled;
+      if (alone)
+        pulled = columns.plain() ? pull_rows<true, 1>(columns, row) : pull_rows<false, 1>(columns, row);
+      else
+        pulled = columns.plain() ? pull_rows<true, 4>(columns, row) : pull_rows<false, 4>(columns, row);
+      const int k = alone ? row : row + lanes_.rank;
+      if (alone ? leads() : k < labelled) move(k, pulled - w_.field(w_.kAbove)[k], 1 - read);
+    }
+    team_.sync();
+  }
+  template <bool kPlain, int R>
+  PILE_DEVICE float pull_rows(const LabelColumns& columns, int row) const {
+    float total[R];
+    label_pull<kPlain, R>(columns, row, columns.end - 1, lanes_, total);
+    return sum_rows(lanes_, total);
+  }
+  PILE_DEVICE void move(int k, float lambda, int write) const {
+    const Teachers of = teachers();
+    float& exponent = w_.field(w_.kExponent)[k];
+    if (!call_.by_document()) {
+      exponent = lambda / of.held(slot_[k]);
+      return;
+    }
+    exponent += call_.step * (lambda * w_.field(w_.kPerPair)[k]);
+    set_logit(k, of.logit(k, slot_[k], exponent), write);
+  }
+
+  // Granularity "query": the teachers' energies, then every logit.
+  PILE_DEVICE void reweight() {
+    const Teachers of = teachers();
+    const float* force = w_.field(w_.kExponent);
+    const float* s = w_.field(w_.kLogit);
+    const Lanes lanes(kTeacherLanes);
+    for (int m = team_.rank / kTeacherLanes; m < count_; m += team_.size / kTeacherLanes) {
+      double pulled = 0;
+      for (int k = lanes.rank; k < counts_.labelled; k += kTeacherLanes) {
+        const float d = of.score(m, slot_[k]) - s[k];
+        pulled += is_number(d) ? force[k] * d : 0.0f;
+      }
+      pulled = lanes.sum(pulled);
+      if (lanes.rank == 0 && pairs_ > 0) w_.energy(count_)[m] += float(call_.ensemble.step_size * pulled / pairs_);
+    }
+    team_.sync();
+    refresh_weights(team_, w_.energy(count_), w_.weight(count_), count_);
+    team_.sync();
+    for (int k = team_.rank; k < counts_.labelled; k += team_.size) set_logit(k, of.logit(k, slot_[k], 0), 0);
+    team_.sync();
+  }
+
+  // The label loss before iteration `it`.
+  PILE_DEVICE void trace(int64_t it) {
+    if (!call_.out.trace) return;
+    const bool weighted = call_.ensemble.pair_weight != PairWeight::none;
+    float* losses = w_.field(call_.by_document() && (it & 1) ? w_.kU0 : w_.kU1);  // not read by this iteration
+    weighted ? trace_losses<true>(losses) : trace_losses<false>(losses);
+    team_.sync();
+    const double loss = ordered_sum(team_, counts_.labelled, [&](int k) { return losses[k]; });
+    team_.sync();
+    if (team_.rank == 0) {
+      float* to = static_cast<float*>(call_.out.trace) + query_.index * (call_.ensemble.iterations + 1);
+      to[it] = pairs_ > 0 ? float(loss / pairs_) : 0.0f;
+    }
+  }
+  template <bool kWeighted>
+  PILE_DEVICE void trace_losses(float* losses) const {
+    const float *s = w_.field(w_.kLogit), *gains = w_.field(w_.kGain);
+    for (int k = team_.rank / kLanes; k < counts_.labelled; k += team_.size / kLanes) {
+      float slope = 0, loss = 0;
+      label_losses<true, kWeighted>(s, gains, s[k], kWeighted ? gains[k] : 0.0f, call_.per_unit, call_.offset, w_.whole(w_.kLast)[k], counts_.labelled,
+                                    lanes_, slope, loss);
+      loss = lanes_.sum(loss);
+      if (leads()) losses[k] = loss;
+    }
+  }
+
+  // Outputs, and logits by slot.
+  PILE_DEVICE void finish() {
+    const Teachers of = teachers();
+    float* logits = static_cast<float*>(call_.out.logits);
+    float* weights = static_cast<float*>(call_.out.weights);
+    for (int k = team_.rank; k < query_.n; k += team_.size) {
+      const int slot = slot_[k];
+      const bool scored = k < counts_.scored;
+      const float exponent = scored && call_.by_document() ? w_.field(w_.kExponent)[k] : 0.0f;
+      const float s = scored ? of.logit(k, slot, exponent) : not_a_number();
+      w_.field(w_.kLogit)[slot] = s;
+      if (logits) logits[query_.output + slot] = s;
+      if (weights && call_.by_document()) {
+        float* to = weights + (query_.output + slot) * count_;
+        if (scored)
+          of.weights(k, slot, exponent, to);
+        else
+          for (int m = 0; m < count_; ++m) to[m] = 0;
+      }
+    }
+    if (weights && !call_.by_document())
+      for (int m = team_.rank; m < count_; m += team_.size) weights[query_.index * count_ + m] = w_.weight(count_)[m];
+    team_.sync();
+  }
+
+  const Call& call_;
+  const Query& query_;
+  const Team& team_;
+  const Workspace& w_;
+  const int count_;
+  const Lanes lanes_;
+  int* const slot_;
+  Counts counts_;
+  Range range_;
+  bool wide_ = false;
+  double missing_ = 0, pairs_ = 0;
+};
+
+}  // namespace gpu
+}  // namespace pile

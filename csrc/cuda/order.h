@@ -1,0 +1,153 @@
+// The documents of a query by falling label: the layout every pair sum works in. A document's label pairs are then the positions
+// before its label's first and after its last; equal labels never meet.
+#pragma once
+
+#include "load.h"
+
+namespace pile {
+namespace gpu {
+
+// A key per slot: smaller for a larger label, then the unlabelled documents, those no teacher scored, the slots without a document.
+constexpr uint64_t kUnlabelled = ~uint64_t(0) - 2, kUnscored = kUnlabelled + 1, kAbsent = kUnlabelled + 2;
+
+PILE_DEVICE uint64_t label_key(double label) {
+  if (label != label) return kUnlabelled;
+  const uint64_t bits = uint64_t(__double_as_longlong(label + 0.0));  // 0 and -0 are one label
+  const uint64_t rising = bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
+  return ~rising;
+}
+PILE_DEVICE double label_of(uint64_t key) {
+  const uint64_t rising = ~key;
+  return __longlong_as_double((long long)(rising >> 63 ? rising & ~(uint64_t(1) << 63) : ~rising));
+}
+
+PILE_DEVICE uint64_t slot_key(const Call& call, const Query& query, int64_t i, bool with_labels) {
+  if (!holds_document(call, query, i)) return kAbsent;
+  const View& labels = call.batch.labels;
+  return with_labels ? label_key(load_label(labels, at(labels, query, i))) : kUnlabelled;
+}
+
+// Bitonic sort by (key, slot), ascending, for any n: what lies beyond n counts as largest and never moves.
+template <class Team>
+PILE_DEVICE void sort_keys(const Team& team, uint64_t* keys, int* slots, int n) {
+  auto exchange = [&](int i, int partner) {
+    if (partner <= i || partner >= n) return;
+    const uint64_t a = keys[i], b = keys[partner];
+    const int slot_a = slots[i], slot_b = slots[partner];
+    if (a < b || (a == b && slot_a < slot_b)) return;
+    keys[i] = b;
+    keys[partner] = a;
+    slots[i] = slot_b;
+    slots[partner] = slot_a;
+  };
+  for (int size = 2; size / 2 < n; size *= 2) {
+    for (int i = team.rank; i < n; i += team.size) exchange(i, i ^ (size - 1));
+    team.sync();
+    for (int stride = size / 4; stride > 0; stride /= 2) {
+      for (int i = team.rank; i < n; i += team.size) exchange(i, i ^ stride);
+      team.sync();
+    }
+  }
+}
+
+// First position in [begin, end) whose key is not below `key`.
+template <class Keys>
+PILE_DEVICE int lower_bound(const Keys& keys, int begin, int end, uint64_t key) {
+  while (begin < end) {
+    const int middle = (begin + end) / 2;
+    if (keys[middle] < key)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+// How many positions, from the front, hold a labelled document; one some teacher scored; a document.
+struct Counts {
+  int labelled = 0, scored = 0, valid = 0;
+  template <class Keys>
+  PILE_DEVICE static Counts of(const Keys& keys, int n) {
+    Counts counts;
+    counts.labelled = lower_bound(keys, 0, n, kUnlabelled);
+    counts.scored = lower_bound(keys, counts.labelled, n, kUnscored);
+    counts.valid = lower_bound(keys, counts.scored, n, kAbsent);
+    return counts;
+  }
+};
+
+// A label's gain, in [0, 1]: weights enter by their ratios alone, so the query's largest may be 1.
+struct Gains {
+  PairWeight kind;
+  double low = 0, per_range = 0;
+  template <class Keys>
+  PILE_DEVICE Gains(PairWeight kind, const Keys& keys, int labelled) : kind(kind) {
+    if (kind == PairWeight::none || labelled == 0) return;
+    low = value(keys[labelled - 1]);
+    const double range = value(keys[0]) - low;
+    per_range = range > 0 ? 1 / range : 0;
+  }
+  PILE_DEVICE double value(uint64_t key) const {
+    const double label = label_of(key);
+    return kind == PairWeight::gain_gap ? exp2(label) : label;
+  }
+  PILE_DEVICE double operator()(uint64_t key) const { return (value(key) - low) * per_range; }
+};
+
+// Running sums: to[k + 1] = before + Σ_{j <= k} of[j] for k in [0, n), by one warp.
+template <class Team, class T>
+PILE_DEVICE void running_sum(const Team& team, const T* of, double* to, int n, double before = 0) {
+  if (team.rank >= 32) return;
+  for (int begin = 0; begin < n; begin += 32) {
+    const int k = begin + team.rank;
+    double own = k < n ? double(of[k]) : 0.0;
+    for (int step = 1; step < 32; step *= 2) {
+      const double left = __shfl_sync(kWholeWarp, own, larger(team.rank - step, 0));
+      if (team.rank >= step) own += left;
+    }
+    if (k < n) to[k + 1] = before + own;
+    before += __shfl_sync(kWholeWarp, own, 31);
+  }
+}
+
+// K = Σ ω over P: every pair is above one document.
+template <class Team>
+PILE_DEVICE double sum_pairs(const Team& team, const Workspace& w, int labelled) {
+  return ordered_sum(team, labelled, [&](int k) { return w.field(w.kAbove)[k]; });
+}
+
+// Each position's label's first and last position, gain, Σ ω above it, and 1 / k_i. Returns K.
+template <class Team>
+PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight kind, int labelled) {
+  const uint64_t* keys = w.keys();
+  int *first = w.whole(w.kFirst), *last = w.whole(w.kLast);
+  float *gain = w.field(w.kGain), *above = w.field(w.kAbove), *per_pair = w.field(w.kPerPair);
+  const bool weighted = kind != PairWeight::none;
+  const Gains gain_of(kind, keys, labelled);
+  for (int k = team.rank; k < labelled; k += team.size) {
+    first[k] = lower_bound(keys, 0, k, keys[k]);
+    last[k] = lower_bound(keys, k + 1, labelled, keys[k] + 1);
+    if (weighted) gain[k] = float(gain_of(keys[k]));
+  }
+  if (weighted) {
+    team.sync();
+    if (team.rank == 0) w.prefix()[0] = 0;
+    running_sum(team, gain, w.prefix(), labelled);
+    team.sync();
+  }
+  for (int k = team.rank; k < labelled; k += team.size) {
+    double up = first[k], down = labelled - last[k];
+    if (weighted) {
+      const double own = gain[k];
+      up = w.prefix()[first[k]] - up * own;
+      down = down * own - (w.prefix()[labelled] - w.prefix()[last[k]]);
+    }
+    above[k] = float(up);
+    per_pair[k] = up + down > 0 ? float(1 / (up + down)) : 0.0f;
+  }
+  team.sync();
+  return sum_pairs(team, w, labelled);
+}
+
+}  // namespace gpu
+}  // namespace pile

@@ -1,0 +1,193 @@
+// The teachers of a query: what they scored, their calibration, and the ensemble logit as their tilted mean.
+//
+// The state is one exponent per document (or per teacher), never a weight per document and teacher: s_i = Σ_m e^{a_i t_im} t_im /
+// Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so that every exponent is <= 0 and differences of
+// close teachers are exact.
+#pragma once
+
+#include "order.h"
+
+namespace pile {
+namespace gpu {
+
+constexpr float kMinShare = 0x1p-10f;  // see pile_fast/reference.py
+
+// What one pass over some of a teacher's scores finds; parts are joined in order.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;  // squares: Σ (t − mean)²
+  float low = kInfinity, high = -kInfinity;
+
+  PILE_DEVICE void join(const Moments& other) {
+    low = fminf(low, other.low);
+    high = fmaxf(high, other.high);
+    if (other.count == 0) return;
+    const double all = count + other.count, distance = other.mean - mean;
+    mean += distance * other.count / all;
+    squares += other.squares + distance * distance * count * other.count / all;
+    count = all;
+  }
+};
+
+// Of raw(m, i) for i in [begin, end), NaN = missing: kTeacherLanes lanes per teacher, `use(m, moments)` by their first. However
+// many threads there are, the order of the additions is the same.
+constexpr int kTeacherLanes = 8;
+template <class Team, class Raw, class Use>
+PILE_DEVICE void measure(const Team& team, int teachers, int begin, int end, Raw raw, Use use) {
+  const Lanes lanes(kTeacherLanes);
+  for (int m = team.rank / kTeacherLanes; m < teachers; m += team.size / kTeacherLanes) {
+    Moments found;
+    double sum = 0;
+    float present = 0;
+#pragma unroll 4
+    for (int i = begin + lanes.rank; i < end; i += kTeacherLanes) {
+      const float t = raw(m, i);
+      found.low = fminf(found.low, t);  // of a number and a NaN, the number
+      found.high = fmaxf(found.high, t);
+      sum += is_number(t) ? t : 0.0f;
+      present += is_number(t) ? 1.0f : 0.0f;
+    }
+    found.low = lanes.lowest(found.low);
+    found.high = lanes.highest(found.high);
+    found.count = lanes.sum(present);
+    found.mean = found.count > 0 ? lanes.sum(sum) / found.count : 0.0;
+    double squares = 0;
+#pragma unroll 4
+    for (int i = begin + lanes.rank; i < end; i += kTeacherLanes) {
+      const float t = raw(m, i);
+      const double d = is_number(t) ? t - found.mean : 0.0;
+      squares += d * d;
+    }
+    found.squares = lanes.sum(squares);
+    if (lanes.rank == 0) use(m, found);
+  }
+}
+
+// A teacher's calibration t̃ = (t − mean) · scale. In double: a mean far larger than the deviation must not cost float32 digits.
+struct Calibration {
+  double mean;
+  float scale;
+
+  PILE_DEVICE Calibration(const Moments& of, Normalize normalize) : mean(normalize == Normalize::none ? 0.0 : of.mean), scale(1) {
+    // By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
+    if (normalize == Normalize::zscore) scale = of.high > of.low ? float(1 / sqrt(of.squares / of.count)) : 0.0f;
+  }
+  PILE_DEVICE Calibration(double mean, float scale) : mean(mean), scale(scale) {}
+  PILE_DEVICE float operator()(float t) const { return float(double(t) - mean) * scale; }
+};
+
+// The range of u = s / temperature over the query, from which the pair sums choose their arithmetic.
+struct Range {
+  float low = kInfinity, high = -kInfinity;
+  PILE_DEVICE void join(float low_too, float high_too) {
+    low = fminf(low, low_too);
+    high = fmaxf(high, high_too);
+  }
+  PILE_DEVICE float middle() const { return high >= low ? (low + high) / 2 : 0.0f; }
+  PILE_DEVICE bool wide(float offset) const { return !(high - low + fabsf(offset) <= kNarrow) && high >= low; }
+};
+
+// A teacher's prior weight; NaN and negative ones count as 0.
+PILE_DEVICE float prior_weight(const Call& call, int64_t query, int m) {
+  const View& prior = call.batch.prior;
+  if (!prior.data) return 1;
+  const float weight = load_logit(prior, query * prior.query + m * prior.teacher);
+  return weight > 0 ? weight : 0.0f;
+}
+
+// Its log weight to start from, the largest 0; -inf for a teacher that does not take part.
+PILE_DEVICE float start_energy(const Call& call, int64_t query, int m) {
+  if (!call.batch.prior.data) return 0;
+  float top = 0;
+#pragma unroll 1
+  for (int other = 0; other < call.teachers(); ++other) top = fmaxf(top, prior_weight(call, query, other));
+  const float own = prior_weight(call, query, m);
+  return own > 0 ? logf(own / top) : -kInfinity;
+}
+
+// One query's teachers as its pair sums see them.
+struct Teachers {
+  const float* t;       // [M][stride], calibrated
+  const float* energy;  // log weights but for a constant; -inf: takes no part
+  const float* weight;  // softmax of the energies
+  const float *low, *high;
+  int64_t stride;
+  int count;
+  bool by_document, plain;  // plain: no score is missing and, by document, no prior given
+
+  PILE_DEVICE float score(int m, int row) const { return t[m * stride + row]; }
+
+  PILE_DEVICE void range(int row, float& lowest, float& highest) const {
+    lowest = kInfinity;
+    highest = -kInfinity;
+#pragma unroll 1
+    for (int m = 0; m < count; ++m) {
+      lowest = fminf(lowest, score(m, row));
+      highest = fmaxf(highest, score(m, row));
+    }
+  }
+
+  // The exponents' reference and their largest value.
+  struct Tilt {
+    float slope, reference, top;
+  };
+  PILE_DEVICE Tilt tilt(int k, int row, float exponent) const {
+    Tilt tilt = {by_document ? exponent : 0.0f, exponent >= 0 ? high[k] : low[k], 0};
+    if (plain) return tilt;  // by document the reference's own, 0
+    tilt.top = -kInfinity;
+    for (int m = 0; m < count; ++m) tilt.top = fmaxf(tilt.top, tilt.slope * (score(m, row) - tilt.reference) + energy[m]);
+    return tilt;
+  }
+  PILE_DEVICE float share(const Tilt& tilt, int m, float d) const {
+    if (plain) return by_document ? exp_fast(tilt.slope * d) : weight[m];
+    return is_number(d) ? exp_fast(tilt.slope * d + energy[m] - tilt.top) : 0.0f;
+  }
+
+  // Ensemble logit of position k, whose scores stand in row `row`, at exponent a_k.
+  PILE_DEVICE float logit(int k, int row, float exponent) const {
+    const Tilt at = tilt(k, row, exponent);
+    float mass = 0, moment = 0;
+#pragma unroll 4
+    for (int m = 0; m < count; ++m) {
+      const float d = score(m, row) - at.reference, e = share(at, m, d);
+      mass += e;
+      moment += e > 0 ? e * d : 0.0f;
+    }
+    // Rounding must not leave the teachers' range.
+    return fminf(fmaxf(at.reference + moment * reciprocal(mass), low[k]), high[k]);
+  }
+
+  // Its teachers' weights to to[0, M).
+  PILE_DEVICE void weights(int k, int row, float exponent, float* to) const {
+    const Tilt at = tilt(k, row, exponent);
+    float mass = 0;
+#pragma unroll 1
+    for (int m = 0; m < count; ++m) mass += share(at, m, score(m, row) - at.reference);
+#pragma unroll 1
+    for (int m = 0; m < count; ++m) to[m] = share(at, m, score(m, row) - at.reference) / mass;
+  }
+
+  // Granularity "query": what the teachers present at the document hold of the query's weight.
+  PILE_DEVICE float held(int row) const {
+    if (plain) return 1;
+    float held = 0;
+#pragma unroll 1
+    for (int m = 0; m < count; ++m) held += is_number(score(m, row)) ? weight[m] : 0.0f;
+    return fmaxf(held, kMinShare);
+  }
+};
+
+// Softmax of the energies over the teachers; 0 where none takes part. Callers put a barrier before and after.
+template <class Team>
+PILE_DEVICE void refresh_weights(const Team& team, const float* energy, float* weight, int teachers) {
+  float top = -kInfinity, total = 0;
+#pragma unroll 1
+  for (int m = 0; m < teachers; ++m) top = fmaxf(top, energy[m]);
+  if (!(top > -kInfinity)) top = 0;
+#pragma unroll 1
+  for (int m = 0; m < teachers; ++m) total += expf(energy[m] - top);
+#pragma unroll 1
+  for (int m = team.rank; m < teachers; m += team.size) weight[m] = total > 0 ? expf(energy[m] - top) / total : 0.0f;
+}
+
+}  // namespace gpu
+}  // namespace pile
