@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble gpu-check triton-table cuda-table lint clean
+.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble text gpu-check triton-table cuda-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -51,7 +51,11 @@ gpu-check:
 triton-table: setup
 	$(BIN)/python tests/triton_aot.py --write
 
-.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble gpu-check triton-table cuda-table lint clean
+# Registers of every CUDA kernel on every architecture of the build, into docs/cuda.md; needs nvcc and no GPU.
+cuda-table: setup
+	$(BIN)/python tests/cuda_resources.py --write
+
+# This package alone, then beside the peers that are installed (bench-peers-setup, once): figures want an idle machine.
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/peers/compare.py
@@ -63,6 +67,10 @@ bench-peers-setup: setup
 # pile-fast ensemble from Parquet to Parquet: pairs per second and peak memory.
 bench-ensemble: setup
 	$(BIN)/python benchmarks/ensemble_file.py
+
+# docs/text.md from top to bottom: real text, about half an hour.
+text: setup
+	sed -n '/^```bash/,/^```/{/^```/d;p}' docs/text.md | PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail
 
 clean:
 	rm -rf build *.egg-info pile_fast/*.so .pytest_cache .hypothesis .ruff_cache
