@@ -24,8 +24,9 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: setup
 	$(BIN)/pile-fast demo
 
+TEST_PROCESSES ?= 2
 test: setup lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ def run(*command):
 def test_battery_and_contract_in_the_interpreter():
     # Repetitions that cost a minute and say nothing new about a GPU: an int64 cu_seqlens, and infinities beside NaN.
     out = run(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k",
+        "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k",
         "not index1 and not inf]", HERE / "triton_interpreter_cases.py",
     )  # fmt: skip
     assert int(re.search(r"(\d+) passed", out)[1]) > 180
