@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup demo test test-fast sanitize bench gpu-check triton-table lint clean
+.PHONY: setup demo test test-fast sanitize bench quality quality-smoke gpu-check triton-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,14 @@ triton-table: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py
+
+# Needs MQ2008 (PILE_FAST_DATA or data/); goes on where it was stopped, then writes docs/quality.md's tables and plots.
+quality: setup
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py --report
+
+quality-smoke: setup
+	$(BIN)/python benchmarks/quality.py --smoke
 
 clean:
 	rm -rf build *.egg-info pile_fast/*.so .pytest_cache .hypothesis .ruff_cache

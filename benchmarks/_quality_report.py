@@ -134,7 +134,7 @@ def comparisons(folder: Path, ours: str) -> list[dict]:
     """`ours` against every other method on every data set; p adjusted over a data set's comparisons."""
     out = []
     for data, of in compared(folder).items():
-        others = [m for m in of if m != ours]
+        others = [m for m in of if m != ours] if ours in of else []
         for metric in METRICS:
             found = [paired(of[ours][metric], of[m][metric]) for m in others]
             adjusted = holm(f[3] for f in found)
