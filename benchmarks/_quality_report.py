@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 DOCS = Path(__file__).parent.parent / "docs"
-OURS = ("PILE", "PILE + labels", "PILE, query", "PILE, query + labels")
+OURS = ("PILE", "PILE + labels", "PILE, query", "PILE, shared prior", "PILE, shared prior + labels")
 METRICS = {"ndcg@10": "NDCG@10", "mrr": "MRR", "map": "MAP", "pnr": "PNR"}
 RESAMPLES = 2000
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import _quality_data
 import _quality_report
 import torch
-from _quality_data import BOTTOM, CROSSFIT, DAMAGES, DATA_SETS, Fold
+from _quality_data import BOTTOM, CROSSFIT, DAMAGES, DATA_SETS, NAN, Fold
 from _quality_methods import DEFAULTS, METHODS
 from _quality_students import quality_on, train
 from _timing import where
@@ -81,7 +81,7 @@ def units(phase: str, plan: Plan) -> Iterator[Unit]:
                 yield Unit(phase, data, fold)
             elif phase in ("tune", "compare"):
                 yield from (Unit(phase, data, fold, method) for method in METHODS)
-            elif phase == "defaults":
+            elif phase == "defaults" and data != NAN:
                 yield from (Unit(phase, data, fold, name) for name in DEFAULTS)
         if phase == "damage":
             yield from (Unit(phase, CROSSFIT, fold, method, *damage) for damage in plan.damages for method in METHODS)
