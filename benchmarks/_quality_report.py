@@ -7,12 +7,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 DOCS = Path(__file__).parent.parent / "docs"
 OURS = ("PILE", "PILE + labels", "PILE, query", "PILE, shared prior", "PILE, shared prior + labels")
+TESTED = ("PILE", "PILE + labels", "PILE, shared prior")
 METRICS = {"ndcg@10": "NDCG@10", "mrr": "MRR", "map": "MAP", "pnr": "PNR"}
 RESAMPLES = 2000
 
@@ -86,22 +88,25 @@ def tables(folder: Path) -> dict[str, str]:
     runs = read(folder, "runs")
     return {
         "students": _students(folder),
+        "values": _values(folder),
         "tests": _tests(folder),
         "leak": _leak(folder),
         "damage": _damage(folder),
         "defaults": _defaults(folder),
+        # Lines of the same form as those of compare.jsonl, from whatever wrote them.
+        "text": _students(folder, "text") or "Not measured yet.",
         "run": _run(folder, runs),
     }
 
 
-def compared(folder: Path) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Data set → method → metric → per-query values, of what all folds have."""
-    groups = grouped(read(folder, "compare"), "data", "method")
-    folds = max((len(g) for g in groups.values()), default=0)
+def compared(folder: Path, phase: str = "compare") -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Data set → method → metric → per-query values, of the methods that have all of the data set's folds."""
     found: dict = {}
-    for (data, method), records in groups.items():
-        if len(records) == folds:
-            found.setdefault(data, {})[method] = per_query(records)
+    for (data,), of in grouped(read(folder, phase), "data").items():
+        folds = len({record["fold"] for record in of})
+        for (method,), records in grouped(of, "method").items():
+            if len(records) == folds:
+                found.setdefault(data, {})[method] = per_query(records)
     return found
 
 
@@ -113,45 +118,48 @@ def ranks(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict[str, float
     return dict(zip(methods, np.mean(each, 0), strict=True))
 
 
-def _students(folder: Path) -> str:
-    found = compared(folder)
+def _students(folder: Path, phase: str = "compare") -> str:
+    found = compared(folder, phase)
     rank = ranks(found)
     rows = []
     for method in sorted(rank, key=rank.get):
-        cells = [f"**{method}**" if method in OURS else method, f"{rank[method]:.1f}"]
-        for of in found.values():
-            low, high = interval(of[method], "ndcg@10")
-            cells.append(f"{mean(of[method], 'ndcg@10'):.4f} ({low:.3f} to {high:.3f})")
-            cells.append(" / ".join(f"{mean(of[method], metric):.3f}" for metric in ("mrr", "map", "pnr")))
-        rows.append(cells)
-    head = ["student of", "mean rank"]
-    for data in found:
-        head += [f"{data}: NDCG@10", "MRR / MAP / PNR"]
-    return table(head, rows)
+        values = (f"{mean(of[method], 'ndcg@10'):.4f}" for of in found.values())
+        rows.append([_name(method), f"{rank[method]:.1f}", *values])
+    return table(["student of", "mean rank", *found], rows) if rows else ""
 
 
-def comparisons(folder: Path, ours: str) -> list[dict]:
-    """`ours` against every other method on every data set; p adjusted over a data set's comparisons."""
-    out = []
+def _values(folder: Path) -> str:
+    parts = []
     for data, of in compared(folder).items():
-        others = [m for m in of if m != ours] if ours in of else []
-        for metric in METRICS:
-            found = [paired(of[ours][metric], of[m][metric]) for m in others]
-            adjusted = holm(f[3] for f in found)
-            out += [
-                {
-                    "data": data,
-                    "metric": metric,
-                    "against": m,
-                    "difference": f[0],
-                    "low": f[1],
-                    "high": f[2],
-                    "p": f[3],
-                    "holm": h,
-                }
-                for m, f, h in zip(others, found, adjusted, strict=True)
-            ]
-    return out
+        rows = []
+        for method, values in sorted(of.items(), key=lambda item: -mean(item[1], "ndcg@10")):
+            cells = [_name(method)]
+            for metric in METRICS:
+                digits = 2 if metric == "pnr" else 3
+                low, high = interval(values, metric)
+                cells.append(f"{mean(values, metric):.{digits + 1}f} ({low:.{digits}f} to {high:.{digits}f})")
+            rows.append(cells)
+        parts.append(f"{data}\n\n" + table(["student of", *METRICS.values()], rows))
+    return "\n\n".join(parts)
+
+
+def _name(method: str) -> str:
+    return f"**{method}**" if method in OURS else method
+
+
+class Comparison(NamedTuple):
+    difference: float
+    low: float  # 95 % interval
+    high: float
+    p: float
+    holm: float  # p adjusted over the comparisons of one method with all others on one data set by one metric
+
+
+def comparisons(of: dict[str, dict[str, np.ndarray]], ours: str, metric: str) -> dict[str, Comparison]:
+    """`ours` against every other method of a data set."""
+    found = {m: paired(of[ours][metric], values[metric]) for m, values in of.items() if m != ours}
+    adjusted = holm(test[3] for test in found.values())
+    return {m: Comparison(*test, h) for (m, test), h in zip(found.items(), adjusted, strict=True)}
 
 
 def _p(p: float) -> str:
@@ -160,24 +168,28 @@ def _p(p: float) -> str:
 
 def _tests(folder: Path) -> str:
     parts = []
-    for ours in ("PILE", "PILE + labels"):
-        found = grouped(comparisons(folder, ours), "data", "metric")
-        datas = list(dict.fromkeys(data for data, _ in found))
-        if not datas:
-            continue
-        head = [f"{ours} minus"]
-        for data in datas:
-            head += [f"{data}: NDCG@10", "p, Holm", "MRR, MAP, PNR: p, Holm"]
+    for data, of in compared(folder).items():
+        tested = [ours for ours in TESTED if ours in of]
+        found = {(ours, metric): comparisons(of, ours, metric) for ours in tested for metric in METRICS}
         rows = []
-        for i, first in enumerate(found[datas[0], "ndcg@10"]):
-            cells = [first["against"]]
-            for data in datas:
-                c = found[data, "ndcg@10"][i]
-                difference = f"{c['difference']:+.4f} ({c['low']:+.4f} to {c['high']:+.4f})"
-                cells += [difference, _p(c["holm"]) if c["holm"] >= 0.05 else f"**{_p(c['holm'])}**"]
-                cells.append(", ".join(_p(found[data, metric][i]["holm"]) for metric in ("mrr", "map", "pnr")))
+        for method in of:
+            cells = [method]
+            for ours in tested:
+                if method == ours:
+                    cells += ["", ""]
+                    continue
+                c = found[ours, "ndcg@10"][method]
+                p = f"{_p(c.p)} ({_p(c.holm)})"
+                cells += [f"{c.difference:+.4f} ({c.low:+.4f} to {c.high:+.4f})", f"**{p}**" if c.holm < 0.05 else p]
+            if tested:
+                others = [found[tested[0], metric].get(method) for metric in ("mrr", "map", "pnr")]
+                cells.append(" / ".join(f"{'+' if c.difference > 0 else '−'} {_p(c.holm)}" for c in others if c))
             rows.append(cells)
-        parts.append(table(head, rows))
+        head = ["against"]
+        for ours in tested:
+            head += [f"{ours} minus it", "p (Holm)"]
+        head += [f"{ours} by MRR / MAP / PNR: sign, p after Holm" for ours in tested[:1]]
+        parts.append(f"{data}\n\n" + table(head, rows))
     return "\n\n".join(parts)
 
 
@@ -221,8 +233,7 @@ def _damage(folder: Path) -> str:
         rows = []
         for method, points in sorted(curves.items(), key=lambda item: -item[1][-1][1]):
             of = dict(points)
-            name = f"**{method}**" if method in OURS else method
-            rows.append([name, *(f"{of[level]:.4f}" if level in of else "" for level in levels)])
+            rows.append([_name(method), *(f"{of[level]:.4f}" if level in of else "" for level in levels)])
         parts.append(f"{kind}\n\n" + table(["student of", *(f"{level:g}" for level in levels)], rows))
     return "\n\n".join(parts)
 

@@ -14,10 +14,11 @@ import datetime
 import functools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,7 +211,7 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
     with open(folder / "runs.jsonl", "a") as file:
         file.write(json.dumps({"run": name, "phases": phases, "processes": processes, **where(1)}) + "\n")
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _end_with_the_parent) as pool:
         for phase in phases:
             todo = [unit for unit in units(phase, plan) if unit not in results[phase].records]
             futures = {}
@@ -229,6 +230,17 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _end_with_the_parent() -> None:
+    """Lets a worker end when the run is killed: by itself it would wait for work for ever."""
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check(folder: Path) -> None:
