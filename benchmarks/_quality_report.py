@@ -71,6 +71,13 @@ def holm(p: Iterable[float]) -> np.ndarray:
     return out
 
 
+def whole_folds(records: list[dict]) -> list[dict]:
+    """What a run that was not finished did of a phase: the records of the folds that have all that any fold has."""
+    by_fold = grouped(records, "fold")
+    most = max(map(len, by_fold.values()), default=0)
+    return [r for of in by_fold.values() if len(of) == most for r in of]
+
+
 def grouped(records: Iterable[dict], *fields: str) -> dict[tuple, list[dict]]:
     groups = defaultdict(list)
     for record in records:
@@ -212,16 +219,15 @@ def _leak(folder: Path) -> str:
 
 def damage_curves(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Kind of damage → method → (level, mean NDCG@10 over folds and seeds); level 0 is the comparison itself."""
-    damaged, whole = read(folder, "damage"), read(folder, "compare")
+    damaged, whole = whole_folds(read(folder, "damage")), read(folder, "compare")
     curves: dict = {}
     for (kind, method), records in grouped(damaged, "damage", "method").items():
         data, folds = records[0]["data"], {r["fold"] for r in records}
         seeds = len(records[0]["seeds"])
         clean = [r for r in whole if (r["data"], r["method"]) == (data, method) and r["fold"] in folds]
-        points = [(0.0, np.mean([np.mean(r["test"]["ndcg@10"][:seeds]) for r in clean]))] if clean else []
+        points = [(0.0, np.mean([r["test"]["ndcg@10"][:seeds] for r in clean]))] if clean else []
         for (level,), of in sorted(grouped(records, "level").items()):
-            if len(of) == len(folds):
-                points.append((level, np.mean([np.mean(r["test"]["ndcg@10"]) for r in of])))
+            points.append((level, np.mean([r["test"]["ndcg@10"] for r in of])))
         curves.setdefault(kind, {})[method] = points
     return curves
 
@@ -233,22 +239,19 @@ def _damage(folder: Path) -> str:
         rows = []
         for method, points in sorted(curves.items(), key=lambda item: -item[1][-1][1]):
             of = dict(points)
-            rows.append([_name(method), *(f"{of[level]:.4f}" if level in of else "" for level in levels)])
+            rows.append([_name(method), *(f"{of[level]:.4f}" for level in levels)])
         parts.append(f"{kind}\n\n" + table(["student of", *(f"{level:g}" for level in levels)], rows))
     return "\n\n".join(parts)
 
 
 def _defaults(folder: Path) -> str:
-    groups = grouped(read(folder, "defaults"), "method", "data")
+    groups = grouped(whole_folds(read(folder, "defaults")), "method", "data")
     datas = list(dict.fromkeys(data for _, data in groups))
     rows = []
     for name in dict.fromkeys(name for name, _ in groups):
         cells = [name]
         for data in datas:
-            records, base = groups.get((name, data), []), groups.get((name.split(",")[0], data), [])
-            if not records or len(records) != len(base):
-                cells += ["", ""]
-                continue
+            records, base = groups[name, data], groups[name.split(",")[0], data]
             validation, usual = (np.mean([r["validation"] for r in of]) for of in (records, base))
             cells.append(f"{validation:.4f} ({validation - usual:+.4f})")
             cells.append(f"{np.mean([r['test']['ndcg@10'] for r in records]):.4f}")

@@ -76,16 +76,19 @@ class Unit(NamedTuple):
 
 
 def units(phase: str, plan: Plan) -> Iterator[Unit]:
-    for fold in plan.folds:
-        for data in plan.data_sets:
+    """In the order in which an unfinished run is of most use."""
+    if phase == "damage":
+        for fold in plan.folds:
+            yield from (Unit(phase, CROSSFIT, fold, method, *damage) for damage in plan.damages for method in METHODS)
+        return
+    for data in plan.data_sets:
+        for fold in plan.folds:
             if phase == "ensembles":
                 yield Unit(phase, data, fold)
             elif phase in ("tune", "compare"):
                 yield from (Unit(phase, data, fold, method) for method in METHODS)
-            elif phase == "defaults" and data != NAN:
+            elif data != NAN:
                 yield from (Unit(phase, data, fold, name) for name in DEFAULTS)
-        if phase == "damage":
-            yield from (Unit(phase, CROSSFIT, fold, method, *damage) for damage in plan.damages for method in METHODS)
 
 
 class Results:
@@ -206,7 +209,7 @@ def best_point(record: dict) -> dict:
 
 def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    results = {phase: Results(folder, phase) for phase in PHASES}
+    results = {phase: Results(folder, phase) for phase in {*phases, "tune"}}
     name = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with open(folder / "runs.jsonl", "a") as file:
         file.write(json.dumps({"run": name, "phases": phases, "processes": processes, **where(1)}) + "\n")
