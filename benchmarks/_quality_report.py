@@ -92,8 +92,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def tables(folder: Path) -> dict[str, str]:
     """Every block of docs/quality.md, by name."""
-    runs = read(folder, "runs")
-    return {
+    blocks = {
         "students": _students(folder),
         "values": _values(folder),
         "tests": _tests(folder),
@@ -101,26 +100,31 @@ def tables(folder: Path) -> dict[str, str]:
         "damage": _damage(folder),
         "defaults": _defaults(folder),
         # Lines of the same form as those of compare.jsonl, from whatever wrote them.
-        "text": _students(folder, "text") or "Not measured yet.",
-        "run": _run(folder, runs),
+        "text": _students(folder, "text"),
+        "run": _run(folder),
     }
+    return {name: block or "Not measured yet." for name, block in blocks.items()}
 
 
 def compared(folder: Path, phase: str = "compare") -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Data set → method → metric → per-query values, of the methods that have all of the data set's folds."""
-    found: dict = {}
-    for (data,), of in grouped(read(folder, phase), "data").items():
-        folds = len({record["fold"] for record in of})
-        for (method,), records in grouped(of, "method").items():
-            if len(records) == folds:
-                found.setdefault(data, {})[method] = per_query(records)
-    return found
+    """Data set → method → metric → per-query values, of the data sets whose folds are all done."""
+    return {
+        data: {method: per_query(records) for (method,), records in grouped(of, "method").items()}
+        for (data,), of in grouped(read(folder, phase), "data").items()
+        if len(whole_folds(of)) == len(of)
+    }
+
+
+def averaged(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict[str, dict[str, np.ndarray]]:
+    """Each query's mean over data sets of the same queries, for the methods that all of them have."""
+    sets = list(found.values())
+    methods = [m for m in sets[0] if all(m in of for of in sets)]
+    return {m: {metric: np.mean([of[m][metric] for of in sets], 0) for metric in METRICS} for m in methods}
 
 
 def ranks(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict[str, float]:
     """Mean rank by NDCG@10 over the data sets of the methods that all of them have."""
-    methods = [m for m in next(iter(found.values()))] if found else []
-    methods = [m for m in methods if all(m in of for of in found.values())]
+    methods = [m for m in next(iter(found.values()), {}) if all(m in of for of in found.values())]
     each = [stats.rankdata([-mean(of[m], "ndcg@10") for m in methods]) for of in found.values()]
     return dict(zip(methods, np.mean(each, 0), strict=True))
 
@@ -175,7 +179,11 @@ def _p(p: float) -> str:
 
 def _tests(folder: Path) -> str:
     parts = []
-    for data, of in compared(folder).items():
+    found_in = compared(folder)
+    queries = {len(values["ndcg@10"]) for of in found_in.values() for values in of.values()}
+    if len(found_in) > 1 and len(queries) == 1:
+        found_in["average over the sets of teachers"] = averaged(found_in)
+    for data, of in found_in.items():
         tested = [ours for ours in TESTED if ours in of]
         found = {(ours, metric): comparisons(of, ours, metric) for ours in tested for metric in METRICS}
         rows = []
@@ -214,7 +222,12 @@ def _leak(folder: Path) -> str:
             for column in ("train", "leak", "hidden"):
                 cells.append(f"{np.mean([r['ensembles'][name][column] for r in records]):.3f}")
         rows.append(cells)
-    return table(head, rows)
+    teachers = ["*teachers, worst to best*"]
+    for records in groups.values():
+        low, high = np.percentile(np.mean([r["teachers"] for r in records], 0), [0, 100])
+        correlation = np.mean([r["correlation"] for r in records])
+        teachers += [f"correlation {correlation:.2f}", "", f"{low:.3f} to {high:.3f}"]
+    return table(head, [*rows, teachers])
 
 
 def damage_curves(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -241,7 +254,8 @@ def _damage(folder: Path) -> str:
             of = dict(points)
             rows.append([_name(method), *(f"{of[level]:.4f}" for level in levels)])
         parts.append(f"{kind}\n\n" + table(["student of", *(f"{level:g}" for level in levels)], rows))
-    return "\n\n".join(parts)
+    folds = ", ".join(str(fold) for fold in sorted({r["fold"] for r in whole_folds(read(folder, "damage"))}))
+    return f"Folds {folds}.\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def _defaults(folder: Path) -> str:
@@ -262,7 +276,8 @@ def _defaults(folder: Path) -> str:
     return table(head, rows) if rows else ""
 
 
-def _run(folder: Path, runs: list[dict]) -> str:
+def _run(folder: Path) -> str:
+    runs = read(folder, "runs")
     if not runs:
         return ""
     last = runs[-1]

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import _quality_data
+import _quality_ensembles
 import _quality_report
 import torch
 from _quality_data import BOTTOM, CROSSFIT, DAMAGES, DATA_SETS, NAN, Fold
 from _quality_methods import DEFAULTS, METHODS
-from _quality_students import quality_on, train
+from _quality_students import train
 from _timing import where
 from torch import Tensor
 from tqdm import tqdm
 
-from pile_fast import ensembles
 from pile_fast.data import RankedLists, find_data
 from pile_fast.metrics import average_precision, mrr, ndcg, pair_counts
 
@@ -125,7 +125,7 @@ def work(unit: Unit, plan: Plan, folder: Path | None, point: dict | None) -> dic
     start = time.perf_counter()
     fold = _fold(unit.data, unit.fold, folder)
     if unit.phase == "ensembles":
-        return _ensembles(fold)
+        return _quality_ensembles.describe(fold)
     lists = _quality_data.damaged(fold.train, unit.damage, unit.level, unit.fold) if unit.damage else fold.train
     if unit.phase == "defaults":
         students, seeds = [DEFAULTS[unit.method](lists)], plan.defaults_seeds
@@ -167,38 +167,6 @@ def _quality(lists: RankedLists, scores: Tensor, every_metric: bool) -> dict:
 
 def _rounded(values: Tensor) -> list[float | None]:
     return [None if math.isnan(v) else round(v, 5) for v in values.tolist()]
-
-
-def _ensembles(fold: Fold) -> dict:
-    """NDCG@10 of the ensembles themselves: on the training queries, whose labels they see; on the test queries with their
-    labels, which is a leak; and on the test queries without, as they would rank in service."""
-
-    def score(lists: RankedLists, logits: Tensor) -> float:
-        return round(float(quality_on(lists, logits.nan_to_num(nan=-1e4)[None, None])), 5)
-
-    train_lists, test = fold.train, fold.test
-    stacking = ensembles.StackingEnsemble().fit(
-        train_lists.teacher_logits, train_lists.labels, cu_seqlens=train_lists.cu_seqlens
-    )
-    best = ensembles.best_teacher_ensemble(train_lists.teacher_logits, train_lists.labels, cu_seqlens=train_lists.cu_seqlens)
-    unlabelled = torch.full_like(test.labels, torch.nan)
-    rows = {}
-    for name, ensemble in (
-        ensembles.ENSEMBLES.items() | {"pile, query": functools.partial(ensembles.pile, granularity="query")}.items()
-    ):
-        if name not in ensembles.NEEDS_STUDENT:
-            rows[name] = [
-                score(lists, ensemble(lists.teacher_logits, labels, cu_seqlens=lists.cu_seqlens).logits)
-                for lists, labels in ((train_lists, train_lists.labels), (test, test.labels), (test, unlabelled))
-            ]
-    # These two learn from the training queries what they use on the test queries.
-    chosen = ensembles.mean_ensemble(test.teacher_logits, cu_seqlens=test.cu_seqlens, prior=best.weights.clamp(min=1e-6))
-    rows["best"][2] = score(test, chosen.logits)
-    rows["stacking"] = [
-        score(lists, stacking(lists.teacher_logits, cu_seqlens=lists.cu_seqlens).logits) for lists in (train_lists, test)
-    ]
-    rows["stacking"].append(rows["stacking"][1])
-    return {"ensembles": {name: dict(zip(("train", "leak", "hidden"), row, strict=True)) for name, row in rows.items()}}
 
 
 def best_point(record: dict) -> dict:
