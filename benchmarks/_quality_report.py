@@ -124,7 +124,9 @@ def averaged(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict[str, di
 
 def ranks(found: dict[str, dict[str, dict[str, np.ndarray]]]) -> dict[str, float]:
     """Mean rank by NDCG@10 over the data sets of the methods that all of them have."""
-    methods = [m for m in next(iter(found.values()), {}) if all(m in of for of in found.values())]
+    if not found:
+        return {}
+    methods = [m for m in next(iter(found.values())) if all(m in of for of in found.values())]
     each = [stats.rankdata([-mean(of[m], "ndcg@10") for m in methods]) for of in found.values()]
     return dict(zip(methods, np.mean(each, 0), strict=True))
 
