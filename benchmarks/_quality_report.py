@@ -107,11 +107,13 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def compared(folder: Path, phase: str = "compare") -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Data set → method → metric → per-query values, of the data sets whose folds are all done."""
+    """Data set → method → metric → per-query values, of the data sets that have every method in all of their folds."""
+    records = read(folder, phase)
+    methods = {r["method"] for r in records}
     return {
-        data: {method: per_query(records) for (method,), records in grouped(of, "method").items()}
-        for (data,), of in grouped(read(folder, phase), "data").items()
-        if len(whole_folds(of)) == len(of)
+        data: {method: per_query(found) for (method,), found in grouped(of, "method").items()}
+        for (data,), of in grouped(records, "data").items()
+        if len(of) == len(methods) * len({r["fold"] for r in of})
     }
 
 
