@@ -331,15 +331,18 @@ def _plot_students(folder: Path, path: Path) -> None:
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_title(data, fontsize=10)
         axes.set_xlabel("NDCG@10 minus that of the mean's student", fontsize=8)
+        axes.locator_params(axis="x", nbins=4)
     figure.savefig(path, dpi=110)
 
 
 def _plot_damage(folder: Path, path: Path) -> None:
+    import matplotlib
+
     curves = damage_curves(folder)
     if not curves:
         return
     figure, panels = _figure(len(curves), 1, (3.6 * len(curves), 4.6))
-    colors = itertools.cycle(f"C{i}" for i in range(10))
+    colors = itertools.cycle(matplotlib.colormaps["tab20"].colors)
     style = {}
     for axes, (kind, of) in zip(panels, curves.items(), strict=True):
         for method, points in of.items():
@@ -349,6 +352,7 @@ def _plot_damage(folder: Path, path: Path) -> None:
             )
         axes.set_title(kind, fontsize=10)
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=4)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     panels[0].set_ylabel("NDCG@10 of the student")
