@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble text gpu-check triton-table cuda-table lint clean
+.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble text quality quality-smoke gpu-check triton-table cuda-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -72,6 +72,14 @@ bench-ensemble: setup
 # docs/text.md from top to bottom: real text, about half an hour.
 text: setup
 	sed -n '/^```bash/,/^```/{/^```/d;p}' docs/text.md | PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail
+
+# Needs MQ2008 (PILE_FAST_DATA or data/); goes on where it was stopped, then writes docs/quality.md's tables and plots.
+quality: setup
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py --report
+
+quality-smoke: setup
+	$(BIN)/python benchmarks/quality.py --smoke
 
 clean:
 	rm -rf build *.egg-info pile_fast/*.so .pytest_cache .hypothesis .ruff_cache
