@@ -71,7 +71,7 @@ bench-ensemble: setup
 
 # docs/text.md from top to bottom: real text, about half an hour.
 text: setup
-	sed -n '/^```bash/,/^```/{/^```/d;p}' docs/text.md | PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail -c "$$(sed -n '/^```bash/,/^```/{/^```/d;p}' docs/text.md)"
 
 # Needs MQ2008 (PILE_FAST_DATA or data/); goes on where it was stopped, then writes docs/quality.md's tables and plots.
 quality: setup

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from _quality_students import MovingTarget, Student
 from torch import Tensor
 
@@ -60,25 +59,9 @@ def stacking(lists: RankedLists, **options) -> Tensor:
     return fitted(lists.teacher_logits, **layout).logits
 
 
-def shared_weights(lists: RankedLists, iterations: int = 30, step_size: float = 3.0) -> Tensor:
-    """(M,) teachers' weights that all queries share: PILE with one weight vector for the whole training set.
-
-    The exponents of "query" granularity, averaged over the queries that a teacher is present in, in each iteration.
-    """
-    count = lists.teacher_logits.shape[1]
-    weights = torch.full((count,), 1 / count)
-    for _ in range(iterations):
-        each = pile_ensemble(
-            lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens, granularity="query", iterations=1,
-            step_size=step_size, prior=weights, return_weights=True,
-        ).weights  # fmt: skip
-        change = torch.where(each > 0, (each / weights).log(), torch.nan).nanmean(0).nan_to_num()
-        weights = torch.softmax(weights.log() + change, 0)
-    return weights
-
-
 def pile_from_shared_weights(lists: RankedLists, **options) -> Tensor:
-    return by(pile_ensemble)(lists, prior=shared_weights(lists), **options)
+    prior = ensembles.shared_prior(lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens)
+    return by(pile_ensemble)(lists, prior=prior, **options)
 
 
 def distil(target: Callable[..., object], knob: str | None = None, values: tuple = TEMPERATURES) -> Method:

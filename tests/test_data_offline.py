@@ -13,7 +13,7 @@ import torch
 from pile_fast import pile_ensemble
 from pile_fast.data import ResumableOutput, check_row, make_synthetic, offline, parquet, read_rows, write_rows
 from pile_fast.data.offline import METHODS, OfflineEnsemble, ensemble_file
-from pile_fast.ensembles import ENSEMBLES, StackingEnsemble, best_teacher_ensemble, mean_ensemble
+from pile_fast.ensembles import ENSEMBLES, StackingEnsemble, best_teacher_ensemble, mean_ensemble, shared_prior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,6 +167,16 @@ def test_rows_without_any_label_are_null_or_all_nulls(rows):
     one, two = (OfflineEnsemble()(parquet.rows_to_table(content)) for content in (unlabelled, null))
     assert one["ensemble_logits"].equals(two["ensemble_logits"])
     assert not one["ensemble_logits"].equals(OfflineEnsemble()(parquet.rows_to_table(rows))["ensemble_logits"])
+
+
+def test_pile_starts_from_weights_that_other_rows_share(rows, table, fit):
+    logits, labels, cu_seqlens = packed(rows)
+    from_logits, from_labels, from_starts = packed(synthetic_rows(30, seed=1))
+    prior = shared_prior(from_logits, from_labels, cu_seqlens=from_starts, normalize="center")
+    learnt = OfflineEnsemble("pile", fit=fit, normalize="center", iterations=2)
+    wanted = pile_ensemble(logits, labels, cu_seqlens=cu_seqlens, prior=prior, normalize="center", iterations=2).logits
+    assert learnt.learnt == prior.tolist() and "labels" in learnt.columns
+    torch.testing.assert_close(flat(learnt(table)["ensemble_logits"]), wanted, equal_nan=True, rtol=0, atol=0)
 
 
 def test_it_pickles_with_what_it_learnt(table, fit):

@@ -112,19 +112,6 @@ def test_every_method_has_a_grid_of_the_same_size_and_makes_students(lists):
     assert not torch.allclose(mean, pile, equal_nan=True)
 
 
-def test_weights_that_all_queries_share():
-    """Of teachers that are right, useless and wrong; a query that a teacher is missing from tells nothing about it."""
-    import _quality_methods as methods
-
-    lists = make_synthetic(100, documents=(4, 12), seed=2)
-    right = lists.labels + 0.5 * torch.randn(len(lists.labels))
-    right[: int(lists.cu_seqlens[30])] = torch.nan
-    lists = lists.with_teachers(torch.stack([-lists.labels, right, torch.randn(len(right))], 1), ["wrong", "right", "useless"])
-    weights = methods.shared_weights(lists)
-    assert weights.sum() == pytest.approx(1, abs=1e-5)
-    assert weights[1] > 0.8 and weights[0] < 0.01
-
-
 @pytest.mark.parametrize("kind", ["useless", "adversarial", "half", "missing", "label noise"])
 def test_damage(kind):
     import _quality_data as data

@@ -34,7 +34,7 @@ def add_parser(commands) -> None:
         "--fit",
         metavar="FILE",
         help="rows with labels: 'stacking' learns its weights from them (required), 'best' the one teacher to take "
-        "(default: each query's best by its own labels)",
+        "(default: each query's best by its own labels), 'pile' the weights to start from (default: equal)",
     )
     parser.add_argument("--weights", action="store_true", help="keep the teachers' weights: ensemble_weights")
     parser.add_argument(

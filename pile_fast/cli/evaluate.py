@@ -276,6 +276,11 @@ def _explain(evaluation: Evaluation, args: argparse.Namespace) -> Iterator[str]:
         ranked = ", ".join(name.upper() for name in args.metrics if Metric(name).base not in ("pnr", "opa"))
         if ranked:
             yield f"Queries without a relevant document say nothing about rankers; in {ranked} they {treated}."
+    if args.column:
+        yield (
+            f"{', '.join(args.column)}: an ensemble that was given these queries' labels (pile, ca_mkd, best) is a training "
+            "target; its figures say nothing about a ranker."
+        )
     partial = sum(coverage.documents < queries.documents for coverage in evaluation.coverage.values())
     if partial:
         yield (

@@ -7,6 +7,7 @@ the arrays they were decoded to, packed, with the lists' offsets as `cu_seqlens`
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,14 @@ from pile_fast.data import parquet
 from pile_fast.data.files import ahead, fingerprint
 from pile_fast.data.formats import format_of, read_rows, write_rows
 from pile_fast.data.resumable import ResumableOutput
-from pile_fast.ensembles import ENSEMBLES, NEEDS_LABELS, NEEDS_STUDENT, StackingEnsemble, best_teacher_ensemble
+from pile_fast.ensembles import (
+    ENSEMBLES,
+    NEEDS_LABELS,
+    NEEDS_STUDENT,
+    StackingEnsemble,
+    best_teacher_ensemble,
+    shared_prior,
+)
 from pile_fast.functional import pile_ensemble
 
 METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
@@ -43,8 +51,9 @@ class OfflineEnsemble:
         keep_weights: also add `ensemble_weights`, documents × teachers, as they are before they are rescaled to the
             teachers that scored a document.
         replace: put the ensemble in the place of the teachers, as the one teacher "ensemble", instead of adding a column.
-        fit: a table with labels from which "stacking" learns its weights (required), and "best" the one teacher to take
-            for all queries (None: it takes each query's best by the query's own labels).
+        fit: a table with labels from which "stacking" learns its weights (required), "best" the one teacher to take
+            for all queries (None: it takes each query's best by the query's own labels), and "pile" the weights it starts
+            from, `pile_fast.ensembles.shared_prior` (None: equal ones).
         options: of the ensemble's function, e.g. ``iterations=5``.
 
     Raises:
@@ -71,14 +80,14 @@ class OfflineEnsemble:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if fit is None and method == "stacking":
             raise ValueError("fit: stacking needs data with labels to learn its weights from")
-        if fit is not None and method not in ("stacking", "best"):
-            raise ValueError(f"fit: {method} learns nothing from data, only stacking and best do")
+        if fit is not None and method not in ("stacking", "best", "pile"):
+            raise ValueError(f"fit: {method} learns nothing from data, only stacking, best and pile do")
         self.method = method
         self.keep_weights = keep_weights
         self.replace = replace
         self.options = options
-        # The labels of the rows play no part in an ensemble that has learnt from others.
-        self.needs_labels = method in NEEDS_LABELS and fit is None
+        # The labels of the rows play no part in a choice that was learnt from others.
+        self.needs_labels = method in NEEDS_LABELS and (fit is None or method == "pile")
         self.learnt: list[float] | None = None
         self._function = self._make_function(fit)
         if self.learnt is None:  # wrong options show now, not in the first table
@@ -86,7 +95,14 @@ class OfflineEnsemble:
 
     def _make_function(self, fit: pa.Table | None) -> Callable:
         if self.method == "pile":
-            return functools.partial(pile_ensemble, return_weights=self.keep_weights, **self.options)
+            options = dict(self.options)
+            if fit is not None:
+                teacher_logits, labels, cu_seqlens = _packed(fit, labelled=True)
+                names = inspect.signature(shared_prior).parameters.keys() - {"iterations", "step_size"}
+                shared = {name: value for name, value in options.items() if name in names}
+                options["prior"] = shared_prior(teacher_logits, labels, cu_seqlens=cu_seqlens, **shared)
+                self.learnt = options["prior"].tolist()
+            return functools.partial(pile_ensemble, return_weights=self.keep_weights, **options)
         if self.method == "stacking":
             stacking = StackingEnsemble(**self.options)
             teacher_logits, labels, cu_seqlens = _packed(fit, labelled=True)
