@@ -347,7 +347,7 @@ def test_torchrun(text, tiny_text_model):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(Path("cache").absolute())}
     result = subprocess.run(
         [*launch, *arguments, "--output-dir", "two", "--per-device-train-batch-size", "4"], env=environment,
-        capture_output=True, text=True,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Wrote two.") == 1
