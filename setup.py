@@ -96,7 +96,7 @@ class BuildKernels(build_ext):
                 depends=ext.depends,
             )
         ext.extra_compile_args = common
-        ext.extra_link_args = link + ["-pthread"]
+        ext.extra_link_args = link + ["-pthread", "-ldl"]
         super().build_extension(ext)
 
     def build_cuda(self, ext):

@@ -20,10 +20,11 @@ import torch
 import pile_fast
 from pile_fast import _cpu
 
-# Shorter calls notice what ran before them: data evicted from the caches, and PyTorch's OpenMP threads, which spin for about
-# 4 ms after a parallel region (libgomp's default) before they leave their core to others.
+# Shorter calls notice what ran before them: data evicted from the caches; another provider's threads, which spin for some
+# milliseconds more; their own, which sleep and may wake on a core that is taken. In a training loop none of that happens.
 SHORT = 0.05
 PAUSE = 0.01
+WARM = 0.02
 TURN = 0.02  # seconds of one provider before the next has its turn
 
 
@@ -38,7 +39,9 @@ def turn(run: Callable, repeats: int, batch: int, short: bool, before: Callable 
     """Seconds of `repeats` times `batch` calls of `run`, which was called before."""
     if short:
         time.sleep(PAUSE)
-        run()
+        end = time.perf_counter() + WARM
+        while time.perf_counter() < end:
+            run()
     times = []
     for _ in range(repeats):
         if before:
@@ -56,7 +59,7 @@ def interleave(
 ) -> dict[Any, Times]:  # fmt: skip
     """Time `calls` in rounds, each of which gives every call one turn, in random order.
 
-    A turn takes one time or, of short calls, up to 20. A short call's turn begins with a pause and a call that does not count.
+    A turn takes one time or, of short calls, up to 20. A short call's turn begins with a pause and calls that do not count.
     Calls too short for the clock are timed `batch` at a time.
 
     Args:

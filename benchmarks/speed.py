@@ -102,7 +102,7 @@ def against_torch(run: Run) -> None:
             if not run.quick:
                 cases.append(Case("torch.compile", data, plain_torch(op, data, compiled=True)))
             cases += [Case(f"cpp {how}", data, call(op, data, backend="cpp", pairwise=how)) for how in PAIR_SUMS]
-            # In a training loop PyTorch's own threads have just worked, and still spin on the cores this call wants.
+            # As in a training loop, where other operations have just used the threads and the caches.
             cases.append(Case(BUSY, data, call(op, data, backend="cpp"), before=lambda: elsewhere.mul(2)))
             run.time("a", op, cases)
             torch.compiler.reset()

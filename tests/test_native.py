@@ -1,5 +1,6 @@
 """The native extension itself: bits, threads, instruction sets, forks, memory."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -133,9 +134,25 @@ def test_a_forked_process_can_go_on():
         child = os.fork()
         if child == 0:
             signal.alarm(30)
-            os._exit(0 if torch.equal(pile_fast.pile_ensemble(t, y, backend="cpp").logits, want) else 1)
+            same = torch.equal(pile_fast.pile_ensemble(t, y, backend="cpp").logits, want)
+            os._exit(0 if same and pile_fast.backends.cpp.threads() == 1 else 1)
         assert os.waitpid(child, 0)[1] == 0
     """)
+
+
+def test_threads_are_those_of_pytorchs_openmp():
+    assert cpp.threads() == torch.get_num_threads()
+    threads = """
+        import importlib.util, os
+        spec = importlib.util.spec_from_file_location("pile_fast._cpu", {path!r})
+        _cpu = importlib.util.module_from_spec(spec)
+        {before}
+        spec.loader.exec_module(_cpu)
+        print(_cpu.has_threads())
+    """
+    run = functools.partial(threads.format, path=_cpu.__file__)
+    assert run_python(run(before="import torch")) == "True"
+    assert run_python(run(before="")) == "False"  # nobody has loaded an OpenMP runtime
 
 
 def test_memory_of_a_long_list():

@@ -33,7 +33,7 @@ sys.path.append(str(HERE.parent))
 import _floors  # noqa: E402
 import _peers_report  # noqa: E402
 import torch  # noqa: E402
-from _timing import PAUSE, OtherLoad, interleave, machine_slug, where  # noqa: E402
+from _timing import PAUSE, WARM, OtherLoad, interleave, machine_slug, where  # noqa: E402
 
 import pile_fast  # noqa: E402
 from pile_fast import reference  # noqa: E402
@@ -166,7 +166,7 @@ class Worker:
     def turn(worker: Worker, repeats: int, batch: int, short: bool) -> list[float]:
         if short:
             time.sleep(PAUSE)
-        worker.process.stdin.write(f"{repeats} {batch} {int(short)}\n")
+        worker.process.stdin.write(f"{repeats} {batch} {WARM if short else 0}\n")
         worker.process.stdin.flush()
         if not (line := worker.process.stdout.readline()):
             raise ChildProcessError(f"{worker.gradient.stem} ended while it was timed")

@@ -2,8 +2,8 @@
 
     python worker.py FILE VARIANT OP LISTS.npz GRADIENT.npy LIMIT_BYTES
 
-Answers line by line, as JSON: an empty line with what the first call gave, each "REPEATS BATCH SHORT" with the seconds that
-calls took.
+Answers line by line, as JSON: an empty line with what the first call gave, each "REPEATS BATCH WARM" with the seconds that
+calls took, after WARM seconds of calls that do not count.
 """
 
 import ctypes
@@ -55,8 +55,9 @@ def start(file: str, variant: str, op: str, lists: str, gradient: str, limit: in
     return run, answer | {"scale": provider.SCALES[op]}
 
 
-def turn(run, repeats: int, batch: int, short: int) -> list[float]:
-    if short:
+def turn(run, repeats: int, batch: int, warm: float) -> list[float]:
+    end = time.perf_counter() + warm
+    while time.perf_counter() < end:
         run()
     times = []
     for _ in range(repeats):
@@ -80,7 +81,8 @@ def main() -> None:
     print(json.dumps(answer), file=answers)
     gc.disable()
     for line in sys.stdin:
-        print(json.dumps(turn(run, *map(int, line.split()))), file=answers)
+        repeats, batch, warm = line.split()
+        print(json.dumps(turn(run, int(repeats), int(batch), float(warm))), file=answers)
 
 
 if __name__ == "__main__":

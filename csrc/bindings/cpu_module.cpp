@@ -1,6 +1,7 @@
 // pile_fast._cpu: the CPU backend as a Python module. Tensors come as addresses and strides, so that one build serves every
 // version of PyTorch; pile_fast/backends/cpp.py is the only caller and answers for them.
 #include "../cpu/job.h"
+#include "../cpu/team.h"
 #include "arguments.h"
 
 namespace py = pybind11;
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pile_fast.";
   pile::bindings::bind_options(m);
   m.def("run", &run, "Run one call; False if cu_seqlens does not fit or a query is too long.");
+  m.def("has_threads", &pile::has_threads, "Whether calls find threads beside their own: those of PyTorch's OpenMP runtime.");
   m.def("instruction_set", &pile::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &pile::instruction_sets, "Those this processor and this build have, best first.");
   m.def("set_instruction_set", &pile::set_instruction_set, "Use another one; False if it is not there.");

@@ -1,16 +1,15 @@
 #include "team.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
 
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
-#include <thread>
 
 namespace pile {
 
@@ -20,7 +19,8 @@ constexpr int64_t kFirstBlock = int64_t{1} << 18;
 constexpr int64_t kHugePage = int64_t{1} << 21;
 // Memory an idle thread may hold: fresh pages would cost a long list a tenth of its time.
 constexpr int64_t kKeep = int64_t{1} << 27;
-constexpr int kSpins = 4000;
+// Then a waiting thread offers its core: the one it waits for may be queued on it.
+constexpr int kSpins = 300;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -28,16 +28,6 @@ inline void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
-}
-
-template <class Condition>
-void spin_until(Condition condition) {
-  for (int i = 0; !condition(); ++i) {
-    if (i < kSpins)
-      relax();
-    else
-      sched_yield();
-  }
 }
 
 }  // namespace
@@ -102,9 +92,10 @@ void Member::wait() const {
     state->arrived.store(0, std::memory_order_relaxed);
     state->round.store(round + 1, std::memory_order_release);
   } else {
-    spin_until([&] {
+    const auto released = [&] {
       return state->round.load(std::memory_order_acquire) != round || state->failed.load(std::memory_order_relaxed);
-    });
+    };
+    for (int i = 0; !released(); ++i) i < kSpins ? relax() : void(sched_yield());
   }
   if (state->failed.load(std::memory_order_relaxed)) throw TeamFailed();
 }
@@ -124,97 +115,73 @@ class CallArena {
   }
 };
 
-// Threads that wait for work: briefly spinning, for the next step of a training loop is near, then asleep.
-class Pool {
- public:
+// The OpenMP runtime of this process, by the entry points that GCC's compiler calls and LLVM's runtime has as well.
+struct OpenMP {
+  void (*parallel)(void (*function)(void*), void* context, unsigned threads, unsigned flags);
+  int (*rank)();
+  int (*size)();
   std::mutex busy;
+  // A forked child has none of the runtime's threads, and the runtime would wait for them.
+  std::atomic<bool> forked{false};
 
-  void run(int threads, void (*function)(const Member&, void*), void* context) {
-    TeamState state;
-    while (workers_ < threads - 1) {
-      std::thread(&Pool::work, this, ++workers_, generation_.load()).detach();
-    }
-    function_ = function;
-    context_ = context;
-    state_ = &state;
-    size_ = threads;
-    error_ = nullptr;
-    remaining_.store(workers_, std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    if (sleeping_.load(std::memory_order_acquire)) wake_.notify_all();
-    take_part(0);
-    spin_until([&] { return remaining_.load(std::memory_order_acquire) == 0; });
-    if (error_) std::rethrow_exception(error_);
-  }
-
- private:
-  void take_part(int rank) {
-    if (rank >= size_) return;
-    CallArena arena;
-    try {
-      function_({rank, size_, state_, arena.get()}, context_);
-    } catch (const TeamFailed&) {
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!error_) error_ = std::current_exception();
-      state_->failed.store(true, std::memory_order_relaxed);
-    }
-  }
-
-  void work(int rank, int64_t seen) {
-    for (;;) {
-      auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-      for (int i = 0; i < kSpins && !called(); ++i) relax();
-      if (!called()) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        sleeping_.fetch_add(1, std::memory_order_acq_rel);
-        wake_.wait(lock, called);
-        sleeping_.fetch_sub(1, std::memory_order_relaxed);
-      }
-      ++seen;
-      take_part(rank);
-      remaining_.fetch_sub(1, std::memory_order_release);
-    }
-  }
-
-  int workers_ = 0;
-  std::atomic<int64_t> generation_{0};
-  std::atomic<int> remaining_{0}, sleeping_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  void (*function_)(const Member&, void*) = nullptr;
-  void* context_ = nullptr;
-  TeamState* state_ = nullptr;
-  int size_ = 1;
-  std::exception_ptr error_;
+  bool usable() const { return parallel && rank && size && !forked.load(std::memory_order_relaxed); }
 };
 
-// Never destroyed: its threads outlive main(). Replaced in a forked child, which has no threads.
-std::atomic<Pool*> pool{nullptr};
-
-Pool& the_pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    pool.store(new Pool);
-    pthread_atfork(nullptr, nullptr, [] { pool.store(new Pool); });
-  });
-  return *pool.load(std::memory_order_acquire);
+OpenMP& openmp() {
+  static OpenMP* const runtime = [] {
+    auto* found = new OpenMP{};  // never destroyed: threads may outlive main()
+    found->parallel = reinterpret_cast<decltype(found->parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found->rank = reinterpret_cast<decltype(found->rank)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    found->size = reinterpret_cast<decltype(found->size)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    pthread_atfork(nullptr, nullptr, [] { openmp().forked.store(true); });
+    return found;
+  }();
+  return *runtime;
 }
+
+// One call on a team. Its size is known when the runtime has given the threads, which may be fewer than asked for.
+struct Call {
+  void (*function)(const Member&, void*);
+  void* context;
+  int threads;
+  TeamState state;
+  std::mutex mutex;
+  std::exception_ptr error;
+
+  void take_part(int rank, int size) {
+    if (rank >= size) return;
+    CallArena arena;
+    try {
+      function({rank, size, &state, arena.get()}, context);
+    } catch (const TeamFailed&) {
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+      state.failed.store(true, std::memory_order_relaxed);
+    }
+  }
+};
 
 }  // namespace
 
+bool has_threads() { return openmp().usable(); }
+
 void run_team(int threads, void (*function)(const Member&, void*), void* context) {
-  if (threads > 1) {
-    Pool& pool = the_pool();
-    std::unique_lock<std::mutex> lock(pool.busy, std::try_to_lock);
-    if (lock.owns_lock()) return pool.run(threads, function, context);
+  Call call{function, context, threads, {}, {}, {}};
+  OpenMP& runtime = openmp();
+  std::unique_lock<std::mutex> lock(runtime.busy, std::defer_lock);
+  if (threads > 1 && runtime.usable() && lock.try_lock()) {
+    // All of PyTorch's threads, though some may have nothing to do: the runtime ends threads that a smaller team leaves out.
+    const auto part = [](void* context) {
+      Call& call = *static_cast<Call*>(context);
+      const int given = openmp().size();
+      call.take_part(openmp().rank(), given < call.threads ? given : call.threads);
+    };
+    runtime.parallel(part, &call, 0, 0);
+  } else {
+    call.take_part(0, 1);
   }
-  CallArena arena;
-  TeamState state;
-  function({0, 1, &state, arena.get()}, context);
+  if (call.error) std::rethrow_exception(call.error);
 }
 
 }  // namespace pile

@@ -1,6 +1,8 @@
 // Threads and memory: a team runs one function on several threads, which meet at barriers and own an arena each.
 //
-// Not OpenMP: PyTorch's wheels carry an OpenMP runtime of their own, and two runtimes in one process spin against each other.
+// The threads are PyTorch's: those of the OpenMP runtime that it has loaded, found at run time, so that this extension needs neither
+// OpenMP nor PyTorch to build. Threads of our own would have to wake beside PyTorch's, which spin for milliseconds after each of
+// its operations, and OMP_* settings would not reach them. docs/performance.md has the figures.
 // Results never depend on the team's size: work is cut by the problem, not by the number of threads.
 #pragma once
 
@@ -68,8 +70,11 @@ struct Member {
   void wait() const;
 };
 
-// Run `function(member, context)` on `threads` threads, the caller among them; returns when all are done.
-// Falls back to the caller alone where another call has the threads. Throws std::bad_alloc.
+// Whether there are threads beside the caller's: an OpenMP runtime is loaded, and this process is not a forked child.
+bool has_threads();
+
+// Run `function(member, context)` on at most `threads` threads, the caller among them; returns when all are done.
+// The caller works alone where there are no others, or another call has them. Throws std::bad_alloc.
 void run_team(int threads, void (*function)(const Member&, void*), void* context);
 
 }  // namespace pile

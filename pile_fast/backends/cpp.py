@@ -26,6 +26,11 @@ except ImportError as error:
 DEVICES = ("cpu",)
 
 
+def threads() -> int:
+    """How many threads a call may use: PyTorch's number, or one where its OpenMP runtime cannot be used."""
+    return torch.get_num_threads() if _cpu.has_threads() else 1
+
+
 def unavailable() -> str:
     return _unavailable
 

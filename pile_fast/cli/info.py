@@ -9,6 +9,7 @@ import platform
 import torch
 
 import pile_fast
+from pile_fast.backends import cpp
 
 _OPTIONAL = ("transformers", "accelerate", "datasets", "scikit-learn")
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
         ("torch", torch.__version__),
         *((name, _version(name)) for name in _OPTIONAL),
-        ("threads", str(torch.get_num_threads())),
+        ("threads", _threads()),
         ("devices", ", ".join(_devices())),
     ]
     for name, status in pile_fast.available_backends().items():
@@ -40,6 +41,13 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed (pip install 'pile_fast[train]')"
+
+
+def _threads() -> str:
+    threads = torch.get_num_threads()
+    if cpp.unavailable() or threads == cpp.threads():
+        return str(threads)
+    return f"{threads}, but one for backend cpp: PyTorch has no OpenMP runtime here, or this process is a fork"
 
 
 def _devices() -> list[str]:
