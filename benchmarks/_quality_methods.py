@@ -109,6 +109,9 @@ METHODS = {
     "PILE": distil(_pile, "step_size", (0.3, 1.0, 3.0)),
     "PILE + labels": with_labels(_pile),
     "PILE, query": distil(functools.partial(_pile, granularity="query"), "step_size", (1.0, 3.0, 10.0)),
+    "PILE, query, shared prior": distil(
+        functools.partial(pile_from_shared_weights, granularity="query"), "step_size", (1.0, 3.0, 10.0)
+    ),
     "PILE, shared prior": distil(pile_from_shared_weights, "step_size", (0.3, 1.0, 3.0)),
     "PILE, shared prior + labels": with_labels(pile_from_shared_weights),
 }

@@ -13,8 +13,10 @@ import numpy as np
 from scipy import stats
 
 DOCS = Path(__file__).parent.parent / "docs"
-OURS = ("PILE", "PILE + labels", "PILE, query", "PILE, shared prior", "PILE, shared prior + labels")
-TESTED = ("PILE", "PILE + labels", "PILE, shared prior")
+OURS = (
+    "PILE", "PILE + labels", "PILE, query", "PILE, query, shared prior", "PILE, shared prior", "PILE, shared prior + labels",
+)  # fmt: skip
+TESTED = ("PILE", "PILE + labels", "PILE, shared prior", "PILE, query, shared prior")
 METRICS = {"ndcg@10": "NDCG@10", "mrr": "MRR", "map": "MAP", "pnr": "PNR"}
 RESAMPLES = 2000
 

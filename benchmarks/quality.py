@@ -35,7 +35,7 @@ from _timing import where
 from torch import Tensor
 from tqdm import tqdm
 
-from pile_fast.data import RankedLists, find_data
+from pile_fast.data import find_data
 from pile_fast.metrics import average_precision, mrr, ndcg, pair_counts
 
 RESULTS = Path(__file__).with_name("results") / "quality"
@@ -140,16 +140,17 @@ def work(unit: Unit, plan: Plan, folder: Path | None, point: dict | None) -> dic
         record["points"] = [p | {"validation": _rounded(v)} for p, v in zip(points, validation, strict=True)]
     else:
         record |= {"point": point, "validation": _rounded(validation[0])}
-        record |= _quality(fold.test, stack.scores(fold.test.features)[0], every_metric=unit.phase == "compare")
+        scores = stack.scores(fold.test.features)[0]
+        record |= quality_of(fold.test.labels, fold.test.cu_seqlens, scores, every_metric=unit.phase == "compare")
     return record | {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def _quality(lists: RankedLists, scores: Tensor, every_metric: bool) -> dict:
+def quality_of(labels: Tensor, cu_seqlens: Tensor, scores: Tensor, every_metric: bool) -> dict:
     """Of scores (S, D): NDCG@10, MRR and MAP per seed, and per query the means over the seeds."""
     seeds = scores.shape[0]
-    lengths = lists.cu_seqlens.diff().repeat(seeds)
+    lengths = cu_seqlens.diff().repeat(seeds)
     layout = {"cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])}
-    scores, labels = scores.flatten(), lists.labels.repeat(seeds)
+    scores, labels = scores.flatten(), labels.repeat(seeds)
     ranked = {"empty": "skip", "reduction": "none"} | layout
     values = {"ndcg@10": ndcg(scores, labels, k=10, ties="average", **ranked)}
     if every_metric:
