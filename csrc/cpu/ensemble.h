@@ -200,13 +200,6 @@ class EnsembleQuery {
     });
   }
 
-  static PILE_INLINE Vec<double> as_double(const T* p) {
-    typedef T Half __attribute__((vector_size(sizeof(T) * kLanes<double>)));
-    Half half;
-    std::memcpy(&half, p, sizeof half);
-    return __builtin_convertvector(half, Vec<double>);
-  }
-
   Stats stats(const T* row, int begin, int end) const {
     constexpr int W = kLanes<double>;
     Stats s = {0, 0, T(__builtin_inf()), T(-__builtin_inf())};
@@ -267,12 +260,7 @@ class EnsembleQuery {
           value = (load(t_ + t * row_ + k) - T(mean_[t])) * scale_[t];
         } else {
           T lanes[kLanes<T>];
-          for (int h = 0; h < kLanes<T>; h += kLanes<double>) {
-            const Vec<double> d = as_double(t_ + t * row_ + k + h) - mean_[t];
-            typedef T Half __attribute__((vector_size(sizeof(T) * kLanes<double>)));
-            const Half narrow = __builtin_convertvector(d, Half);
-            std::memcpy(lanes + h, &narrow, sizeof narrow);
-          }
+          for (int h = 0; h < kLanes<T>; h += kLanes<double>) store_narrow(lanes + h, as_double(t_ + t * row_ + k + h) - mean_[t]);
           value = load(lanes) * scale_[t];
         }
         store(t_ + t * row_ + k, value);

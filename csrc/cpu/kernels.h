@@ -69,6 +69,7 @@ class Run {
     DistillLoss<T> distill_loss;
     int *at, distilled;  // positions that are distilled
     T *z, *lambda, *distill_z, *distill_s, *slope;
+    double* squares;  // of square_loss
     bool finite;
   };
 
@@ -210,6 +211,7 @@ class Run {
         s.distill_z = arena.take<T>(valid);
         s.distill_s = arena.take<T>(valid);
         s.slope = arena.take<T>(valid);
+        s.squares = arena.take<double>(2 * pieces(valid));
       }
       if (options.alpha < 1 && s.loss_order.has_pairs()) {
         s.weights = pair_weights<T>(s.loss_order, options.pair_weight, arena);
@@ -234,7 +236,7 @@ class Run {
         const int n = s.distilled;
         distill_scale = options.alpha / (double(n) * (n - 1) / 2);
         if (options.distillation == Distillation::mse) {
-          loss += distill_scale * square_loss(m, s.distill_z, s.distill_s, n, s.slope);
+          loss += distill_scale * square_loss(m, s.distill_z, s.distill_s, n, s.squares, s.slope);
         } else {
           loss += distill_scale * s.distill_loss.run(m, s.distill_z, s.distill_s, n, options.pairwise, s.slope);
           distill_scale /= options.distillation_temperature;

@@ -317,18 +317,32 @@ class DistillLoss {
 };
 
 // Σ_{i<j} ((z_i − z_j) − (s_i − s_j))² = n Σ (d_i − mean)², d = z − s. Slope: its derivative.
+// `partial`: room for two numbers per piece.
 template <class T>
-double square_loss(const Member& m, const T* z, const T* s, int n, T* slope) {
-  double result = 0;
-  double mean = 0;
-  for (int k = 0; k < n; ++k) mean += double(z[k]) - double(s[k]);
-  mean /= n;
-  for (int k = 0; k < n; ++k) {
-    const double d = double(z[k]) - double(s[k]) - mean;
-    result += d * d;
-    if (m.leads()) slope[k] = T(2 * n * d);
+double square_loss(const Member& m, const T* z, const T* s, int n, double* partial, T* slope) {
+  constexpr int W = kLanes<double>;
+  for (int p = m.rank; p < pieces(n); p += m.size) {
+    Vec<double> sums = {};
+    for (int k = p * kPiece; k < smaller(n, (p + 1) * kPiece); k += W)
+      sums += first_lanes<double>(n - k, as_double(z + k) - as_double(s + k));
+    partial[2 * p] = sum<double>(sums);
   }
   m.sync();
+  double mean = 0;
+  for (int p = 0; p < pieces(n); ++p) mean += partial[2 * p];
+  mean /= n;
+  for (int p = m.rank; p < pieces(n); p += m.size) {
+    Vec<double> squares = {};
+    for (int k = p * kPiece; k < smaller(n, (p + 1) * kPiece); k += W) {
+      const Vec<double> d = first_lanes<double>(n - k, as_double(z + k) - as_double(s + k) - mean);
+      squares += d * d;
+      store_narrow(slope + k, 2.0 * n * d);
+    }
+    partial[2 * p + 1] = sum<double>(squares);
+  }
+  m.sync();
+  double result = 0;
+  for (int p = 0; p < pieces(n); ++p) result += partial[2 * p + 1];
   return n * result;
 }
 

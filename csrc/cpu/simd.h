@@ -77,6 +77,20 @@ PILE_INLINE void store(T* p, Vec<T> v, int count) {
   store(lanes, v);
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
 }
+// As many numbers as a vector of doubles holds, from and to an array of either precision.
+template <class T>
+PILE_INLINE Vec<double> as_double(const T* p) {
+  typedef T Part __attribute__((vector_size(sizeof(T) * kLanes<double>)));
+  Part part;
+  std::memcpy(&part, p, sizeof part);
+  return __builtin_convertvector(part, Vec<double>);
+}
+template <class T>
+PILE_INLINE void store_narrow(T* p, Vec<double> v) {
+  typedef T Part __attribute__((vector_size(sizeof(T) * kLanes<double>)));
+  const Part part = __builtin_convertvector(v, Part);
+  std::memcpy(p, &part, sizeof part);
+}
 template <class T>
 PILE_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
@@ -86,6 +100,11 @@ PILE_INLINE Ints<T> iota() {
   Ints<T> v;
   for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
   return v;
+}
+// v, and 0 in the lanes from `count` on.
+template <class T>
+PILE_INLINE Vec<T> first_lanes(int count, Vec<T> v) {
+  return iota<T>() < typename Simd<T>::integer(count) ? v : Vec<T>{};
 }
 template <class T>
 PILE_INLINE Ints<T> bits(Vec<T> v) {
