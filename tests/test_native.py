@@ -80,6 +80,28 @@ def test_every_instruction_set(name, pairwise, dtype, labels):
     assert (got[-1].double() - z.grad).abs().max() <= 10 * tolerance * z.grad.abs().max()
 
 
+# 16 is the most that are sorted as grades; 0 and -0 are one; a part of a vector, or of two, at the end.
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("distinct", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("n", [5, 8, 41, 111])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.int8])
+def test_few_labels_and_many(name, distinct, n, dtype):
+    y = torch.randint(0, distinct, (2, n, 2)).to(dtype)
+    if y.is_floating_point():
+        y = torch.where((y == 0) & (torch.rand(y.shape) < 0.5), -y, y)
+    y = y[..., 0]  # not contiguous
+    z = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
+    best = _cpu.instruction_set()
+    try:
+        _cpu.set_instruction_set(name)
+        got = pile_fast.pairwise_logistic_loss(z, y, backend="cpp")
+    finally:
+        _cpu.set_instruction_set(best)
+    want = pile_fast.pairwise_logistic_loss(z, y, backend="torch")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (got, want)))
+
+
 def test_an_unknown_instruction_set_is_refused():
     assert not _cpu.set_instruction_set("sse9")
     assert _cpu.instruction_set() == SETS[0]

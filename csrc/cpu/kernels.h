@@ -120,8 +120,13 @@ class Run {
     for (int p = m.rank; p < pieces(slots); p += m.size) {
       const int begin = p * kPiece, end = smaller(slots, begin + kPiece);
       int valid = 0, scored = 0, missing = 0;
-      for (int i = begin; i < end; ++i)
-        valid += s.valid[i] = mask.data ? static_cast<const uint8_t*>(mask.data)[mask_at + i * mask.document] != 0 : 1;
+      if (mask.data) {
+        for (int i = begin; i < end; ++i)
+          valid += s.valid[i] = static_cast<const uint8_t*>(mask.data)[mask_at + i * mask.document] != 0;
+      } else {
+        std::memset(s.valid + begin, 1, end - begin);
+        valid = end - begin;
+      }
       if (job_.ensemble) {
         const int teachers = int(batch_.teachers);
         with_logits(teacher, [&](const auto* data) {

@@ -17,62 +17,89 @@ struct Order {
   bool has_pairs() const { return labelled > 0 && below[0] < labelled; }
 };
 
-constexpr int kMaxGrades = 16;
+// A query's labels where they are a few grades, nearly always. Grades are numbered as they come.
+struct Grades {
+  static constexpr int kMax = 16;
+  int number = 0;
+  double value[kMax];
+  int count[kMax] = {};
 
-// A label's bits, the same for 0 and -0, so that equal labels have equal keys.
-PILE_INLINE int64_t label_key(double label) {
-  const double canonical = label + 0.0;
-  int64_t key;
-  std::memcpy(&key, &canonical, 8);
-  return key;
+  bool add(double label) {
+    if (number == kMax) return false;
+    value[number++] = label;
+    return true;
+  }
+};
+
+// Which grade each label is, and how many are of each. False if there are too many grades. Grades are unpredictable: no branch on
+// them where masks serve.
+inline bool find_grades(const double* label, int n, Grades& grades, uint8_t* grade) {
+#if defined(__AVX512F__)
+  for (int k = 0; k < n; k += 8) {
+    const __m512d own = _mm512_loadu_pd(label + k);
+    __mmask8 unknown = n - k < 8 ? (1u << (n - k)) - 1 : 0xff;
+    const __mmask8 all = unknown;
+    __m128i found = _mm_setzero_si128();
+    for (int g = 0;; ++g) {
+      if (g == grades.number) {
+        if (!unknown) break;
+        if (!grades.add(label[k + __builtin_ctz(unknown)])) return false;
+      }
+      const __mmask8 hits = _mm512_mask_cmp_pd_mask(all, own, _mm512_set1_pd(grades.value[g]), _CMP_EQ_OQ);
+      found = _mm_mask_mov_epi8(found, hits, _mm_set1_epi8(char(g)));
+      grades.count[g] += __builtin_popcount(hits);
+      unknown &= __mmask8(~hits);
+    }
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(grade + k), found);
+  }
+#else
+  int counts[2][Grades::kMax] = {};  // by turns: a count must not wait for the last one's store
+  for (int k = 0; k < n; ++k) {
+    int g = 0;
+    while (g < grades.number && grades.value[g] != label[k]) ++g;
+    if (g == grades.number && !grades.add(label[k])) return false;
+    grade[k] = uint8_t(g);
+    ++counts[k & 1][g];
+  }
+  for (int g = 0; g < grades.number; ++g) grades.count[g] = counts[0][g] + counts[1][g];
+#endif
+  return true;
 }
 
-// Index of `own` among the first `count` keys, or -1. Grades are unpredictable: no branch on them where masks serve.
-PILE_INLINE int find_key(const int64_t (&keys)[kMaxGrades], int count, int64_t own) {
+// slot[] by grade into out[], each grade's from start[grade] on, in their old order.
+inline void scatter_by_grade(const int* slot, const uint8_t* grade, int n, int grades, int (&start)[Grades::kMax], int* out) {
 #if defined(__AVX512F__)
-  const __m512i wanted = _mm512_set1_epi64(own);
-  const unsigned hits = _mm512_cmpeq_epi64_mask(wanted, _mm512_loadu_si512(keys)) |
-                        unsigned(_mm512_cmpeq_epi64_mask(wanted, _mm512_loadu_si512(keys + 8))) << 8;
-  const unsigned among = hits & ((1u << count) - 1);
-  return among ? __builtin_ctz(among) : -1;
+  for (int k = 0; k < n; k += 16) {
+    const __mmask16 all = n - k < 16 ? (1u << (n - k)) - 1 : 0xffff;
+    const __m128i of = _mm_loadu_si128(reinterpret_cast<const __m128i*>(grade + k));
+    const __m512i slots = _mm512_loadu_si512(slot + k);
+    for (int g = 0; g < grades; ++g) {
+      const __mmask16 hits = _mm_mask_cmpeq_epi8_mask(all, of, _mm_set1_epi8(char(g)));
+      const int count = __builtin_popcount(hits);
+      _mm512_mask_storeu_epi32(out + start[g], __mmask16((1u << count) - 1), _mm512_maskz_compress_epi32(hits, slots));
+      start[g] += count;
+    }
+  }
 #else
-  for (int g = 0; g < count; ++g)
-    if (keys[g] == own) return g;
-  return -1;
+  (void)grades;
+  for (int k = 0; k < n; ++k) out[start[grade[k]]++] = slot[k];
 #endif
 }
 
-// Stable counting sort where the labels are a few grades (nearly always). False if there are more than kMaxGrades.
+// Stable counting sort. False if there are too many grades.
 inline bool sort_grades(const double* label, const int* slot, int n, Order& order, Arena& arena) {
-  double value[kMaxGrades];
-  int64_t key[kMaxGrades] = {};
-  int count[kMaxGrades], start[kMaxGrades];
-  int counts[2][kMaxGrades] = {};  // by turns: a count must not wait for the last one's store
-  int grades = 0;
+  Grades grades;
   uint8_t* grade = arena.take<uint8_t>(n);
-  for (int i = 0; i < n; ++i) {
-    const int64_t own = label_key(label[i]);
-    int hit = find_key(key, grades, own);
-    if (hit < 0) {
-      if (grades == kMaxGrades) return false;
-      value[grades] = label[i];
-      key[grades] = own;
-      hit = grades++;
-    }
-    grade[i] = uint8_t(hit);
-    ++counts[i & 1][hit];
-  }
-  for (int g = 0; g < grades; ++g) count[g] = counts[0][g] + counts[1][g];
-  for (int g = 0; g < grades; ++g) {
+  if (!find_grades(label, n, grades, grade)) return false;
+  int start[Grades::kMax];
+  for (int g = 0; g < grades.number; ++g) {
     start[g] = 0;
-    for (int o = 0; o < grades; ++o) start[g] += value[o] > value[g] ? count[o] : 0;
-  }
-  for (int g = 0; g < grades; ++g) {
-    const int end = start[g] + count[g];
-    order.label[start[g]] = order.label[end - 1] = value[g];
+    for (int o = 0; o < grades.number; ++o) start[g] += grades.value[o] > grades.value[g] ? grades.count[o] : 0;
+    const int end = start[g] + grades.count[g];
+    order.label[start[g]] = order.label[end - 1] = grades.value[g];
     for (int k = start[g]; k < end; ++k) order.below[k] = end;
   }
-  for (int i = 0; i < n; ++i) order.slot[start[grade[i]]++] = slot[i];
+  scatter_by_grade(slot, grade, n, grades.number, start, order.slot);
   return true;
 }
 
@@ -83,7 +110,9 @@ inline void sort_any(const double* label, const int* slot, int n, Order& order, 
   int* item = arena.take<int>(n);
   int* other_item = arena.take<int>(n);
   for (int i = 0; i < n; ++i) {
-    const int64_t word = label_key(label[i]);
+    const double canonical = label[i] + 0.0;  // -0 is 0
+    int64_t word;
+    std::memcpy(&word, &canonical, 8);
     const uint64_t rising = uint64_t(word) ^ (uint64_t(word >> 63) | (uint64_t(1) << 63));
     key[i] = ~rising;
     item[i] = i;
@@ -150,6 +179,19 @@ inline Order order_by_label(const View& labels, int64_t offset, int slots, const
   int* unlabelled = arena.take<int>(slots);
   int n = 0, spare = 0;
   with_labels(labels, [&](const auto* data) {
+    const auto all_have_labels = [&](int64_t stride) {  // a loop that a compiler turns into vectors
+      bool known = true;
+      for (int i = 0; i < slots; ++i) {
+        label[i] = double(read(data, offset + i * stride));
+        slot[i] = i;
+        known &= label[i] == label[i];
+      }
+      return known;
+    };
+    if (!include && (labels.document == 1 ? all_have_labels(1) : all_have_labels(labels.document))) {
+      n = slots;
+      return;
+    }
     for (int i = 0; i < slots; ++i) {
       if (include && !include[i]) continue;
       const double y = double(read(data, offset + i * labels.document));
