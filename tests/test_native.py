@@ -41,8 +41,8 @@ def everything(z, t, y, **kw):
     return [x.nan_to_num(-7.0) for x in (*outputs, loss.detach(), z.grad)]
 
 
-# Many short queries; few long ones, which threads share; a list beyond both kinds of block.
-@pytest.mark.parametrize("shape", [(50, 30), (3, 300), (1, 4500), (2, 9000)])
+# Many short queries; few long ones, which threads share, or each takes its own; a list beyond both kinds of block.
+@pytest.mark.parametrize("shape", [(50, 30), (3, 300), (1, 4500), (2, 9000), (3, 4200)])
 @pytest.mark.parametrize("labels", ["grades", "continuous"])
 @pytest.mark.parametrize("pairwise", ["direct", "chebyshev"])
 def test_the_same_bits_for_any_number_of_threads_and_every_time(shape, labels, pairwise):

@@ -1,8 +1,9 @@
 // The CPU backend for one instruction set: every query of a batch, by a team of threads.
 //
 // A query is worked on in one arena, its documents gathered into plain arrays by falling label, whatever the layout, strides and
-// dtypes it came in; so the kernels below know nothing of them. Short queries go to one thread each, handed out by a counter; a few
-// long ones are worked on by the whole team, one after the other. Either way a query's arithmetic is the same, to the bit.
+// dtypes it came in; so the kernels below know nothing of them. Queries go to one thread each, handed out by a counter; long ones
+// that would leave threads idle are worked on by the whole team, one after the other. Either way a query's arithmetic is the same, to
+// the bit.
 #pragma once
 
 #include "ensemble.h"
@@ -11,8 +12,8 @@
 namespace pile {
 namespace PILE_ISA {
 
-// From this many documents on a team shares a query's work.
-constexpr int kLong = 4096;
+// From kLong documents on a team may share a query's work, from kHuge on it does if there are only a few such queries.
+constexpr int kLong = 4096, kHuge = 1 << 17;
 
 template <class T>
 class Run {
@@ -29,7 +30,7 @@ class Run {
       if (gradient_ && !as_computed) gradient_ = m.arena->take<T>(documents());
     }
     m.sync();
-    const bool shared = m.size > 1 && share_long_queries(m.size);
+    const bool shared = m.size > 1 && share_long_queries(m);
     if (shared) {
       for (int64_t q = 0; q < batch_.queries; ++q) {
         if (batch_.length(q) < kLong) continue;
@@ -76,10 +77,31 @@ class Run {
   int64_t documents() const { return batch_.packed() ? batch_.slots : batch_.queries * batch_.slots; }
   int64_t covered() const { return batch_.queries ? batch_.begin(batch_.queries - 1) + batch_.length(batch_.queries - 1) : 0; }
 
-  bool share_long_queries(int size) const {
-    int64_t count = 0;
-    for (int64_t q = 0; q < batch_.queries; ++q) count += batch_.length(q) >= kLong;
-    return count > 0 && count < 4 * size;
+  // Not where whole queries, each taken by the next free member, keep all of them about as busy: that needs no barriers, and sorting
+  // and the like are not left to one. Huge lists are shared in any case, so that there is one in memory at a time.
+  bool share_long_queries(const Member& m) const {
+    int64_t count = 0, total = 0, longest = 0;
+    for (int64_t q = 0; q < batch_.queries; ++q) {
+      const int64_t length = batch_.length(q);
+      count += length >= kLong;
+      total += length;
+      longest = larger(longest, length);
+    }
+    if (count == 0 || count >= 4 * m.size) return false;
+    if (longest >= kHuge) return true;
+    const Arena::Mark mark = m.arena->mark();
+    int64_t* busy = m.arena->take<int64_t>(m.size);
+    for (int r = 0; r < m.size; ++r) busy[r] = 0;
+    int64_t before = 0, last = 0;  // in documents: handed out so far; when the last member would end
+    for (int64_t q = 0; q < batch_.queries; before += batch_.length(q++)) {
+      if (batch_.length(q) < kLong) continue;
+      int free = 0;
+      for (int r = 1; r < m.size; ++r) free = busy[r] < busy[free] ? r : free;
+      busy[free] = larger(busy[free], before / m.size) + batch_.length(q);
+      last = larger(last, busy[free]);
+    }
+    m.arena->release(mark);
+    return last * m.size > total + total / 4;
   }
 
   void query(const Member& m, Scratch& s, int64_t q) {
