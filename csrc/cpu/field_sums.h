@@ -258,11 +258,6 @@ class FieldSums {
     for (int k = 0; k < P; ++k) mask[k] = k & kDigit ? -1 : 0;
     return mask ? x - Row{} : T(1) - Row{};
   }
-  static PILE_INLINE Row row_of(const T* p) {
-    Row row;
-    std::memcpy(&row, p, sizeof row);
-    return row;
-  }
   static double count(const Row* moments, int cells) {
     double total = 0;
     for (int c = 0; c < cells; ++c) total += double(moments[c][0]);
@@ -277,25 +272,45 @@ class FieldSums {
     return {smaller(larger(0, c + table.first), grid.cells), smaller(grid.cells - 1, c + table.first + Table::kEntries - 1)};
   }
 
+  // Coefficients of the field that the source cells within reach make at target cells c + 1 and c, one after the other.
+  typedef T Pair __attribute__((vector_size(2 * P * sizeof(T))));
+  Pair near_fields(const Table& table, const typename Table::Matrices& matrices, const Row* source, int c) const {
+    const int from = near(table, c).from, to = near(table, smaller(c + 1, grid.cells - 1)).to;
+    Pair part[4] = {};  // four chains of additions, or each would wait for the last
+    for (int s = from; s <= to; ++s) {
+#pragma GCC unroll 16
+      for (int k = 0; k < P; ++k) {
+        Pair row;
+        std::memcpy(&row, matrices[k][s - c - table.first], sizeof row);
+        part[k % 4] += source[s][k] * row;
+      }
+    }
+    return (part[0] + part[1]) + (part[2] + part[3]);
+  }
+  // visit(c, coefficients at c) for every target cell.
+  template <class Visit>
+  void each_near_field(const Table& table, const typename Table::Matrices& matrices, const Row* source, Visit visit) const {
+    for (int c = 0; c < grid.cells; c += 2) {
+      const Pair both = near_fields(table, matrices, source, c);
+      Row rows[2];
+      std::memcpy(rows, &both, sizeof rows);
+      visit(c, rows[1]);
+      if (c + 1 < grid.cells) visit(c + 1, rows[0]);
+    }
+  }
+
   // What source moments do to target cells under κ: `use(c, coefficients of the field at cell c)`.
   template <class Use>
   void apply(const Table& table, const Row* source, Use use) const {
     double before = 0, after = count(source, grid.cells);  // documents in saturated cells
     Near seen = {0, -1};
-    for (int c = 0; c < grid.cells; ++c) {
+    each_near_field(table, table.kappa, source, [&](int c, Row f) {
       const Near now = near(table, c);
       for (; seen.from < now.from; ++seen.from) before += double(source[seen.from][0]);
       for (; seen.to < now.to; ++seen.to) after -= double(source[seen.to + 1][0]);
-      Row part[4] = {};  // four chains of additions, or each would wait for the last
-      for (int s = now.from; s <= now.to; ++s) {
-        const auto& matrix = table.kappa[s - c - table.first];
-#pragma GCC unroll 16
-        for (int k = 0; k < P; ++k) part[k % 4] += source[s][k] * row_of(matrix[k]);
-      }
-      Row f = (part[0] + part[1]) + (part[2] + part[3]);
       f[0] += T((after - before) / 2);
       use(c, f);
-    }
+    });
   }
 
   // Σ w_i w_j softplus(offset − (u_i − u_j)), or Σ w_i w_j ψ(...) without kLinear, target moments i against source moments j.
@@ -314,19 +329,16 @@ class FieldSums {
     const Sums all = after;
     Near seen = {0, -1};
     double total = 0;
-    for (int c = 0; c < grid.cells; ++c) {
+    each_near_field(table, table.psi, source, [&](int c, Row f) {
       const Near now = near(table, c);
       for (; seen.from < now.from; ++seen.from) before.add(source[seen.from], seen.from, 1);
       for (; seen.to < now.to; ++seen.to) after.add(source[seen.to + 1], seen.to + 1, -1);
-      Row f = {};
-      for (int s = now.from; s <= now.to; ++s)
-        for (int k = 0; k < P; ++k) f += source[s][k] * row_of(table.psi[s - c - table.first][k]);
       double value = 0;
       for (int k = 0; k < P; ++k) value += double(target[c][k]) * double(f[k]);
       const double w = double(target[c][0]), place = kCell * c * w + double(target[c][1]);
       auto linear = [&](const Sums& sums) { return ((table.offset * w - place) * sums.weight + w * sums.place) / 2; };
       total += value + linear(after) - linear(before) + (kLinear ? linear(all) : 0.0);
-    }
+    });
     return total;
   }
 

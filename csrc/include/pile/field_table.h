@@ -75,10 +75,13 @@ template <class T, int P>
 struct FieldTable : FieldReach<P> {
   using FieldReach<P>::kEntries;
 
+  // [source power][entry + 1][target power]: the rows of neighbouring entries are neighbours, so that one vector serves two target
+  // cells. An entry of zeros at either end stands for cells that do not see each other.
+  using Matrices = T[P][kEntries + 2][P];
+
   double offset;
   int first;
-  T kappa[kEntries][P][P];
-  T psi[kEntries][P][P];
+  Matrices kappa = {}, psi = {};
 
   explicit FieldTable(double offset) : offset(offset), first(FieldReach<P>::first(offset)) {
     using Real = long double;
@@ -86,14 +89,14 @@ struct FieldTable : FieldReach<P> {
     for (int p = 0; p < P; ++p) cell.set(p);
     for (int e = 0; e < kEntries; ++e) {
       const Real shift = Real(this->offset) + Real(kCell) * (first + e);
-      fill(kappa[e], shift, cell.node, cell.lagrange, [](Real v) { return pile::kappa(v); });
-      fill(psi[e], shift, cell.node, cell.lagrange, [](Real v) { return pile::psi(v); });
+      fill(kappa, e, shift, cell.node, cell.lagrange, [](Real v) { return pile::kappa(v); });
+      fill(psi, e, shift, cell.node, cell.lagrange, [](Real v) { return pile::psi(v); });
     }
   }
 
  private:
   template <class Real, class Kernel>
-  static void fill(T (&out)[P][P], Real shift, const Real (&node)[P], const Real (&lagrange)[P][P], Kernel kernel) {
+  static void fill(Matrices& out, int entry, Real shift, const Real (&node)[P], const Real (&lagrange)[P][P], Kernel kernel) {
     Real value[P][P], half[P][P];
     for (int s = 0; s < P; ++s)
       for (int t = 0; t < P; ++t) value[s][t] = kernel(shift + node[s] - node[t]);
@@ -106,7 +109,7 @@ struct FieldTable : FieldReach<P> {
       for (int b = 0; b < P; ++b) {
         Real total = 0;
         for (int t = 0; t < P; ++t) total += lagrange[b][t] * half[a][t];
-        out[a][b] = T(total);
+        out[a][entry + 1][b] = T(total);
       }
   }
 };
