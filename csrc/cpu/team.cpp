@@ -115,14 +115,16 @@ class CallArena {
   }
 };
 
+// A forked child has none of the runtime's threads, whoever had it start them, and the runtime would wait for them.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
 // The OpenMP runtime of this process, by the entry points that GCC's compiler calls and LLVM's runtime has as well.
 struct OpenMP {
   void (*parallel)(void (*function)(void*), void* context, unsigned threads, unsigned flags);
   int (*rank)();
   int (*size)();
   std::mutex busy;
-  // A forked child has none of the runtime's threads, and the runtime would wait for them.
-  std::atomic<bool> forked{false};
 
   bool usable() const { return parallel && rank && size && !forked.load(std::memory_order_relaxed); }
 };
@@ -133,7 +135,6 @@ OpenMP& openmp() {
     found->parallel = reinterpret_cast<decltype(found->parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     found->rank = reinterpret_cast<decltype(found->rank)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
     found->size = reinterpret_cast<decltype(found->size)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-    pthread_atfork(nullptr, nullptr, [] { openmp().forked.store(true); });
     return found;
   }();
   return *runtime;
