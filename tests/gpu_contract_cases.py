@@ -2,12 +2,13 @@
 test_contract.py, in float32 and at sizes that an interpreter or an emulator gets through.
 
 cuda_emulation_cases.py and triton_interpreter_cases.py each take these tests and add what only their backend can be asked.
-The fixtures that make them a backend's own are
+They define the fixtures
 
     how            the backend, by name, and its pair sum
     ensemble_case  (n, teachers, queries, options) of an ensemble
-    ensemble_data  what batches are drawn for these, arguments of contract.make
-    loss_case      (n, every): documents of a list, and which share of the losses' options it is asked
+    loss_case      (n, every): lists of n documents, asked every so-many-th combination of the losses' options
+
+and those of `FIXTURES` that they do not take from here.
 """
 
 import importlib.util
