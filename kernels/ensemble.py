@@ -286,6 +286,30 @@ def sum_field(fields, k: tl.constexpr, S, n, BR: tl.constexpr):
 
 
 @triton.jit
+def step_exponents(t, direction, rows, inside, fields, S, per_query, M, step, MP: tl.constexpr):
+    """By document: a step of the rows' exponents along λ. Their new logits, and whether any teacher scored them."""
+    exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
+    exponent += step * direction * tl.load(fields + PER_PAIR * S + rows, mask=inside, other=0.0)
+    tl.store(fields + EXPONENT * S + rows, exponent, mask=inside)
+    s, scored, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
+    return s, scored
+
+
+@triton.jit
+def direction_by_share(t, direction, per_query, M, MP: tl.constexpr):
+    """By query: λ_i / share_i, by the weight of the teachers that scored a document."""
+    share = tl.sum(tl.where(t == t, of_teachers(per_query, 4, M, MP, 0.0)[None, :], 0.0), 1)
+    return direction / tl.maximum(share, MIN_SHARE)
+
+
+@triton.jit
+def teacher_pulls(t, direction, rows, energy):
+    """By query: what the rows, each with its λ_i / share_i, add to each teacher's energy."""
+    s, _, _ = tilt(t, rows * 0.0, energy)
+    return tl.sum(tl.where(t == t, direction[:, None] * (t - s[:, None]), 0.0), 0)
+
+
+@triton.jit
 def iterate_rows(
     rows, n, padded, M, fields, table, S, read, per_query, inv_temperature, offset, step,
     BR: tl.constexpr, BC: tl.constexpr, MP: tl.constexpr, BY_DOCUMENT: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -303,14 +327,10 @@ def iterate_rows(
     direction = pull - tl.load(fields + ABOVE * S + rows, mask=inside, other=0.0)
     t = calibrated(table, rows, n, M, MP)
     if BY_DOCUMENT:
-        exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
-        exponent += step * direction * tl.load(fields + PER_PAIR * S + rows, mask=inside, other=0.0)
-        tl.store(fields + EXPONENT * S + rows, exponent, mask=inside)
-        s, scored, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
+        s, scored = step_exponents(t, direction, rows, inside, fields, S, per_query, M, step, MP)
         store_u(s, scored, rows, padded, fields, S, 1 - read, per_query, M, inv_temperature)
     else:
-        share = tl.sum(tl.where(t == t, of_teachers(per_query, 4, M, MP, 0.0)[None, :], 0.0), 1)
-        tl.store(fields + ROW * S + rows, direction / tl.maximum(share, MIN_SHARE), mask=inside)
+        tl.store(fields + ROW * S + rows, direction_by_share(t, direction, per_query, M, MP), mask=inside)
 
 
 @triton.jit
@@ -320,9 +340,8 @@ def reweight_query(n, M, fields, table, S, per_query, step, BR: tl.constexpr, MP
     for begin in range(0, n, BR):
         rows = begin + tl.arange(0, BR)
         t = calibrated(table, rows, n, M, MP)
-        s, _, _ = tilt(t, rows * 0.0, energy)
         direction = tl.load(fields + ROW * S + rows, mask=rows < n, other=0.0)
-        pull += tl.sum(tl.where(t == t, direction[:, None] * (t - s[:, None]), 0.0), 0).to(tl.float64)
+        pull += teacher_pulls(t, direction, rows, energy).to(tl.float64)
     store_energy(pull, per_query, M, step, MP)
 
 

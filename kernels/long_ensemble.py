@@ -30,7 +30,6 @@ from pile_fast.kernels.ensemble import (
     EXPONENT,
     GRID,
     MIDDLE,
-    MIN_SHARE,
     PAIRS,
     PER_PAIR,
     ROW,
@@ -40,12 +39,15 @@ from pile_fast.kernels.ensemble import (
     U,
     calibrate_and_start,
     calibrated,
+    direction_by_share,
     load_order,
     load_teachers,
     of_teachers,
     prior_energy,
+    step_exponents,
     store_energy,
     store_statistics,
+    teacher_pulls,
     tilt,
 )
 from pile_fast.kernels.fields import ROW as FIELD
@@ -356,16 +358,11 @@ def iterate_kernel(
                 direction += label_field(field, u, rank, gain, per_query + 5 * M + GRID, WEIGHTED)
         t = calibrated(table, rows, end, M, MP)
         if BY_DOCUMENT:
-            exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
-            exponent += step * direction * tl.load(fields + PER_PAIR * S + rows, mask=inside, other=0.0)
-            tl.store(fields + EXPONENT * S + rows, exponent, mask=inside)
-            s, scored, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
+            s, scored = step_exponents(t, direction, rows, inside, fields, S, per_query, M, step, MP)
             store_logits(s, scored, rows, inside, fields, S, 1 - read, per_query, M, inv_temperature)
         else:
-            share = tl.sum(tl.where(t == t, of_teachers(per_query, 4, M, MP, 0.0)[None, :], 0.0), 1)
-            direction = direction / tl.maximum(share, MIN_SHARE)
-            s, _, _ = tilt(t, rows * 0.0, of_teachers(per_query, 3, M, MP, -float("inf")))
-            total += tl.sum(tl.where(t == t, direction[:, None] * (t - s[:, None]), 0.0), 0)
+            direction = direction_by_share(t, direction, per_query, M, MP)
+            total += teacher_pulls(t, direction, rows, of_teachers(per_query, 3, M, MP, -float("inf")))
     if not BY_DOCUMENT:
         tl.store(partials + c.to(tl.int64) * width + m, total, mask=m < M)
 

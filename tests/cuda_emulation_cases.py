@@ -1,11 +1,9 @@
-"""The CUDA kernels on the CPU (tests/cuda_emulation): the battery of test_battery.py, the numerics contract of
-test_contract.py, and what only an emulation can ask.
+"""The CUDA kernels on the CPU (tests/cuda_emulation): the tests of gpu_contract_cases.py, and what only an emulation can ask.
 
 test_cuda.py builds the emulated module and runs this file in a process of its own, with PILE_FAST_CUDA_EMULATION set.
 """
 
 import importlib.util
-import itertools
 from pathlib import Path
 
 import pytest
@@ -22,11 +20,9 @@ def _load(name):
     return module
 
 
-battery, contract = _load("test_battery"), _load("test_contract")
-globals().update({k: v for k, v in vars(battery).items() if k.startswith("test_") or k in ("granularity", "loss")})
-del test_the_label_loss_falls_with_small_steps  # noqa: F821  (in float64; test_the_label_loss_falls asks it in float32)
-del test_between_lowest_and_highest_teacher  # noqa: F821  (50 iterations at 150 documents; test_sharp_steps_stay_in_range)
-del test_padding_width_changes_nothing  # noqa: F821  (to the last bit; test_padding_width_changes_little)
+gpu = _load("gpu_contract_cases")
+battery, contract = gpu.battery, gpu.contract
+globals().update({k: v for k, v in vars(gpu).items() if k.startswith("test_") or k in gpu.FIXTURES})
 
 module = backend._module()
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -43,31 +39,10 @@ def forward_order():
     module.set_order("forward")
 
 
-def test_padding_width_changes_little(loss, how):
-    z, t, y = battery.batch()
-    value, gradient = battery.run(loss, z, t, y, **how)
-    mask = torch.zeros(3, 50, dtype=torch.bool)
-    mask[:, 4:25] = True
-    wide = [torch.full((3, 50, *x.shape[2:]), fill, dtype=x.dtype) for x, fill in ((z, torch.nan), (t, 1e30), (y, 9))]
-    for to, x in zip(wide, (z, t, y), strict=True):
-        to[:, 4:25] = x
-    wide_value, wide_gradient = battery.run(loss, *wide, mask=mask, **how)
-    battery.same(wide_value, value)
-    battery.same(wide_gradient[mask].view(3, 21), gradient)
-    assert (wide_gradient[~mask] == 0).all()
-
-
 def test_sharp_steps_stay_in_range(how, granularity):
     _, t, y = battery.batch(2, 40)
     out = battery.ensemble(t, y, how, granularity, normalize="none", iterations=20, step_size=10.0).logits
     assert (out >= t.amin(-1)).all() and (out <= t.amax(-1)).all()
-
-
-def test_the_label_loss_falls(how, granularity):
-    _, t, y = battery.batch(2, 20)
-    t[torch.rand(t.shape) < 0.4] = torch.nan
-    trace = pile_fast.pile_ensemble(t, y, granularity=granularity, step_size=0.3, return_trace=True, **how).trace
-    assert (trace.diff(dim=1) <= 1e-6).all() and (trace[:, -1] < trace[:, 0] - 1e-3).all()
 
 
 # -- the numerics contract
@@ -84,59 +59,21 @@ ENSEMBLES = [
     (130, 9, 2, {}),
     (300, 4, 1, dict(pair_weight="gain_gap", iterations=2)),
 ]
-DATA = [
-    dict(),
-    dict(missing=0.4, unlabelled=0.3, masked=0.3),
-    dict(missing=0.9, labels="continuous"),
-    dict(unlabelled=1.0),
-    dict(spread=30.0, missing=0.2),
-]
 
 
-@pytest.mark.parametrize("case", ENSEMBLES, ids=str)
-def test_ensemble_contract(case, granularity, how):
-    n, teachers, queries, options = case
-    for seed, data in enumerate(DATA if n == 7 else DATA[n % 2 :: 2]):
-        _, t, y, mask = contract.make(n, queries, teachers, seed=seed, **data)
-        full = dict(
-            mask=mask, granularity=granularity, return_weights=True, return_trace=seed % 2 == 1, **{"iterations": 3} | options
-        )
-        want = pile_fast.pile_ensemble(t.double(), y, backend="torch", **full)
-        same = pile_fast.pile_ensemble(t, y, backend="torch", **full)
-        got = pile_fast.pile_ensemble(t, y, **full, **how)
-        for a, b, c in zip(got, same, want, strict=True):
-            if a is not None:
-                contract.close(a, b, c, 2e-6 * contract.scale_of(t))
+@pytest.fixture(params=ENSEMBLES, ids=str)
+def ensemble_case(request):
+    return request.param
 
 
-LOSSES = list(
-    itertools.product(
-        (0.0, 0.3, 1.0), ("logistic", "mse"), (0.5, 1.0), (None, "label_gap", "gain_gap"), ("mean", "sum", "none")
-    )
-)
+@pytest.fixture
+def ensemble_data():
+    return [*gpu.DATA, dict(spread=30.0, missing=0.2)]  # the last is left out of the interpreter to spare time
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 33, 130])
-@pytest.mark.parametrize("spread", [0.1, 5.0, 100.0])
-def test_loss_contract(n, spread, how):
-    for number, values in enumerate(LOSSES[n % 25 :: 25]):
-        options = dict(
-            zip(("alpha", "distillation", "distillation_temperature", "pair_weight", "reduction"), values, strict=True)
-        )
-        data = DATA[number % 4]
-        z, t, y, mask = contract.make(n, 2, 3, spread=spread, seed=number, **data)
-        options["iterations"] = 2
-        want, want_gradient = contract.loss_and_gradient(z.double(), t.double(), y, mask, backend="torch", **options)
-        same, same_gradient = contract.loss_and_gradient(z, t, y, mask, backend="torch", **options)
-        got, gradient = contract.loss_and_gradient(z, t, y, mask, **how, **options)
-        contract.close(got, same, want, 2e-6 * max(1.0, want.abs().max().item()))
-        contract.close(gradient, same_gradient, want_gradient, 1e-5 * want_gradient.abs().max().item() + 1e-37)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [5, 40])
-def test_half(how, dtype, n):
-    contract.test_half_inputs_are_read_as_such_and_computed_in_float32(how, dtype, n)
+@pytest.fixture(params=[(n, 25) for n in (1, 2, 7, 33, 130)], ids=str)
+def loss_case(request):
+    return request.param
 
 
 def test_half_precision_subnormals(how):
@@ -144,27 +81,6 @@ def test_half_precision_subnormals(how):
     t = (t * 3e-6).half()
     got = pile_fast.pile_ensemble(t, y, **how).logits
     contract.close(got, got, pile_fast.pile_ensemble(t.double(), y, backend="torch").logits, 1e-5)
-
-
-@pytest.mark.parametrize("size", [1e2, 1e4])
-@pytest.mark.parametrize("normalize", ["zscore", "none"])
-def test_huge_logits(how, size, normalize):
-    contract.test_huge_logits_stay_finite_and_in_range(how, size, normalize)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float64, torch.bfloat16]
-)
-def test_labels_of_any_dtype(how, dtype):
-    contract.test_labels_of_any_real_dtype(how, dtype)
-
-
-def test_labels_that_only_float64_tells_apart(how):
-    contract.test_labels_that_only_float64_tells_apart(how)
-
-
-def test_strides(how):
-    contract.test_strides_do_not_matter(how)
 
 
 def test_labels_of_either_sign_and_zero(how):
@@ -286,23 +202,3 @@ def test_offsets_that_lead_nowhere_stay_inside(how, cu_seqlens):
     """On a device nobody reads them beforehand: the numbers may be nonsense, the addresses must not."""
     z, t, y, _ = contract.make(10, 1, 2)
     pile_fast.pile_loss(z[0].requires_grad_(), t[0], y[0], cu_seqlens=torch.tensor(cu_seqlens), **how).backward()
-
-
-def test_refusals(how):
-    z, t, y, _ = contract.make(4)
-    with pytest.raises(RuntimeError, match="float32, got float64"):
-        pile_fast.pile_loss(z.double(), t, y, **how)
-
-
-def test_auto_never_picks_it_on_a_cpu():
-    z, t, y, _ = contract.make(4)
-    assert torch.equal(pile_fast.pile_loss(z, t, y), pile_fast.pile_loss(z, t, y, backend="cpp"))
-
-
-def test_compiles_as_one_graph(how):
-    z, t, y, _ = contract.make(9)
-    compiled = torch.compile(lambda z: pile_fast.pile_loss(z, t, y, **how), fullgraph=True, backend="aot_eager")
-    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-    compiled(a).backward()
-    pile_fast.pile_loss(b, t, y, **how).backward()
-    assert torch.equal(a.grad, b.grad)

@@ -62,6 +62,13 @@ def test_options_reach_the_ensemble():
     assert pq.read_table("b.parquet").equals(ensemble(pq.read_table("a.parquet")))
 
 
+def test_help_says_which_methods_take_an_option(capsys):
+    assert main(["ensemble", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "all methods: calibration of each teacher" in text and "best, ca_mkd, ebkd, pile: unit of logit" in text
+    assert " rrf: a document at rank" in text and " pile: difference a pair" in text
+
+
 def test_json_lines_in_and_out_and_replaced_teachers(capsys):
     write_rows("a.jsonl", make_rows())
     assert main(["ensemble", "a.jsonl", "--output", "b.jsonl", "--method", "mean", "--replace"]) == 0

@@ -1,11 +1,10 @@
-"""The Triton kernels through Triton's interpreter: the battery of test_battery.py and the numerics contract of
-test_contract.py.
+"""The Triton kernels through Triton's interpreter: the tests of gpu_contract_cases.py, and those of the ways these kernels
+cut lists and sum in linear time.
 
 test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1: the switch is read when triton is imported.
 """
 
 import importlib.util
-import itertools
 import warnings
 from pathlib import Path
 
@@ -26,11 +25,9 @@ def _load(name):
     return module
 
 
-battery, contract = _load("test_battery"), _load("test_contract")
-globals().update({k: v for k, v in vars(battery).items() if k.startswith("test_") or k == "granularity"})
-# The first two say below what holds for sums that follow the padding, and in float32; the third takes half a minute.
-del test_padding_width_changes_nothing, test_the_label_loss_falls_with_small_steps  # noqa: F821
-del test_between_lowest_and_highest_teacher  # noqa: F821
+gpu = _load("gpu_contract_cases")
+battery, contract = gpu.battery, gpu.contract
+globals().update({k: v for k, v in vars(gpu).items() if k.startswith("test_") or k in gpu.FIXTURES})
 del test_packed_ensemble  # noqa: F821  (test_packed_lists_longer_than_a_block asks more)
 
 # Few iterations: an operation in the interpreter takes 50 microseconds.
@@ -81,27 +78,6 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(triton_long, "WINDOW", 32)
 
 
-def test_padding_width_changes_little(loss, how):
-    z, t, y = battery.batch()
-    value, gradient = battery.run(loss, z, t, y, **how)
-    mask = torch.zeros(3, 50, dtype=torch.bool)
-    mask[:, 4:25] = True
-    wide = [torch.full((3, 50, *x.shape[2:]), fill, dtype=x.dtype) for x, fill in ((z, torch.nan), (t, 1e30), (y, 9))]
-    for to, x in zip(wide, (z, t, y), strict=True):
-        to[:, 4:25] = x
-    wide_value, wide_gradient = battery.run(loss, *wide, mask=mask, **how)
-    battery.same(wide_value, value)
-    battery.same(wide_gradient[mask].view(3, 21), gradient)
-    assert (wide_gradient[~mask] == 0).all()
-
-
-def test_the_label_loss_falls(how, granularity):
-    _, t, y = battery.batch(2, 20)
-    t[torch.rand(t.shape) < 0.4] = torch.nan
-    trace = pile_fast.pile_ensemble(t, y, granularity=granularity, step_size=0.3, return_trace=True, **how).trace
-    assert (trace.diff(dim=1) <= 1e-6).all() and (trace[:, -1] < trace[:, 0] - 1e-3).all()
-
-
 ENSEMBLES = [
     # n, M, queries, options; lengths around one and two column tiles, one block, several
     (1, 1, 1, {}),
@@ -112,79 +88,16 @@ ENSEMBLES = [
     (33, 5, 2, dict(normalize="none", margin=0.3, pair_weight="label_gap")),
     (40, 3, 1, dict(iterations=6)),
 ]
-DATA = [
-    dict(),
-    dict(missing=0.4, unlabelled=0.3, masked=0.3),
-    dict(missing=0.9, labels="continuous"),
-    dict(unlabelled=1.0),
-]
 
 
-@pytest.mark.parametrize("case", ENSEMBLES, ids=str)
-def test_ensemble_contract(case, granularity, launches):
-    n, teachers, queries, options = case
-    for seed, data in enumerate(DATA if n == 7 else DATA[n % 2 :: 2]):
-        _, t, y, mask = contract.make(n, queries, teachers, seed=seed, **data)
-        full = dict(
-            mask=mask, granularity=granularity, return_weights=True, return_trace=seed % 2 == 1, **{"iterations": 3} | options
-        )
-        want = pile_fast.pile_ensemble(t.double(), y, backend="torch", **full)
-        same = pile_fast.pile_ensemble(t, y, backend="torch", **full)
-        got = pile_fast.pile_ensemble(t, y, **full, **HOW)
-        for a, b, c in zip(got, same, want, strict=True):
-            if a is not None:
-                contract.close(a, b, c, 2e-6 * contract.scale_of(t))
+@pytest.fixture(params=ENSEMBLES, ids=str)
+def ensemble_case(request, launches):
+    return request.param
 
 
-LOSSES = list(
-    itertools.product(
-        (0.0, 0.3, 1.0), ("logistic", "mse"), (0.5, 1.0), (None, "label_gap", "gain_gap"), ("mean", "sum", "none")
-    )
-)
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 33])
-@pytest.mark.parametrize("spread", [0.1, 5.0, 100.0])
-def test_loss_contract(n, spread, launches):
-    for number, values in enumerate(LOSSES[n % 40 :: 40]):
-        options = dict(
-            zip(("alpha", "distillation", "distillation_temperature", "pair_weight", "reduction"), values, strict=True)
-        )
-        data = DATA[number % len(DATA)]
-        z, t, y, mask = contract.make(n, 2, 3, spread=spread, seed=number, **data)
-        options["iterations"] = 2
-        want, want_gradient = contract.loss_and_gradient(z.double(), t.double(), y, mask, backend="torch", **options)
-        same, same_gradient = contract.loss_and_gradient(z, t, y, mask, backend="torch", **options)
-        got, gradient = contract.loss_and_gradient(z, t, y, mask, **HOW, **options)
-        contract.close(got, same, want, 2e-6 * max(1.0, want.abs().max().item()))
-        contract.close(gradient, same_gradient, want_gradient, 1e-5 * want_gradient.abs().max().item() + 1e-37)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [5, 40])
-def test_half(how, dtype, n):
-    contract.test_half_inputs_are_read_as_such_and_computed_in_float32(how, dtype, n)
-
-
-@pytest.mark.parametrize("size", [1e2, 1e4])
-@pytest.mark.parametrize("normalize", ["zscore", "none"])
-def test_huge_logits(how, size, normalize):
-    contract.test_huge_logits_stay_finite_and_in_range(how, size, normalize)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float64, torch.bfloat16]
-)
-def test_labels_of_any_dtype(how, dtype):
-    contract.test_labels_of_any_real_dtype(how, dtype)
-
-
-def test_labels_that_only_float64_tells_apart(how):
-    contract.test_labels_that_only_float64_tells_apart(how)
-
-
-def test_strides(how):
-    contract.test_strides_do_not_matter(how)
+@pytest.fixture(params=[(n, 40) for n in (1, 2, 7, 33)], ids=str)
+def loss_case(request, launches):
+    return request.param
 
 
 def test_raw_logits_far_from_zero_beside_a_document_that_nobody_scored(launches):
@@ -306,24 +219,6 @@ def test_bitwise_repeatable(launches):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_what_it_cannot_do_it_says():
-    z, t, y, _ = contract.make(4)
-    with pytest.raises(RuntimeError, match="backend 'triton' computes in float32, got float64"):
-        pile_fast.pile_loss(z.double(), t, y, backend="triton")
+def test_more_than_128_teachers_are_refused():
     with pytest.raises(RuntimeError, match="backend 'triton' takes at most 128 teachers, got 129"):
-        pile_fast.pile_ensemble(torch.zeros(1, 4, 129), y[:1], backend="triton")
-
-
-def test_auto_never_picks_it_on_a_cpu():
-    from pile_fast.backends import select
-
-    assert select("auto", pile_fast.batch.RankingBatch(student_logits=torch.zeros(1, 1))) != "triton"
-
-
-def test_compiles_as_one_graph():
-    z, t, y, _ = contract.make(9)
-    compiled = torch.compile(lambda z: pile_fast.pile_loss(z, t, y, **HOW), fullgraph=True, backend="aot_eager")
-    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-    compiled(a).backward()
-    pile_fast.pile_loss(b, t, y, **HOW).backward()
-    assert torch.equal(a.grad, b.grad)
+        pile_fast.pile_ensemble(torch.zeros(1, 4, 129), torch.zeros(1, 4), backend="triton")

@@ -282,10 +282,7 @@ void run_long_ensemble(const Call& call, void* scratch, const int64_t* keys, con
   const unsigned pieces = unsigned(state.pieces), queries = unsigned(call.batch.queries);
   constexpr size_t kShared = PieceMemory::kWords * sizeof(float);
   constexpr int kSums = 32 * sizeof(double);
-  if (state.pairwise != PairSum::direct) {
-    launch_tables(state, stream);
-    check(cudaMemsetAsync(state.moments, 0, size_t(state.slots * state.kinds() * LongState::kKind) * sizeof(float), stream), "cudaMemsetAsync");
-  }
+  prepare_fields(state, stream);
   PILE_LAUNCH(measure_pieces, pieces, kPieceThreads, 0, stream, call, state);
   PILE_LAUNCH(begin_queries, queries, kQueryThreads, kSums, stream, call, state);
   PILE_LAUNCH(gather_pieces, pieces, kPieceThreads, 0, stream, call, state);

@@ -253,7 +253,7 @@ PILE_DEVICE void for_tiles(int begin, int end, Load load, Use use) {
 }
 
 // The phases both files launch.
-void launch_tables(const LongState& state, cudaStream_t stream);
+void prepare_fields(const LongState& state, cudaStream_t stream);  // unless direct: the tables, and moments of 0 to deposit in
 void launch_order(const Call& call, const LongState& state, PairWeight weight, cudaStream_t stream);  // bounds, label blocks, weights
 void launch_solve(const Call& call, const LongState& state, bool losses, cudaStream_t stream);
 

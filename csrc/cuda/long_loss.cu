@@ -324,10 +324,9 @@ void run_long_loss(const Call& call, void* scratch, const int64_t* keys, const i
   constexpr size_t kShared = PieceMemory::kWords * sizeof(float);
   PILE_LAUNCH(load_pieces, pieces, kPieceThreads, (32 + kPiece) * sizeof(double), stream, call, state);
   PILE_LAUNCH(join_pieces, queries, 32, 0, stream, call, state);
-  if (state.pairwise != PairSum::direct) launch_tables(state, stream);
+  prepare_fields(state, stream);
   if (call.ranks()) launch_order(call, state, call.loss.pair_weight, stream);
   if (state.pairwise != PairSum::direct) {
-    check(cudaMemsetAsync(state.moments, 0, size_t(state.slots * state.kinds() * LongState::kKind) * sizeof(float), stream), "cudaMemsetAsync");
     PILE_LAUNCH(deposit_pieces, pieces, kPieceThreads, kShared, stream, call, state);
     if (call.ranks()) launch_solve(call, state, true, stream);
     if (call.distills()) {

@@ -200,9 +200,11 @@ void launch_keys(const Call& call, int64_t* keys, bool scored, cudaStream_t stre
   check(cudaGetLastError(), "write_keys");
 }
 
-void launch_tables(const LongState& state, cudaStream_t stream) {
+void prepare_fields(const LongState& state, cudaStream_t stream) {
+  if (state.pairwise == PairSum::direct) return;
   PILE_LAUNCH(tabulate, unsigned(parts(3 * kTableWords, kPieceThreads)), kPieceThreads, sizeof(CellNodes<double, kPowers>), stream, state);
   check(cudaGetLastError(), "tabulate");
+  check(cudaMemsetAsync(state.moments, 0, size_t(state.slots * state.kinds() * LongState::kKind) * sizeof(float), stream), "cudaMemsetAsync");
 }
 
 void launch_order(const Call& call, const LongState& state, PairWeight weight, cudaStream_t stream) {

@@ -8,12 +8,15 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.data.formats import FORMATS
+from pile_fast.options import GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
+
+PILE_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -58,10 +61,36 @@ def named(what: str) -> Callable[[str], tuple[str, str]]:
 def add_input(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that reads one file of queries: `data`, `source` (its format), `skip_bad_rows`."""
     parser.add_argument("data", metavar="DATA", help="a file of queries: .jsonl, .parquet, .txt (LETOR), ...")
-    parser.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of DATA: {', '.join(FORMATS)}")
-    parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why at the end"
-    )
+    add_format(parser, "DATA")
+    add_skip_bad_rows(parser)
+
+
+def add_format(parser: argparse._ActionsContainer, of: str) -> None:
+    """--from, as `source`: the format of what a command reads."""
+    formats = ", ".join(FORMATS)
+    help = f"of {of}: {formats} (default: by the file's name)"
+    parser.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=help)
+
+
+def add_skip_bad_rows(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
+
+
+def add_pile_options(parser: argparse._ActionsContainer) -> None:
+    """A flag for each of `PILE_OPTIONS`, None where it is not given."""
+    parser.add_argument("--iterations", type=int, help="updates of the teachers' weights; 0 = their plain mean")
+    parser.add_argument("--step-size", type=float, help="of an update (default: 3 by document, 1 by query)")
+    parser.add_argument("--granularity", choices=GRANULARITIES, help="weights per document or per query")
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration of each teacher per query")
+    parser.add_argument("--temperature", type=float, help="unit of logit differences in the ensemble")
+    parser.add_argument("--margin", type=float, help="difference a pair of the ensemble should reach")
+    weights = [name for name in PAIR_WEIGHTS if name]
+    parser.add_argument("--pair-weight", choices=weights, help="weight of a labelled pair (default: all alike)")
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict:
+    """The options among `names` that the command line gave."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def print_left_out(bad_rows: BadRows | None) -> None:

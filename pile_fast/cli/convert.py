@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
+from pile_fast.cli.common import add_format, add_skip_bad_rows, print_left_out
 from pile_fast.cli.errors import UserError, user_errors
 from pile_fast.data.formats import FORMATS, read_rows, write_rows
 from pile_fast.data.named import NAMED, read_named, with_pairs
@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--data", metavar="DIR", help="where the data sets' folders lie (default: $PILE_FAST_DATA, data/)")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, replaced once it is whole")
-    parser.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of the input: {', '.join(FORMATS)}")
+    add_format(parser, "the input")
     parser.add_argument("--to", dest="target", choices=FORMATS, metavar="FORMAT", help="of the output")
     parser.add_argument("--qrels", metavar="FILE", help="TREC: judgements, 'query iteration document grade'")
     parser.add_argument(
@@ -41,9 +41,7 @@ def add_parser(commands) -> None:
         "(default: the ensemble if there is one, else the only teacher)",
     )
     parser.add_argument("--with-pairs", action="store_true", help="leave out queries whose labels order no two documents")
-    parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave broken lines out, and report how many and why at the end"
-    )
+    add_skip_bad_rows(parser)
     parser.set_defaults(run=run)
 
 
@@ -80,7 +78,5 @@ def run(args: argparse.Namespace) -> int:
                     raise UserError(f"{error}: all {bad_rows.count} are broken, the first: {bad_rows.reasons[0]}") from None
                 raise
     print(f"Wrote {count} queries to {args.output}.")
-    if bad_rows is not None and bad_rows.count:
-        shown = "" if bad_rows.count == len(bad_rows.reasons) else f", the first {len(bad_rows.reasons)}"
-        print(f"Left out {bad_rows.count} broken rows or lines{shown}:", *bad_rows.reasons, sep="\n  ", file=sys.stderr)
+    print_left_out(bad_rows)
     return 0

@@ -7,15 +7,19 @@ import inspect
 import logging
 import os
 
+from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given
 from pile_fast.cli.errors import UserError, user_errors
-from pile_fast.data.formats import FORMATS
 from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
 from pile_fast.functional import pile_ensemble
-from pile_fast.options import GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
 
 _METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
 # Flags that are options of the ensemble's function, by its argument.
-_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "k")
+_OPTIONS = (*PILE_OPTIONS, "k")
+
+
+def _takes(method: str, option: str) -> bool:
+    function = {"pile": pile_ensemble, "stacking": StackingEnsemble}.get(method) or ENSEMBLES[method]
+    return option in inspect.signature(function).parameters
 
 
 def add_parser(commands) -> None:
@@ -28,7 +32,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("input", metavar="INPUT", help="a file of rows; with --ray also a folder of Parquet files")
     parser.add_argument("--output", required=True, metavar="FILE", help=".parquet or .jsonl; with --ray a new folder")
-    parser.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of the input: {', '.join(FORMATS)}")
+    add_format(parser, "the input")
     parser.add_argument("--method", choices=_METHODS, default="pile", help="(default: %(default)s)")
     parser.add_argument(
         "--fit",
@@ -42,22 +46,18 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
     options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
-    options.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration per query and teacher; all methods")
-    options.add_argument("--temperature", type=float, help="pile, best, ca_mkd, ebkd: unit of logits")
-    options.add_argument("--iterations", type=int, help="pile")
-    options.add_argument("--step-size", type=float, help="pile")
-    options.add_argument("--granularity", choices=GRANULARITIES, help="pile: weights per document or per query")
-    options.add_argument("--margin", type=float, help="pile: difference a pair should reach")
-    options.add_argument("--pair-weight", choices=[name for name in PAIR_WEIGHTS if name], help="pile")
-    options.add_argument("--k", type=float, help="rrf")
+    add_pile_options(options)
+    options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)")
+    for action in options._group_actions:
+        methods = [method for method in _METHODS if _takes(method, action.dest)]
+        action.help = f"{', '.join(methods) if len(methods) < len(_METHODS) else 'all methods'}: {action.help}"
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    function = {"pile": pile_ensemble, "stacking": StackingEnsemble}.get(args.method) or ENSEMBLES[args.method]
-    if unknown := options.keys() - inspect.signature(function).parameters.keys():
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(unknown))
+    options = given(args, _OPTIONS)
+    if unknown := sorted(name for name in options if not _takes(args.method, name)):
+        flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise UserError(f"{flags}: not an option of --method {args.method}")
     with user_errors(args.output):
         from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_columns

@@ -17,18 +17,24 @@ from pathlib import Path
 import torch
 
 import pile_fast
-from pile_fast.cli.common import print_left_out, quiet_loading, whole_number, writable_folder
+from pile_fast.cli.common import (
+    PILE_OPTIONS,
+    add_format,
+    add_pile_options,
+    add_skip_bad_rows,
+    given,
+    print_left_out,
+    quiet_loading,
+    whole_number,
+    writable_folder,
+)
 from pile_fast.cli.errors import UserError, user_errors
-from pile_fast.data.formats import FORMATS
-from pile_fast.options import DISTILLATIONS, GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
+from pile_fast.options import DISTILLATIONS
 
 _KINDS = ("features", "cross-encoder", "bi-encoder")
-_LOSS_OPTIONS = (
-    "alpha", "distillation", "distillation_temperature", "iterations", "step_size", "granularity", "normalize",
-    "temperature", "margin", "pair_weight", "prior", "backend",
-)  # fmt: skip
+_LOSS_OPTIONS = ("alpha", "distillation", "distillation_temperature", *PILE_OPTIONS, "prior", "backend")
 # Those that an ensemble made beforehand leaves nothing to do.
-_ENSEMBLE_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "prior")
+_ENSEMBLE_OPTIONS = (*(name for name in PILE_OPTIONS if name != "pair_weight"), "prior")
 # Without it a folder cannot be loaded as a model, so it is written last.
 _LAST_FILE = "config.json"
 
@@ -136,9 +142,8 @@ def _own_options() -> argparse.ArgumentParser:
     data.add_argument("data", nargs="*", metavar="DATA", default=argparse.SUPPRESS, help="training rows, a query each")
     data.add_argument("--validation", nargs="+", metavar="FILE", help="rows to evaluate on: after every epoch, unless "
                       "--eval-strategy says otherwise, and at the end")  # fmt: skip
-    data.add_argument("--from", dest="source", choices=FORMATS, metavar="FORMAT", help=f"of all files: {', '.join(FORMATS)} "
-                      "(default: by their suffix)")  # fmt: skip
-    data.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
+    add_format(data, "all files")
+    add_skip_bad_rows(data)
     data.add_argument("--teacher-columns", nargs="+", metavar="NAME", help="the teachers to learn from, by name (default: all)")
     data.add_argument("--ensemble-logits", action="store_true", help="learn from the ensemble that `pile-fast ensemble` wrote "
                       "into the data, as it is, instead of from the teachers")  # fmt: skip
@@ -162,14 +167,7 @@ def _own_options() -> argparse.ArgumentParser:
     loss.add_argument("--alpha", type=float, help="weight of the distillation against the labels, 0 to 1")
     loss.add_argument("--distillation", choices=DISTILLATIONS, help="how the student's differences follow the ensemble's")
     loss.add_argument("--distillation-temperature", type=float, help="unit of logit differences in the distillation")
-    loss.add_argument("--iterations", type=int, help="updates of the teachers' weights; 0 = their plain mean")
-    loss.add_argument("--step-size", type=float, help="of an update (default: 3 by document, 1 by query)")
-    loss.add_argument("--granularity", choices=GRANULARITIES, help="weights per document or per query")
-    loss.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration of each teacher per query")
-    loss.add_argument("--temperature", type=float, help="unit of logit differences in the ensemble")
-    loss.add_argument("--margin", type=float, help="difference a pair of the ensemble should reach")
-    loss.add_argument("--pair-weight", choices=[name for name in PAIR_WEIGHTS if name], help="weight of a labelled pair "
-                      "(default: all alike)")  # fmt: skip
+    add_pile_options(loss)
     loss.add_argument(
         "--prior", nargs="+", type=float, metavar="W", help="the teachers' weights to start from (default: equal)"
     )
@@ -267,10 +265,10 @@ def _is_quality(name: str) -> bool:
 
 
 def _loss(args: argparse.Namespace) -> pile_fast.PILELoss:
-    options = {name: getattr(args, name) for name in _LOSS_OPTIONS if getattr(args, name) is not None}
+    options = given(args, _LOSS_OPTIONS)
     if args.ensemble_logits:
-        if given := [name for name in _ENSEMBLE_OPTIONS if name in options] or ["teacher_columns"] * bool(args.teacher_columns):
-            flag = given[0].replace("_", "-")
+        if idle := [*given(args, (*_ENSEMBLE_OPTIONS, "teacher_columns"))]:
+            flag = idle[0].replace("_", "-")
             raise UserError(f"--{flag}: does not go with --ensemble-logits, which is an ensemble already")
         options |= {"iterations": 0, "normalize": "none"}
     if "prior" in options:
