@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble text quality quality-smoke gpu-check triton-table cuda-table lint clean
+.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble text quality quality-text quality-smoke gpu-check triton-table cuda-table lint clean
 
 setup: $(VENV)/.installed
 

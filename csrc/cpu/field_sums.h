@@ -274,7 +274,8 @@ class FieldSums {
 
   // Coefficients of the field that the source cells within reach make at target cells c + 1 and c, one after the other.
   typedef T Pair __attribute__((vector_size(2 * P * sizeof(T))));
-  Pair near_fields(const Table& table, const typename Table::Matrices& matrices, const Row* source, int c) const {
+  // Not inlined: the sanitized build of its many copies would take minutes.
+  __attribute__((noinline)) Pair near_fields(const Table& table, const typename Table::Matrices& matrices, const Row* source, int c) const {
     const int from = near(table, c).from, to = near(table, smaller(c + 1, grid.cells - 1)).to;
     Pair part[4] = {};  // four chains of additions, or each would wait for the last
     for (int s = from; s <= to; ++s) {
@@ -294,8 +295,7 @@ class FieldSums {
       const Pair both = near_fields(table, matrices, source, c);
       Row rows[2];
       std::memcpy(rows, &both, sizeof rows);
-      visit(c, rows[1]);
-      if (c + 1 < grid.cells) visit(c + 1, rows[0]);
+      for (int i = 0; i < smaller(2, grid.cells - c); ++i) visit(c + i, rows[1 - i]);
     }
   }
 
