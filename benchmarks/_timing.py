@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _turn import take_times
 
 import pile_fast
 from pile_fast import _cpu
@@ -39,18 +40,7 @@ def turn(run: Callable, repeats: int, batch: int, short: bool, before: Callable 
     """Seconds of `repeats` times `batch` calls of `run`, which was called before."""
     if short:
         time.sleep(PAUSE)
-        end = time.perf_counter() + WARM
-        while time.perf_counter() < end:
-            run()
-    times = []
-    for _ in range(repeats):
-        if before:
-            before()
-        start = time.perf_counter()
-        for _ in range(batch):
-            run()
-        times.append((time.perf_counter() - start) / batch)
-    return times
+    return take_times(run, repeats, batch, WARM if short else 0.0, before)
 
 
 def interleave(

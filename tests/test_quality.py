@@ -230,7 +230,7 @@ def test_a_phase_that_does_not_exist(capsys, monkeypatch):
     assert "--only: no phase x" in capsys.readouterr().err
 
 
-def test_text_rows_are_packed_in_the_order_of_the_teachers(tmp_path):
+def test_text_rows_are_packed_in_the_order_of_the_teachers():
     import quality_text
 
     rows = [

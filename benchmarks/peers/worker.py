@@ -22,6 +22,7 @@ from problem import Lists, make_lists
 
 sys.path.append(str(Path(__file__).parents[1]))
 from _rss import reset_peak, status  # noqa: E402
+from _turn import take_times  # noqa: E402
 
 
 def start(file: str, variant: str, op: str, lists: str, gradient: str, limit: int):
@@ -55,19 +56,6 @@ def start(file: str, variant: str, op: str, lists: str, gradient: str, limit: in
     return run, answer | {"scale": provider.SCALES[op]}
 
 
-def turn(run, repeats: int, batch: int, warm: float) -> list[float]:
-    end = time.perf_counter() + warm
-    while time.perf_counter() < end:
-        run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        for _ in range(batch):
-            run()
-        times.append((time.perf_counter() - begin) / batch)
-    return times
-
-
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is not an answer
@@ -82,7 +70,7 @@ def main() -> None:
     gc.disable()
     for line in sys.stdin:
         repeats, batch, warm = line.split()
-        print(json.dumps(turn(run, int(repeats), int(batch), float(warm))), file=answers)
+        print(json.dumps(take_times(run, int(repeats), int(batch), float(warm))), file=answers)
 
 
 if __name__ == "__main__":

@@ -76,16 +76,18 @@ def add_skip_bad_rows(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
 
 
-def add_pile_options(parser: argparse._ActionsContainer) -> None:
+def add_pile_options(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     """A flag for each of `PILE_OPTIONS`, None where it is not given."""
-    parser.add_argument("--iterations", type=int, help="updates of the teachers' weights; 0 = their plain mean")
-    parser.add_argument("--step-size", type=float, help="of an update (default: 3 by document, 1 by query)")
-    parser.add_argument("--granularity", choices=GRANULARITIES, help="weights per document or per query")
-    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration of each teacher per query")
-    parser.add_argument("--temperature", type=float, help="unit of logit differences in the ensemble")
-    parser.add_argument("--margin", type=float, help="difference a pair of the ensemble should reach")
     weights = [name for name in PAIR_WEIGHTS if name]
-    parser.add_argument("--pair-weight", choices=weights, help="weight of a labelled pair (default: all alike)")
+    return [
+        parser.add_argument("--iterations", type=int, help="updates of the teachers' weights; 0 = their plain mean"),
+        parser.add_argument("--step-size", type=float, help="of an update (default: 3 by document, 1 by query)"),
+        parser.add_argument("--granularity", choices=GRANULARITIES, help="weights per document or per query"),
+        parser.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration of each teacher per query"),
+        parser.add_argument("--temperature", type=float, help="unit of logit differences in the ensemble"),
+        parser.add_argument("--margin", type=float, help="difference a pair of the ensemble should reach"),
+        parser.add_argument("--pair-weight", choices=weights, help="weight of a labelled pair (default: all alike)"),
+    ]
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict:

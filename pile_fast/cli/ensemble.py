@@ -46,9 +46,9 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
     options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
-    add_pile_options(options)
-    options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)")
-    for action in options._group_actions:
+    flags = add_pile_options(options)
+    flags.append(options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)"))
+    for action in flags:
         methods = [method for method in _METHODS if _takes(method, action.dest)]
         action.help = f"{', '.join(methods) if len(methods) < len(_METHODS) else 'all methods'}: {action.help}"
     parser.set_defaults(run=run)
