@@ -15,7 +15,8 @@ from pile_fast.data import RankedLists
 from pile_fast.options import DEFAULT_STEP_SIZE
 
 LEARNING_RATES = (3e-3, 1e-2)
-TEMPERATURES, ALPHAS = (0.5, 1.0, 2.0), (0.25, 0.5, 0.75)
+TEMPERATURES = (0.5, 1.0, 2.0)
+ALPHAS = (0.3, 0.6, 1.0)  # 1: no labels after all
 # The epochs at whose start the targets that move with the student are computed. To solve AE-KD's programmes in every
 # epoch would take ten times as long as to train.
 AE_KD_EPOCHS, GOVERN_EPOCHS = (0, 1, 2, 4, 8), range(1000)
@@ -114,6 +115,7 @@ METHODS = {
     ),
     "PILE, shared prior": distil(pile_from_shared_weights, "step_size", (0.3, 1.0, 3.0)),
     "PILE, shared prior + labels": with_labels(pile_from_shared_weights),
+    "PILE, query, shared prior + labels": with_labels(functools.partial(pile_from_shared_weights, granularity="query")),
 }
 
 

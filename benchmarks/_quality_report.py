@@ -14,9 +14,10 @@ from scipy import stats
 
 DOCS = Path(__file__).parent.parent / "docs"
 OURS = (
-    "PILE", "PILE + labels", "PILE, query", "PILE, query, shared prior", "PILE, shared prior", "PILE, shared prior + labels",
+    "PILE", "PILE + labels", "PILE, query", "PILE, query, shared prior", "PILE, query, shared prior + labels",
+    "PILE, shared prior", "PILE, shared prior + labels",
 )  # fmt: skip
-TESTED = ("PILE", "PILE + labels", "PILE, shared prior", "PILE, query, shared prior")
+TESTED = ("PILE", "PILE, shared prior", "PILE, query, shared prior", "PILE, query, shared prior + labels")
 METRICS = {"ndcg@10": "NDCG@10", "mrr": "MRR", "map": "MAP", "pnr": "PNR"}
 RESAMPLES = 2000
 
@@ -286,12 +287,20 @@ def _run(folder: Path) -> str:
     runs = read(folder, "runs")
     if not runs:
         return ""
-    last = runs[-1]
+    last = {}
+    for line in runs:  # two of each run, one from its start and one from its end
+        last = last | line if line["run"] == last.get("run") else line
     seconds = {p: sum(r.get("seconds", 0) for r in read(folder, p)) for p in ("tune", "compare", "damage", "defaults")}
     counts = {p: len(read(folder, p)) for p in seconds}
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     work = "; ".join(f"{p}: {counts[p]:,} units, {seconds[p] / 60:.0f} min" for p in seconds)
-    return f"Last run {last['date']}, commit {last['commit']}, {last['machine']['cpu']}, {versions}. Time of one core, {work}."
+    took = ""
+    if "units" in last:
+        others = last["cores_taken_by_others"]
+        took = f" It did {last['units']:,} units in {last['minutes']:.0f} minutes, {last['processes']} at a time"
+        took += f"; other programs took {others:.0%} of a core." if others is not None else "."
+    where = f"Last run {last['date']}, commit {last['commit']}, {last['machine']['cpu']}, {versions}."
+    return f"{where}{took} Time of one core, {work}."
 
 
 def write(folder: Path) -> None:

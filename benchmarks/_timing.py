@@ -133,13 +133,14 @@ def machine_slug(threads: int) -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + if its tracked files differ from it."""
+    """The checkout's commit, with a + if its tracked files differ from it (results apart, which measuring writes)."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    sources = ("--", ":/", ":(top,exclude)benchmarks/results")
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", *sources) else "")
     except (OSError, subprocess.CalledProcessError):
         return None

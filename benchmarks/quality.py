@@ -31,7 +31,7 @@ import torch
 from _quality_data import BOTTOM, CROSSFIT, DAMAGES, DATA_SETS, NAN, Fold
 from _quality_methods import DEFAULTS, METHODS
 from _quality_students import train
-from _timing import where
+from _timing import OtherLoad, where
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ class Plan:
     data_sets: tuple[str, ...] = tuple(DATA_SETS)
     folds: tuple[int, ...] = (1, 2, 3, 4, 5)
     points: int | None = None  # of each method's grid; None = all
-    tuning_seeds: tuple[int, ...] = (100, 101)
+    tuning_seeds: tuple[int, ...] = tuple(range(100, 104))
     seeds: tuple[int, ...] = tuple(range(10))
     damage_seeds: tuple[int, ...] = tuple(range(3))
     damages: tuple[tuple[str, float], ...] = tuple((kind, level) for kind, levels in DAMAGES.items() for level in levels)
@@ -179,9 +179,14 @@ def best_point(record: dict) -> dict:
 def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = {phase: Results(folder, phase) for phase in {*phases, "tune"}}
+    start, others, finished = time.monotonic(), OtherLoad(), 0
     name = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with open(folder / "runs.jsonl", "a") as file:
-        file.write(json.dumps({"run": name, "phases": phases, "processes": processes, **where(1)}) + "\n")
+
+    def note(what: dict) -> None:
+        with open(folder / "runs.jsonl", "a") as file:
+            file.write(json.dumps({"run": name} | what) + "\n")
+
+    note({"phases": phases, "processes": processes, **where(1)})
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _end_with_the_parent) as pool:
         for phase in phases:
@@ -199,9 +204,13 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
                 done = concurrent.futures.as_completed(futures)
                 for future in tqdm(done, desc=phase, total=len(futures), unit="unit", disable=not futures):
                     results[phase].add(futures[future], future.result() | {"run": name})
+                    finished += 1
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+    # After the workers have ended, whose time is only then known to be this run's.
+    minutes = (time.monotonic() - start) / 60
+    note({"units": finished, "minutes": round(minutes, 1), "cores_taken_by_others": others.cores()})
 
 
 def _end_with_the_parent() -> None:
