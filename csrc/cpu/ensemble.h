@@ -5,9 +5,9 @@
 // every exponent is <= 0 and differences of close teachers are exact.
 //
 // One iteration reads the calibrated teachers once: update, tilt (M exponentials per document) and deposit in one pass; then the
-// pair sums. Bytes per document and iteration: 4 M + 28 (float32). Operations per document and iteration: 12 M
-// for the exponentials, 12 to deposit, 20 to locate and evaluate; for direct sums 6/16 n (AVX-512). What limits it is instruction issue
-// while a query's teachers fit L2, the memory behind L2 from there on.
+// pair sums. Bytes per document and iteration: 4 M + 28 (float32). Operations per iteration and vector of documents: 13 M for the
+// exponentials, 50 to deposit into 4 cells, 20 to locate and evaluate; for direct sums 6 n (AVX-512). What limits it is instruction
+// issue while a query's teachers fit L2, the memory behind L2 from there on.
 //
 // All members of a team call the same methods on one shared object; the leader plans, all compute.
 #pragma once
@@ -19,7 +19,7 @@ namespace PILE_ISA {
 
 // Of one iteration.
 template <class T>
-constexpr PairCosts kEnsembleCosts = sizeof(T) == 4 ? PairCosts{0.021, 0.5, 4.5} : PairCosts{0.0885, 18, 20};
+constexpr PairCosts kEnsembleCosts = sizeof(T) == 4 ? PairCosts{0.021, 0.5, 2.7} : PairCosts{0.0885, 5, 11.7};
 
 // Documents that go through update, tilt and deposit together: their exponents and logits stay in L1.
 constexpr int kStretch = 512;
@@ -181,13 +181,7 @@ class EnsembleQuery {
     with_logits(view, [&](const auto* data) {
       for (int p = m.rank; p < pieces(n_); p += m.size) {
         const int begin = p * kPiece, end = smaller(n_, begin + kPiece);
-        for (int k = begin; k < end; ++k) {
-          // In label order the rows of a long list come from all over it, too irregularly for the hardware to foresee.
-          const int ahead = order_->slot[smaller(k + kPrefetch, end - 1)];
-          __builtin_prefetch(data + offset + ahead * view.document);
-          const int64_t from = offset + order_->slot[k] * view.document;
-          for (int t = 0; t < teachers_; ++t) t_[t * row_ + k] = T(read(data, from + t * view.teacher));
-        }
+        gather_rows(data + offset, view, begin, end);
         for (int t = 0; t < teachers_; ++t) {
           T* row = t_ + t * row_;
           if (energy_[t] < -T(1e30))
@@ -198,6 +192,33 @@ class EnsembleQuery {
         }
       }
     });
+  }
+
+  // In label order the rows of a long list come from all over it, too irregularly for the hardware to foresee.
+  template <class U>
+  void gather_rows(const U* data, const View& view, int begin, int end) {
+    const int* slot = order_->slot;
+    const auto fetch = [&](int k) { __builtin_prefetch(data + slot[smaller(k + kPrefetch, end - 1)] * view.document); };
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4 && is_float(static_cast<U*>(nullptr))) {
+      if (view.teacher == 1) {
+        for (int k = begin; k < end; k += 16) {
+          const float* row[16];
+          for (int i = 0; i < 16; ++i) {
+            fetch(k + i);
+            row[i] = data + slot[smaller(k + i, end - 1)] * view.document;
+          }
+          for (int t = 0; t < teachers_; t += 8) transpose(row, t, smaller(8, teachers_ - t), t_ + t * row_ + k, row_);
+        }
+        return;
+      }
+    }
+#endif
+    for (int k = begin; k < end; ++k) {
+      fetch(k);
+      const int64_t from = slot[k] * view.document;
+      for (int t = 0; t < teachers_; ++t) t_[t * row_ + k] = T(read(data, from + t * view.teacher));
+    }
   }
 
   Stats stats(const T* row, int begin, int end) const {
@@ -256,12 +277,11 @@ class EnsembleQuery {
       for (int t = 0; t < teachers_; ++t) {
         // In double: a mean far larger than the deviation must not cost float32 digits.
         Vec<T> value;
-        if (sizeof(T) == 8) {
+        if constexpr (sizeof(T) == 8) {
           value = (load(t_ + t * row_ + k) - T(mean_[t])) * scale_[t];
         } else {
-          T lanes[kLanes<T>];
-          for (int h = 0; h < kLanes<T>; h += kLanes<double>) store_narrow(lanes + h, as_double(t_ + t * row_ + k + h) - mean_[t]);
-          value = load(lanes) * scale_[t];
+          const T* from = t_ + t * row_ + k;
+          value = narrow(as_double(from) - mean_[t], as_double(from + kLanes<double>) - mean_[t]) * scale_[t];
         }
         store(t_ + t * row_ + k, value);
         low = vmin(value, low);
@@ -294,9 +314,10 @@ class EnsembleQuery {
     Vec<T> mass = {}, moment = {};
     if (by_document_ && !missing_ && !has_prior_) {
       // The largest exponent is the reference's own, 0.
+      const Vec<T> slope = a * T(1.4426950408889634074);
       for (int t = 0; t < teachers_; ++t) {
         const Vec<T> d = load(t_ + t * row_ + k) - reference;
-        const Vec<T> e = vexp<T>(a * d);
+        const Vec<T> e = falling_exp2<T>(slope * d);
         mass += e;
         moment += e * d;
       }
@@ -312,7 +333,7 @@ class EnsembleQuery {
       }
       for (int t = 0; t < teachers_; ++t) {
         const Vec<T> d = load(t_ + t * row_ + k) - reference;
-        const Vec<T> e = vexp<T>(slope * d + energy_[t] - top);
+        const Vec<T> e = falling_exp2<T>((slope * d + energy_[t] - top) * T(1.4426950408889634074));
         mass += d == d ? e : Vec<T>{};
         moment += d == d ? e * d : Vec<T>{};
       }

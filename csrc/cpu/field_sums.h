@@ -11,9 +11,10 @@
 // the cost is O(n (P + block) + blocks · (cells · P)²) for any number of distinct labels, graded or all different. The weights
 // ω_ij = gain_i − gain_j need no G x G matrix either: they split into a field of counts and one of gains.
 //
-// Per document and pass: deposit about 12 instructions (its P powers are one vector), evaluate 2 P per vector of documents while
-// the cells' coefficients fit two registers (a register shuffle looks them up), else P loads each. Sums are taken chunk by chunk,
-// the chunks cut by n alone, and added in order: the bits do not depend on the number of threads.
+// Instructions: deposit about 12 per document (its P powers are one vector), or with AVX-512 and few cells 15 + (P + 1) cells per
+// vector of documents (deposit_by_cell); evaluate 2 P per vector while the cells' coefficients fit two registers (a register
+// shuffle looks them up), else P loads for each document. Only cells in which documents lie are solved for. Sums are taken chunk by
+// chunk, the chunks cut by n alone, and added in order: the bits do not depend on the number of threads.
 #pragma once
 
 #include "pair_sums.h"
@@ -55,10 +56,19 @@ class FieldSums {
   typedef T Row __attribute__((vector_size(P * sizeof(T))));  // one cell's moments or coefficients
   using Table = FieldTable<T, P>;
 
+  // Cells [first, last].
+  struct Range {
+    int first, last;
+    void include(Range other) {
+      first = smaller(first, other.first);
+      last = larger(last, other.last);
+    }
+  };
   // A run of positions. `inner`: it holds several labels, whose pairs are summed directly.
   struct Block {
     int begin, end;
     bool inner;
+    Range filled;  // no document lies in a cell outside it; after collect()
   };
 
   int blocks = 0;
@@ -74,15 +84,16 @@ class FieldSums {
     grid = cells;
     gain_ = gain;
     weighted = gain != nullptr;
+    by_cell_ = few(grid.cells);
     const int least = least_block(grid.cells);
     block = arena.take<Block>(n / least * 2 + 3);
     if (!below) {
-      block[blocks++] = {0, n, false};
+      block[blocks++] = {0, n, false, {}};
     } else {
-      Block open = {0, 0, false};
+      Block open = {0, 0, false, {}};
       auto close = [&] {
         if (open.end > open.begin) block[blocks++] = open;
-        open = {open.end, open.end, false};
+        open = {open.end, open.end, false, {}};
       };
       for (int k = 0; k < n; k = below[k]) {
         if (below[k] - k >= least) close();
@@ -100,7 +111,7 @@ class FieldSums {
     for (int b = 0; b < blocks; ++b) {
       const int size = block[b].end - block[b].begin, pieces = (size + longest - 1) / longest;
       for (int c = 0; c < pieces; ++c) {
-        chunk_[chunks++] = {b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces), 0};
+        chunk_[chunks++] = {b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces), 0, {}};
       }
     }
     row_ = grid.cells * (weighted ? 2 : 1);
@@ -111,8 +122,8 @@ class FieldSums {
     }
     moments_ = arena.take<Row>(rows);
     block_moments_ = arena.take<Row>(int64_t(blocks) * row_);
-    // Coefficients by power, the cells of one power side by side, padded for two-register look-ups.
-    stride_ = round_up(grid.cells, 2 * kLanes<T>);
+    // Coefficients by power, the cells of one power side by side, padded for look-ups in one register or two.
+    stride_ = grid.cells <= kLanes<T> ? kLanes<T> : round_up(grid.cells, 2 * kLanes<T>);
     field_ = arena.take<T>(int64_t(blocks) * (weighted ? 2 : 1) * P * stride_);
     // At most the whole query twice: what lies below, what lies above.
     low_ = arena.take<Row>(int64_t(blocks) * row_);
@@ -131,9 +142,12 @@ class FieldSums {
 
   void clear(int c) {
     for (int k = 0; k < copies(c) * row_; ++k) moments(c)[k] = Row{};
+    chunk_[c].filled = empty();
   }
   // Add the documents [begin, end) of chunk c at logits u[] to its moments.
   void deposit(int c, int begin, int end, const T* u) {
+    if (by_cell_) return chunk_[c].filled.include(deposit_by_cell(moments(c), begin, end, u));
+    chunk_[c].filled = {0, grid.cells - 1};
     Row* const base = moments(c);
     const int other = copies(c) > 1 ? row_ : 0;
     constexpr int W = kLanes<T>;
@@ -157,7 +171,11 @@ class FieldSums {
   // Sum the moments over each block, and over the blocks below and above it. One member.
   void collect() {
     for (int64_t k = 0; k < int64_t(blocks) * row_; ++k) block_moments_[k] = Row{};
+    filled_ = empty();
+    for (int b = 0; b < blocks; ++b) block[b].filled = empty();
     for (int c = 0; c < chunks; ++c) {
+      block[chunk_[c].block].filled.include(chunk_[c].filled);
+      filled_.include(chunk_[c].filled);
       Row* to = block_moments_ + int64_t(chunk_[c].block) * row_;
       for (int copy = 0; copy < copies(c); ++copy)
         for (int k = 0; k < row_; ++k) to[k] += moments(c)[copy * row_ + k];
@@ -183,13 +201,13 @@ class FieldSums {
       if (plus.offset == 0) {  // one table serves both
         Row* both = high_ + int64_t(b) * row_ + w * grid.cells;
         for (int c = 0; c < grid.cells; ++c) both[c] = low[c] + sign * high[c];
-        apply(plus, both, [&](int c, Row f) {
+        apply(plus, both, block[b].filled, [&](int c, Row f) {
           f[0] += T(half);
           put(b, w, c, f);
         });
       } else {
-        apply(minus, high, [&](int c, Row f) { put(b, w, c, sign * f); });
-        apply(plus, low, [&](int c, Row f) {
+        apply(minus, high, block[b].filled, [&](int c, Row f) { put(b, w, c, sign * f); });
+        apply(plus, low, block[b].filled, [&](int c, Row f) {
           f[0] += T(half);
           put(b, w, c, f + get(b, w, c));
         });
@@ -198,7 +216,7 @@ class FieldSums {
   }
   // Field of the only block on itself: Σ_j κ(u_j − u).
   void solve_self(const Table& table) {
-    apply(table, block_moments_, [&](int c, Row f) { put(0, 0, c, f); });
+    apply(table, block_moments_, filled_, [&](int c, Row f) { put(0, 0, c, f); });
   }
 
   // Value of block b's field at u for the documents from k on: Σ ω κ.
@@ -218,29 +236,109 @@ class FieldSums {
       const Row* own = block_moments_ + int64_t(b) * row_;
       const Row* low = low_ + int64_t(b) * row_;
       if (weighted)
-        total += between<true>(plus, own + grid.cells, low) - between<true>(plus, own, low + grid.cells);
+        total += between<true>(plus, own + grid.cells, low, block[b].filled) - between<true>(plus, own, low + grid.cells, block[b].filled);
       else
-        total += between<true>(plus, own, low);
+        total += between<true>(plus, own, low, block[b].filled);
     }
     return total;
   }
   // Σ_{i<j} ψ(u_i − u_j) of the only block.
   double psi_of_self(const Table& table) const {
     const double itself = count(block_moments_, grid.cells) * 0.69314718055994530942;
-    return (between<false>(table, block_moments_, block_moments_) - itself) / 2;
+    return (between<false>(table, block_moments_, block_moments_, filled_) - itself) / 2;
   }
 
  private:
   struct Chunk {
     int block, begin, end;
     int64_t moments;  // its first row in moments_
+    Range filled;
   };
+  Range empty() const { return {grid.cells, -1}; }
 
   // Neighbouring documents mostly lie in the same few cells, and each sum would wait for the last one's store. A long chunk with
   // few cells spreads them over copies.
   static constexpr int kCopies = 4;
-  int copies(int c) const { return row_ <= 32 && chunk_[c].end - chunk_[c].begin >= 64 ? kCopies : 1; }
+  int copies(int c) const { return !by_cell_ && row_ <= 32 && chunk_[c].end - chunk_[c].begin >= 64 ? kCopies : 1; }
   Row* moments(int c) const { return moments_ + chunk_[c].moments; }
+
+#if defined(__AVX512F__)
+  // While the cells are few, document by document is not the way: a vector of documents is added to the P sums of every cell, under
+  // the mask of those that lie in it. The sums of kAtOnce cells stay in registers, and none waits for the store of the last one.
+  static constexpr int kAtOnce = 24 / P, kByCell = 12;
+  static bool few(int cells) { return cells * P <= kByCell * kLanes<T>; }
+
+  // Returns the cells that got something.
+  __attribute__((noinline)) Range deposit_by_cell(Row* to, int begin, int end, const T* u) const {
+    constexpr int W = kLanes<T>, kTile = 512;
+    T x[kTile];
+    typename Simd<T>::integer cell[kTile];
+    Range filled = empty();
+    for (; begin < end; begin += kTile) {
+      const int n = smaller(kTile, end - begin);
+      Ints<T> low = Ints<T>{} + grid.cells, high = {};
+      for (int k = 0; k < n; k += W) {
+        Vec<T> at;
+        Ints<T> own = grid.locate(load(u + begin + k), at);
+        if (n - k < W) {
+          const Ints<T> within = iota<T>() < typename Simd<T>::integer(n - k);
+          low = within & (own < low) ? own : low;
+          own |= ~within;
+        } else {
+          low = own < low ? own : low;
+        }
+        high = own > high ? own : high;
+        store(x + k, at);
+        std::memcpy(cell + k, &own, sizeof own);
+      }
+      // Documents of one label are mostly near each other: the cells between the outermost two that are not empty, in equal steps.
+      const int first = least<T>(low), count = greatest<T>(high) + 1 - first;
+      filled.include({first, first + count - 1});
+      const int steps = (count + kAtOnce - 1) / kAtOnce, at_once = (count + steps - 1) / steps;
+      for (int c = first; c < first + count; c += at_once) {
+        for (int w = 0; w < (weighted ? 2 : 1); ++w) {
+          Row* rows = to + w * grid.cells + c;
+          const T* weight = w ? gain_ + begin : nullptr;
+          const int some = smaller(at_once, first + count - c);
+          if (some == 1)
+            add_cells<1>(rows, c, n, x, cell, weight);
+          else if (some == 2 && kAtOnce >= 2)
+            add_cells<kAtOnce >= 2 ? 2 : 1>(rows, c, n, x, cell, weight);
+          else
+            add_cells<kAtOnce>(rows, c, n, x, cell, weight);
+        }
+      }
+    }
+    return filled;
+  }
+  template <int N>
+  PILE_INLINE void add_cells(Row* to, int first, int n, const T* x, const typename Simd<T>::integer* cell, const T* weight) const {
+    Vec<T> sums[N][P] = {};
+    int k = 0;
+    do {
+      const Vec<T> at = load(x + k);
+      Vec<T> power = weight ? load(weight + k) : splat<T>(1);
+      Ints<T> own;
+      std::memcpy(&own, cell + k, sizeof own);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) sums[i][p] = own == first + i ? sums[i][p] + power : sums[i][p];
+        power *= at;
+      }
+    } while ((k += kLanes<T>) < n);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      lane_sums<T, P>(sums[i]);
+      Row row;
+      std::memcpy(&row, sums[i], sizeof row);
+      to[i] += row;
+    }
+  }
+#else
+  static bool few(int) { return false; }
+  Range deposit_by_cell(Row*, int, int, const T*) const { return {}; }
+#endif
 
   // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
   static PILE_INLINE Row powers(T x) {
@@ -276,7 +374,7 @@ class FieldSums {
   typedef T Pair __attribute__((vector_size(2 * P * sizeof(T))));
   // Not inlined: the sanitized build of its many copies would take minutes.
   __attribute__((noinline)) Pair near_fields(const Table& table, const typename Table::Matrices& matrices, const Row* source, int c) const {
-    const int from = near(table, c).from, to = near(table, smaller(c + 1, grid.cells - 1)).to;
+    const int from = larger(filled_.first, near(table, c).from), to = smaller(filled_.last, near(table, smaller(c + 1, grid.cells - 1)).to);
     Pair part[4] = {};  // four chains of additions, or each would wait for the last
     for (int s = from; s <= to; ++s) {
 #pragma GCC unroll 16
@@ -288,23 +386,23 @@ class FieldSums {
     }
     return (part[0] + part[1]) + (part[2] + part[3]);
   }
-  // visit(c, coefficients at c) for every target cell.
+  // visit(c, coefficients at c) for the target cells in rising order.
   template <class Visit>
-  void each_near_field(const Table& table, const typename Table::Matrices& matrices, const Row* source, Visit visit) const {
-    for (int c = 0; c < grid.cells; c += 2) {
+  void each_near_field(const Table& table, const typename Table::Matrices& matrices, const Row* source, Range targets, Visit visit) const {
+    for (int c = targets.first; c <= targets.last; c += 2) {
       const Pair both = near_fields(table, matrices, source, c);
       Row rows[2];
       std::memcpy(rows, &both, sizeof rows);
-      for (int i = 0; i < smaller(2, grid.cells - c); ++i) visit(c + i, rows[1 - i]);
+      for (int i = 0; i < smaller(2, targets.last + 1 - c); ++i) visit(c + i, rows[1 - i]);
     }
   }
 
   // What source moments do to target cells under κ: `use(c, coefficients of the field at cell c)`.
   template <class Use>
-  void apply(const Table& table, const Row* source, Use use) const {
+  void apply(const Table& table, const Row* source, Range targets, Use use) const {
     double before = 0, after = count(source, grid.cells);  // documents in saturated cells
     Near seen = {0, -1};
-    each_near_field(table, table.kappa, source, [&](int c, Row f) {
+    each_near_field(table, table.kappa, source, targets, [&](int c, Row f) {
       const Near now = near(table, c);
       for (; seen.from < now.from; ++seen.from) before += double(source[seen.from][0]);
       for (; seen.to < now.to; ++seen.to) after -= double(source[seen.to + 1][0]);
@@ -315,7 +413,7 @@ class FieldSums {
 
   // Σ w_i w_j softplus(offset − (u_i − u_j)), or Σ w_i w_j ψ(...) without kLinear, target moments i against source moments j.
   template <bool kLinear>
-  double between(const Table& table, const Row* target, const Row* source) const {
+  double between(const Table& table, const Row* target, const Row* source, Range targets) const {
     // Saturated: ψ(v) = |v| / 2 with v = offset + h (s − c) + x_j − x_i; sums over source cells of w and of w (h s + x_j).
     struct Sums {
       double weight = 0, place = 0;
@@ -329,7 +427,7 @@ class FieldSums {
     const Sums all = after;
     Near seen = {0, -1};
     double total = 0;
-    each_near_field(table, table.psi, source, [&](int c, Row f) {
+    each_near_field(table, table.psi, source, targets, [&](int c, Row f) {
       const Near now = near(table, c);
       for (; seen.from < now.from; ++seen.from) before.add(source[seen.from], seen.from, 1);
       for (; seen.to < now.to; ++seen.to) after.add(source[seen.to + 1], seen.to + 1, -1);
@@ -356,6 +454,11 @@ class FieldSums {
   PILE_INLINE Vec<T> horner(const T* f, Ints<T> cell, Vec<T> x) const {
     Vec<T> value = {};
 #if !defined(__clang__)
+    if (stride_ == kLanes<T>) {
+#pragma GCC unroll 16
+      for (int k = P - 1; k >= 0; --k) value = value * x + __builtin_shuffle(load(f + k * stride_), cell);
+      return value;
+    }
     if (stride_ == 2 * kLanes<T>) {
 #pragma GCC unroll 16
       for (int k = P - 1; k >= 0; --k) {
@@ -379,6 +482,8 @@ class FieldSums {
   const T* gain_ = nullptr;
   Chunk* chunk_ = nullptr;
   int row_ = 0, stride_ = 0;
+  bool by_cell_ = false;
+  Range filled_ = {};  // no document at all lies in a cell outside it
   Row *moments_ = nullptr, *block_moments_ = nullptr, *low_ = nullptr, *high_ = nullptr;
   T* field_ = nullptr;
 };

@@ -62,6 +62,7 @@ class Run {
     uint8_t *valid, *scored;  // by slot
     uint8_t* takes_part;      // by teacher: has a positive prior; nullptr: all have
     int* counts;              // by piece of slots: valid, scored, scores missing
+    LabelSort sort;
     Order order, loss_order;
     T* target;  // by slot
     EnsembleQuery<T> ensemble;
@@ -193,8 +194,8 @@ class Run {
     T* weights = static_cast<T*>(job_.out.weights);
     const int64_t teachers = batch_.teachers;
     const bool by_document = options.granularity == Granularity::document;
+    s.sort.run(m, batch_.labels, offset, slots, scored < slots ? s.scored : nullptr, s.order);
     if (m.leads()) {
-      s.order = order_by_label(batch_.labels, offset, slots, scored < slots ? s.scored : nullptr, *m.arena);
       s.after_order = m.arena->mark();
       s.ensemble.plan(batch_, options, q, s.order, missing, plus_, minus_, *m.arena);
       if (scored < slots) {
@@ -222,15 +223,14 @@ class Run {
     const LossOptions& options = *job_.loss;
     const int64_t begin = batch_.begin(q), first = batch_.first(q);
     T* gradient = gradient_ ? gradient_ + begin : nullptr;
+    const bool same = job_.ensemble && scored == valid;
+    if (!same) {
+      const View labels = options.alpha < 1 ? batch_.labels : View{};
+      s.sort.run(m, labels, q * labels.query + first * labels.document, slots, valid < slots ? s.valid : nullptr, s.loss_order);
+    }
     if (m.leads()) {
       Arena& arena = *m.arena;
-      const bool same = job_.ensemble && scored == valid;
-      if (same) {
-        s.loss_order = s.order;
-      } else {
-        const View labels = options.alpha < 1 ? batch_.labels : View{};
-        s.loss_order = order_by_label(labels, q * labels.query + first * labels.document, slots, valid < slots ? s.valid : nullptr, arena);
-      }
+      if (same) s.loss_order = s.order;
       s.z = arena.take<T>(valid);
       s.lambda = arena.take<T>(valid);
       if (options.alpha > 0) {

@@ -33,12 +33,39 @@ PILE_INLINE void with_labels(const View& view, F function) {
   }
 }
 
+constexpr bool is_float(const float*) { return true; }
+constexpr bool is_float(const void*) { return false; }
+
 template <class T>
 PILE_INLINE T read(const T* data, int64_t index) {
   return data[index];
 }
 PILE_INLINE float read(const BFloat16* data, int64_t index) { return data[index]; }
 PILE_INLINE float read(const Float16* data, int64_t index) { return data[index]; }
+
+#if defined(__AVX512F__)
+// Columns [first, first + count), count <= 8, of 16 rows side by side: column c to out[c * stride + (0..15)].
+PILE_INLINE void transpose(const float* const (&row)[16], int first, int count, float* out, int64_t stride) {
+  const __mmask8 columns = __mmask8((1 << count) - 1);
+  __m512 a[8];  // rows i and i + 8
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_maskz_loadu_ps(columns, row[i] + first)),
+                              _mm256_maskz_loadu_ps(columns, row[i + 8] + first), 1);
+  __m512 b[8];  // b[4 h + c]: of rows 4 h to 4 h + 3 (and 8 on) columns c and c + 4
+  for (int h = 0; h < 8; h += 4) {
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[h], a[h + 1])), low23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[h + 2], a[h + 3]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[h], a[h + 1])), high23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[h + 2], a[h + 3]));
+    b[h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+    b[h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    b[h + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+    b[h + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+  }
+  const __m512i early = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  const __m512i late = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int c = 0; c < smaller(4, count); ++c) _mm512_storeu_ps(out + c * stride, _mm512_permutex2var_ps(b[c], early, b[4 + c]));
+  for (int c = 4; c < count; ++c) _mm512_storeu_ps(out + c * stride, _mm512_permutex2var_ps(b[c - 4], late, b[c]));
+}
+#endif
 
 // Store a gradient in the student's dtype.
 template <class T>

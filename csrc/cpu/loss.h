@@ -13,11 +13,6 @@ namespace PILE_ISA {
 template <class T>
 constexpr int kPowers = sizeof(T) == 4 ? 8 : 16;
 
-// Element-wise work on positions is handed out in pieces of this many, a whole number of vectors: only the last piece ends within a
-// vector, and there the arrays, all of an arena, have room to the vector's end.
-constexpr int kPiece = 4096;
-PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
-
 template <class T>
 PILE_INLINE void find_range(const T* u, int n, T& low, T& high) {
   constexpr int W = kLanes<T>;
@@ -52,9 +47,9 @@ PILE_INLINE bool direct_is_faster(PairSum how, const Grid<T>& grid, double pairs
 }
 
 template <class T>
-constexpr PairCosts kLabelCosts = sizeof(T) == 4 ? PairCosts{0.15, 1, 18} : PairCosts{0.53, 35, 40};
+constexpr PairCosts kLabelCosts = sizeof(T) == 4 ? PairCosts{0.15, 1, 22} : PairCosts{0.53, 35, 40};
 template <class T>
-constexpr PairCosts kDistillCosts = sizeof(T) == 4 ? PairCosts{0.264, 1, 3} : PairCosts{0.79, 28, 20};
+constexpr PairCosts kDistillCosts = sizeof(T) == 4 ? PairCosts{0.264, 1, 3} : PairCosts{0.79, 8, 10};
 
 // The label pairs at logits u: λ, and the sum of their losses.
 template <class T>
@@ -122,6 +117,10 @@ class LabelLoss {
         const bool inner = fields_.block[b].inner;
         for (int k = fields_.chunk_begin(c); k < end; k += kLanes<double>) {
           const Vec<double> field = fields_.evaluate(b, load(wide_u_ + k), k);
+          if (!inner && k + kLanes<double> <= end) {
+            store_narrow(lambda + k, field);
+            continue;
+          }
           for (int l = k; l < smaller(k + kLanes<double>, end); ++l)
             lambda[l] = T(field[l - k]) + (inner ? sums_.rows[l] - sums_.columns[l] : T(0));
         }

@@ -8,6 +8,11 @@
 namespace pile {
 namespace PILE_ISA {
 
+// Element-wise work on positions is handed out in pieces of this many, a whole number of vectors: only the last piece ends within a
+// vector, and there the arrays, all of an arena, have room to the vector's end.
+constexpr int kPiece = 4096;
+PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
+
 struct Order {
   int n = 0;               // documents
   int labelled = 0;        // the first so many have a label
@@ -24,6 +29,12 @@ struct Grades {
   double value[kMax];
   int count[kMax] = {};
 
+  // `number` if it is not among them.
+  int find(double label) const {
+    int g = 0;
+    while (g < number && value[g] != label) ++g;
+    return g;
+  }
   bool add(double label) {
     if (number == kMax) return false;
     value[number++] = label;
@@ -55,8 +66,7 @@ inline bool find_grades(const double* label, int n, Grades& grades, uint8_t* gra
 #else
   int counts[2][Grades::kMax] = {};  // by turns: a count must not wait for the last one's store
   for (int k = 0; k < n; ++k) {
-    int g = 0;
-    while (g < grades.number && grades.value[g] != label[k]) ++g;
+    const int g = grades.find(label[k]);
     if (g == grades.number && !grades.add(label[k])) return false;
     grade[k] = uint8_t(g);
     ++counts[k & 1][g];
@@ -84,23 +94,6 @@ inline void scatter_by_grade(const int* slot, const uint8_t* grade, int n, int g
   (void)grades;
   for (int k = 0; k < n; ++k) out[start[grade[k]]++] = slot[k];
 #endif
-}
-
-// Stable counting sort. False if there are too many grades.
-inline bool sort_grades(const double* label, const int* slot, int n, Order& order, Arena& arena) {
-  Grades grades;
-  uint8_t* grade = arena.take<uint8_t>(n);
-  if (!find_grades(label, n, grades, grade)) return false;
-  int start[Grades::kMax];
-  for (int g = 0; g < grades.number; ++g) {
-    start[g] = 0;
-    for (int o = 0; o < grades.number; ++o) start[g] += grades.value[o] > grades.value[g] ? grades.count[o] : 0;
-    const int end = start[g] + grades.count[g];
-    order.label[start[g]] = order.label[end - 1] = grades.value[g];
-    for (int k = start[g]; k < end; ++k) order.below[k] = end;
-  }
-  scatter_by_grade(slot, grade, n, grades.number, start, order.slot);
-  return true;
 }
 
 // Stable radix sort by falling label, a byte at a time; bytes that are the same everywhere cost nothing.
@@ -162,53 +155,159 @@ inline void sort_any(const double* label, const int* slot, int n, Order& order, 
   }
 }
 
-// Order the documents whose `include` byte is set (nullptr: all `slots`). Without labels every document counts as unlabelled.
-inline Order order_by_label(const View& labels, int64_t offset, int slots, const uint8_t* include, Arena& arena) {
-  Order order;
-  order.slot = arena.take<int>(slots);
-  if (!labels.data) {
-    for (int i = 0; i < slots; ++i)
-      if (!include || include[i]) order.slot[order.n++] = i;
-    return order;
+// The order of a query's documents, by a team: counting sort, each piece of the slots counted and placed by one member.
+class LabelSort {
+ public:
+  // Orders the documents whose `include` byte is set (nullptr: all `slots`); without labels every document counts as unlabelled.
+  // All members call it; the leader's arena holds the result.
+  void run(const Member& m, const View& labels, int64_t offset, int slots, const uint8_t* include, Order& order) {
+    if (m.leads()) plan(labels, slots, include, order, *m.arena);
+    m.sync();
+    if (!labels.data || slots == 0) return;
+    for (int p = m.rank; p < pieces(slots); p += m.size) count(p, labels, offset, slots, include);
+    m.sync();
+    if (m.leads()) join(pieces(slots), order, *m.arena);
+    m.sync();
+    for (int p = m.rank; p < pieces(slots); p += m.size) place(p, order);
+    m.sync();
+    if (m.leads()) m.arena->release(scratch_);
   }
-  order.label = arena.take<double>(slots);
-  order.below = arena.take<int>(slots);
-  const Arena::Mark scratch = arena.mark();
-  double* label = arena.take<double>(slots);
-  int* slot = arena.take<int>(slots);
-  int* unlabelled = arena.take<int>(slots);
-  int n = 0, spare = 0;
-  with_labels(labels, [&](const auto* data) {
-    const auto all_have_labels = [&](int64_t stride) {  // a loop that a compiler turns into vectors
-      bool known = true;
-      for (int i = 0; i < slots; ++i) {
-        label[i] = double(read(data, offset + i * stride));
-        slot[i] = i;
-        known &= label[i] == label[i];
-      }
-      return known;
-    };
-    if (!include && (labels.document == 1 ? all_have_labels(1) : all_have_labels(labels.document))) {
-      n = slots;
+
+ private:
+  // Scratch of a piece begins here: whole vectors are written past its last document.
+  static constexpr int kStride = kPiece + 64;
+  struct Piece {
+    Grades grades;
+    bool graded;
+    int labelled, unlabelled;
+    int start[Grades::kMax], start_unlabelled;  // positions
+  };
+
+  void plan(const View& labels, int slots, const uint8_t* include, Order& order, Arena& arena) {
+    order = Order();
+    order.slot = arena.take<int>(slots);
+    if (!labels.data || slots == 0) {
+      for (int i = 0; i < slots; ++i)
+        if (!include || include[i]) order.slot[order.n++] = i;
       return;
     }
-    for (int i = 0; i < slots; ++i) {
-      if (include && !include[i]) continue;
-      const double y = double(read(data, offset + i * labels.document));
-      label[n] = y;
-      slot[n] = unlabelled[spare] = i;
-      const bool known = y == y;
-      n += known;
-      spare += !known;
+    order.label = arena.take<double>(slots);
+    order.below = arena.take<int>(slots);
+    scratch_ = arena.mark();
+    const int64_t room = pieces(slots) > 1 ? int64_t(pieces(slots)) * kStride : slots;
+    label_ = arena.take<double>(room);
+    slot_ = arena.take<int>(room);
+    unlabelled_ = arena.take<int>(room);
+    grade_ = arena.take<uint8_t>(room);
+    piece_ = arena.take<Piece>(pieces(slots));
+  }
+
+  void count(int p, const View& labels, int64_t offset, int slots, const uint8_t* include) {
+    const int begin = p * kPiece, end = smaller(slots, begin + kPiece), own = p * kStride;
+    double* label = label_ + own;
+    int *slot = slot_ + own, *unlabelled = unlabelled_ + own;
+    int n = 0, spare = 0;
+    with_labels(labels, [&](const auto* data) {
+      const auto all_have_labels = [&](int64_t stride) {  // a loop that a compiler turns into vectors
+        bool known = true;
+        for (int i = begin; i < end; ++i) {
+          label[i - begin] = double(read(data, offset + i * stride));
+          slot[i - begin] = i;
+          known &= label[i - begin] == label[i - begin];
+        }
+        return known;
+      };
+      if (!include && (labels.document == 1 ? all_have_labels(1) : all_have_labels(labels.document))) {
+        n = end - begin;
+        return;
+      }
+      for (int i = begin; i < end; ++i) {
+        if (include && !include[i]) continue;
+        const double y = double(read(data, offset + i * labels.document));
+        label[n] = y;
+        slot[n] = unlabelled[spare] = i;
+        const bool known = y == y;
+        n += known;
+        spare += !known;
+      }
+    });
+    Piece& piece = piece_[p];
+    piece.grades = Grades();
+    piece.graded = find_grades(label, n, piece.grades, grade_ + own);
+    piece.labelled = n;
+    piece.unlabelled = spare;
+  }
+
+  void join(int number, Order& order, Arena& arena) {
+    Grades all = piece_[0].grades;
+    graded_ = piece_[0].graded;
+    int n = piece_[0].labelled;
+    for (int p = 1; p < number; ++p) {
+      const Piece& piece = piece_[p];
+      n += piece.labelled;
+      graded_ &= piece.graded;
+      for (int g = 0; graded_ && g < piece.grades.number; ++g) {
+        const int at = all.find(piece.grades.value[g]);
+        graded_ = at < all.number || all.add(piece.grades.value[g]);
+        if (graded_) all.count[at] += piece.grades.count[g];
+      }
     }
-  });
-  if (!sort_grades(label, slot, n, order, arena)) sort_any(label, slot, n, order, arena);
-  for (int k = 0; k < spare; ++k) order.slot[n + k] = unlabelled[k];
-  order.n = n + spare;
-  order.labelled = n;
-  arena.release(scratch);
-  return order;
-}
+    order.labelled = order.n = n;
+    for (int p = 0; p < number; ++p) {
+      piece_[p].start_unlabelled = order.n;
+      order.n += piece_[p].unlabelled;
+    }
+    if (!graded_) {
+      for (int p = 1, to = piece_[0].labelled; p < number; to += piece_[p++].labelled) {
+        std::memmove(label_ + to, label_ + p * kStride, piece_[p].labelled * sizeof *label_);
+        std::memmove(slot_ + to, slot_ + p * kStride, piece_[p].labelled * sizeof *slot_);
+      }
+      sort_any(label_, slot_, n, order, arena);
+      return;
+    }
+    int start[Grades::kMax];
+    for (int g = 0; g < all.number; ++g) {
+      start[g] = 0;
+      for (int o = 0; o < all.number; ++o) start[g] += all.value[o] > all.value[g] ? all.count[o] : 0;
+      group_[g] = {start[g], start[g] + all.count[g]};
+      order.label[group_[g].begin] = order.label[group_[g].end - 1] = all.value[g];
+    }
+    groups_ = all.number;
+    for (int p = 0; p < number; ++p) {
+      const Grades& own = piece_[p].grades;
+      for (int g = 0; g < own.number; ++g) {
+        int& at = start[p == 0 ? g : all.find(own.value[g])];
+        piece_[p].start[g] = at;
+        at += own.count[g];
+      }
+    }
+  }
+
+  void place(int p, Order& order) {
+    Piece& piece = piece_[p];
+    const int own = p * kStride;
+    for (int k = 0; k < piece.unlabelled; ++k) order.slot[piece.start_unlabelled + k] = unlabelled_[own + k];
+    if (!graded_) return;
+    scatter_by_grade(slot_ + own, grade_ + own, piece.labelled, piece.grades.number, piece.start, order.slot);
+    int* const below = order.below;
+    for (int g = 0; g < groups_; ++g) {
+      const int end = group_[g].end, last = smaller(end, (p + 1) * kPiece);
+      for (int k = larger(group_[g].begin, p * kPiece); k < last; ++k) below[k] = end;
+    }
+  }
+
+  struct Group {
+    int begin, end;
+  };
+  Arena::Mark scratch_ = {};
+  double* label_ = nullptr;
+  int *slot_ = nullptr, *unlabelled_ = nullptr;
+  uint8_t* grade_ = nullptr;
+  Piece* piece_ = nullptr;
+  bool graded_ = true;
+  int groups_ = 0;
+  Group group_[Grades::kMax];
+};
 
 // The pairs' weights: ω_ij = gain_i − gain_j, or 1 where gain is nullptr.
 template <class T>

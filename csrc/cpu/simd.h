@@ -73,6 +73,10 @@ PILE_INLINE void store(T* p, Vec<T> v) {
 template <class T>
 PILE_INLINE void store(T* p, Vec<T> v, int count) {
   if (count >= kLanes<T>) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), reinterpret_cast<__m512&>(v));
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), reinterpret_cast<__m512d&>(v));
+#endif
   T lanes[kLanes<T>];
   store(lanes, v);
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
@@ -90,6 +94,21 @@ PILE_INLINE void store_narrow(T* p, Vec<double> v) {
   typedef T Part __attribute__((vector_size(sizeof(T) * kLanes<double>)));
   const Part part = __builtin_convertvector(v, Part);
   std::memcpy(p, &part, sizeof part);
+}
+// The vector of floats that two of doubles round to.
+PILE_INLINE Vec<float> narrow(Vec<double> first, Vec<double> second) {
+  typedef float Half __attribute__((vector_size(PILE_VECTOR_BYTES / 2)));
+  const Half halves[2] = {__builtin_convertvector(first, Half), __builtin_convertvector(second, Half)};
+#if defined(__AVX512F__)  // not through memory: a load must not wait for two stores
+  return reinterpret_cast<Vec<float>>(_mm512_insertf32x8(_mm512_castps256_ps512(reinterpret_cast<const __m256&>(halves[0])),
+                                                         reinterpret_cast<const __m256&>(halves[1]), 1));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_set_m128(reinterpret_cast<const __m128&>(halves[1]), reinterpret_cast<const __m128&>(halves[0])));
+#else
+  Vec<float> both;
+  std::memcpy(&both, halves, sizeof both);
+  return both;
+#endif
 }
 template <class T>
 PILE_INLINE Vec<T> splat(T x) {
@@ -135,6 +154,21 @@ template <class V>
 PILE_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
 }
+// The instructions that do just that; GCC makes two of the above.
+#if defined(__AVX512F__)
+PILE_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+PILE_INLINE Vec<float> vmin(Vec<float> a, Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+PILE_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
+  return reinterpret_cast<Vec<double>>(_mm512_maskz_max_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
+}
+PILE_INLINE Vec<double> vmin(Vec<double> a, Vec<double> b) {
+  return reinterpret_cast<Vec<double>>(_mm512_maskz_min_pd(0xff, reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
+}
+#endif
 template <class T>
 PILE_INLINE Vec<T> vabs(Vec<T> v) {
   return from_bits<T>(bits<T>(v) & ~(typename Simd<T>::integer(1) << (sizeof(T) * 8 - 1)));
@@ -176,6 +210,42 @@ PILE_INLINE void add_sums<float, 4>(float* out, const Vec<float> (&v)[4]) {
   const __m256 quarters = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
   const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+}
+#endif
+
+#if defined(__AVX512F__)
+template <class T>
+PILE_INLINE int least(Ints<T> v) {
+  return sizeof(T) == 4 ? _mm512_reduce_min_epi32(reinterpret_cast<__m512i&>(v)) : int(_mm512_reduce_min_epi64(reinterpret_cast<__m512i&>(v)));
+}
+template <class T>
+PILE_INLINE int greatest(Ints<T> v) {
+  return sizeof(T) == 4 ? _mm512_reduce_max_epi32(reinterpret_cast<__m512i&>(v)) : int(_mm512_reduce_max_epi64(reinterpret_cast<__m512i&>(v)));
+}
+// Lanes of a and b side by side, by their numbers there.
+PILE_INLINE Vec<float> pick(Vec<float> a, Ints<float> lanes, Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512>(b)));
+}
+PILE_INLINE Vec<double> pick(Vec<double> a, Ints<double> lanes, Vec<double> b) {
+  return reinterpret_cast<Vec<double>>(_mm512_permutex2var_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512d>(b)));
+}
+// The sums of the lanes of v[0], ..., v[N - 1], one after the other from v[0] on. Each vector holds `Groups` sums in progress: every
+// step adds the halves of each and leaves half as many vectors.
+template <class T, int N, int Groups = 1>
+PILE_INLINE void lane_sums(Vec<T>* v) {
+  constexpr int half = kLanes<T> / Groups / 2;
+  if constexpr (half > 0) {
+    Ints<T> first, second;
+    for (int l = 0; l < kLanes<T>; ++l) {
+      first[l] = l / half * 2 * half + l % half;
+      second[l] = first[l] + half;
+    }
+    for (int i = 0; i < (N + 1) / 2; ++i) {
+      const Vec<T> a = v[2 * i], b = v[N > 1 ? 2 * i + 1 : 0];
+      v[i] = pick(a, first, b) + pick(a, second, b);
+    }
+    lane_sums<T, (N + 1) / 2, 2 * Groups>(v);
+  }
 }
 #endif
 
@@ -221,6 +291,30 @@ PILE_INLINE Vec<float> vexp<float>(Vec<float> x) {
 #pragma GCC unroll 16
   for (int k = S::kExpTerms - 1; k >= 0; --k) p = p * r + 1.f / float(factorial(k));
   return reinterpret_cast<Vec<float>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+}
+#endif
+
+// 2^y of y <= 0 for a sum of such terms: y's rounding counts in the result by |y| 2^-24, which the result's own smallness makes up for.
+template <class T>
+PILE_INLINE Vec<T> falling_exp2(Vec<T> y) {
+  return vexp<T>(y * T(0.69314718055994530942));
+}
+#if defined(__AVX512F__)
+// Nine instructions less a multiplication: 2^y = 2^floor(y) 2^f with f = y - floor(y), and scalef takes the floor itself.
+template <>
+PILE_INLINE Vec<float> falling_exp2<float>(Vec<float> y) {
+  y = vmax(y, splat<float>(-150.f));
+  const Vec<float> f = reinterpret_cast<Vec<float>>(
+      _mm512_maskz_reduce_ps(0xffff, reinterpret_cast<__m512>(y), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  // The polynomial of least relative error on [0, 1] with p(0) = 1: 2e-9.
+  Vec<float> p = splat<float>(2.16129151e-4f);
+  p = p * f + 1.24678464e-3f;
+  p = p * f + 9.67545157e-3f;
+  p = p * f + 5.54852806e-2f;
+  p = p * f + 2.40229306e-1f;
+  p = p * f + 6.93147044e-1f;
+  p = p * f + 1.f;
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(y)));
 }
 #endif
 
