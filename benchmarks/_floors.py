@@ -176,12 +176,20 @@ def _copy_rate(threads: int, size: int) -> float:
 
 
 # Vector instructions of the kernels, from the counts at the head of csrc/cpu/*.h, at the rate of multiply-adds:
-TILT = {"document": 15, "query": 4}  # per teacher, iteration and vector of documents: an exponential; or s, and the pull of it
-DEPOSIT = 12  # per document, whatever the vector's width: its powers are one vector
+TILT = {"document": 13, "query": 4}  # per teacher, iteration and vector of documents: an exponential; or s, and the pull of it
+# Per document, its powers one vector of whatever width; with AVX-512 per vector of documents: 8 to find the cells, 7 powers,
+# and for each of 4 cells (what documents of one label fill) a comparison and 8 sums.
+DEPOSIT, DEPOSIT_BY_CELL = 12, 8 + 7 + 4 * 9
 EVALUATE = 20  # per vector of documents
 DISTILL = 35  # per vector of pairs: two sigmoids and a logarithm
 LABELS = 22  # per vector of pairs: a sigmoid and a logarithm
 SQUARES = 8  # per vector of documents: sums of the differences and of their squares, then the gradient
+
+
+def field(documents: int, lanes: float, floors: dict) -> float:
+    """Vector instructions of one linear-time sum: every document deposited and evaluated once. `lanes`: of its precision."""
+    by_cell = floors["lanes"] == 16
+    return documents * ((DEPOSIT_BY_CELL / lanes if by_cell else DEPOSIT) + EVALUATE / lanes)
 
 
 def model(op: str, granularity: str, provider: str, shape: tuple[int, int, int], label_pairs: int, floors: dict) -> dict:
@@ -190,7 +198,8 @@ def model(op: str, granularity: str, provider: str, shape: tuple[int, int, int],
     - ensemble, direct: label pairs · T / lanes vectors of pairs (1 multiply-add, 1 reciprocal = estimate + 2 multiply-adds,
       2 additions), at their measured rate; chebyshev: documents · T · (deposit + evaluate); either with
       documents · (T + 1) · M tilts;
-    - loss: 35 instructions per vector of pairs; chebyshev: two deposits and evaluations per document, in double;
+    - loss: 22 instructions per vector of label pairs and 35 per vector of pairs; chebyshev: one deposit and evaluation per
+      document for the labels and two for the distillation, in double;
     - bytes: 4 (M + 2) in, teachers, student and labels, and 4 out per document, once. An ensemble reads no student.
 
     "auto" is held against the cheaper of the two sums.
@@ -203,20 +212,22 @@ def model(op: str, granularity: str, provider: str, shape: tuple[int, int, int],
     tilt = total * (ITERATIONS + 1) * teachers * TILT[granularity] / lanes / rates["fma"]
     nanoseconds = {
         "direct": label_pairs * ITERATIONS / lanes / rates["pair"],
-        "chebyshev": total * ITERATIONS * (DEPOSIT + EVALUATE / lanes) / rates["fma"],
+        "chebyshev": field(total, lanes, floors) * ITERATIONS / rates["fma"],
     }
     if op == "pile_loss":
         loss_pairs = queries * documents * (documents - 1) / 2
-        loss = {
-            "direct": loss_pairs * DISTILL / lanes / rates["fma"],
-            "chebyshev": total * 2 * (DEPOSIT + EVALUATE / (lanes / 2)) / rates["fma"],
+        labels = {
+            "direct": label_pairs * LABELS / lanes / rates["fma"],
+            "chebyshev": field(total, lanes / 2, floors) / rates["fma"],
         }
+        distillation = {
+            "direct": loss_pairs * DISTILL / lanes / rates["fma"],
+            "chebyshev": 2 * field(total, lanes / 2, floors) / rates["fma"],
+        }
+        sums = [nanoseconds, labels, distillation]
     else:
-        loss = {"direct": 0.0, "chebyshev": 0.0}
-    if provider == "auto":
-        operations = tilt + min(nanoseconds.values()) + min(loss.values())
-    else:
-        operations = tilt + nanoseconds[provider] + loss[provider]
+        sums = [nanoseconds]
+    operations = tilt + sum(min(by.values()) if provider == "auto" else by[provider] for by in sums)
     moved = total * 4 * (teachers + 2 + (op == "pile_loss"))
     memory = moved / floors["copy_bytes_per_ns"][threads]
     return {
@@ -227,19 +238,21 @@ def model(op: str, granularity: str, provider: str, shape: tuple[int, int, int],
     }
 
 
-def pair_loss_model(op: str, documents: int, label_pairs: int, floors: dict) -> dict:
+def pair_loss_model(op: str, documents: int, label_pairs: int, floors: dict, dtype: str = "float32") -> dict:
     """The same for a loss alone, by the cheaper of the two sums: `pairwise_logistic`, or `pairwise_distillation` of squared
-    differences, which is linear. Bytes: 8 in and 4 out per document."""
+    differences, which is linear. Bytes per document: its logit in and its gradient out, in the dtype, and 4 in, its label or
+    target."""
     threads = max(floors["vectors_per_ns"], key=int)
     lanes, fma = floors["lanes"], floors["vectors_per_ns"][threads]["fma"]
     if op == "pairwise_logistic":
-        operations = min(label_pairs * LABELS / lanes, documents * 2 * (DEPOSIT + EVALUATE / (lanes / 2))) / fma
+        operations = min(label_pairs * LABELS / lanes, field(documents, lanes / 2, floors)) / fma
     else:
         operations = documents * SQUARES / lanes / fma
-    memory = 12 * documents / floors["copy_bytes_per_ns"][threads]
+    moved = documents * (2 * {"float64": 8, "float32": 4}.get(dtype, 2) + 4)
+    memory = moved / floors["copy_bytes_per_ns"][threads]
     return {
         "operations_ms": operations / 1e6,
         "bytes_ms": memory / 1e6,
-        "bytes": 12 * documents,
+        "bytes": moved,
         "binding": "operations" if operations >= memory else "bytes",
     }

@@ -19,14 +19,16 @@ def of(rows: list[dict], section: str, op: str) -> list[dict]:
 
 def over_ours(row: dict, rows: list[dict]) -> float | None:
     """How many times longer than this package's default, on the same problem."""
-    same = [r for r in rows if r["provider"] == OURS and (r["queries"], r["documents"]) == (row["queries"], row["documents"])]
+    problem = ("queries", "documents", "dtype")
+    same = [r for r in rows if r["provider"] == OURS and all(r[key] == row[key] for key in problem)]
     return row["p50_ms"] / same[0]["p50_ms"] if row["p50_ms"] and same and same[0]["p50_ms"] else None
 
 
 def lines(rows: list[dict]) -> list[list[str]]:
     out = []
     for row in rows:
-        words = [f"{row['queries']:,}×{row['documents']:,}", row["provider"]]
+        dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
+        words = [f"{row['queries']:,}×{row['documents']:,}{dtype}", row["provider"]]
         if not row["p50_ms"]:
             out.append([*words, row["failure"], "", "", "", ""])
             continue
@@ -43,7 +45,7 @@ def markdown(result: dict) -> str:
     parts = [
         f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}; "
         f"commit {(result['commit'] or 'unknown')[:12]}, {result['date']}. "
-        "float32, forward + backward, one process per provider, in turns."
+        "float32 where nothing else is said, forward + backward, one process per provider, in turns."
         + (" Quick run: figures mean nothing." if result["quick"] else "")
         + "\n"
     ]
@@ -60,7 +62,12 @@ def markdown(result: dict) -> str:
     ]
     parts.append(table(["Provider", "Version", "Environment", "Its loss is the"], about))
     columns = ["Q×n", "Provider", "ms", "p20–p80", "× pile_fast", "peak extra MB", "of the limit"]
-    headings = {"n": "by the lists' length", "queries": "by the number of lists", "ragged": "MQ2008's list lengths"}
+    headings = {
+        "n": "by the lists' length",
+        "queries": "by the number of lists",
+        "ragged": "MQ2008's list lengths",
+        "dtypes": "other dtypes",
+    }
     for section, heading in headings.items():
         for op, title in TITLES.items():
             if found := of(rows, section, op):

@@ -171,6 +171,12 @@ def markdown(result: dict) -> str:
                 grown = per_document_ns(row) / base if base and row["p50_ms"] else None
                 lines.append([title(row), row["layout"], times(row), *timings, number(grown), *limit(row)])
         add("Cost per document", [table(["Call", "Layout", "Q×N×M", "ns / document", "p20–p80", "growth", *LIMIT], lines)])
+    if found := of_section(rows, "g"):
+        lines = []
+        for same in grouped(found, lambda row: (title(row), shape(row))):
+            median = {row["provider"]: timed(row)[0] for row in same}
+            lines.append([title(same[0]), times(same[0]), *(median[f"cpp {how}"] for how in ("direct", "chebyshev", "auto"))])
+        add("Which sum", [table(["Call", "Q×N×M", "direct ms", "chebyshev ms", "auto ms"], lines)])
     if group := of_section(rows, "d"):
         lines = []
         for row in group:

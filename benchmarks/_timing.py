@@ -121,10 +121,18 @@ class OtherLoad:
 
 def cpu_name() -> str:
     try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+        text = ""
+    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    if not names:
+        return platform.processor() or platform.machine()
+    name = names[0].strip()
+    if any(c.isdigit() for c in name):
+        return name
+    # A virtual machine may hide the model, which two results must not be confused about.
+    family, model = (re.search(rf"^{key}\s*:\s*(\d+)$", text, re.MULTILINE) for key in ("cpu family", "model"))
+    return f"{name} family {family[1]} model {model[1]}" if family and model else name
 
 
 def machine_slug(threads: int) -> str:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 PAIR_SUMS = ("direct", "chebyshev", "auto")
 LONG = (262_144, 1_000_000)
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
+CROSSOVER = (64, 96, 128, 192, 256, 384, 512)
 MEMORY_SHAPES = ((1, 1_000_000, 8), (256, 1024, 8))
 
 
@@ -145,7 +146,15 @@ def overhead(run: Run) -> None:
     run.time("e", op, cases, batch=20, max_rounds=10 if run.quick else 200)
 
 
-SECTIONS = {"a": against_torch, "b": long_lists, "c": growth, "d": memory, "e": overhead}
+def which_sum(run: Run) -> None:
+    """Lists of about 16,384 documents in all by either sum, and by the one that is chosen."""
+    for documents in (40,) if run.quick else CROSSOVER:
+        data = make_data(2 if run.quick else 16_384 // documents, documents, 4)
+        for op in OPS:
+            run.time("g", op, [Case(f"cpp {how}", data, call(op, data, backend="cpp", pairwise=how)) for how in PAIR_SUMS])
+
+
+SECTIONS = {"a": against_torch, "b": long_lists, "c": growth, "d": memory, "e": overhead, "g": which_sum}
 
 
 def add_models(rows: list[dict], floors: dict) -> None:
@@ -159,8 +168,10 @@ def add_models(rows: list[dict], floors: dict) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="a,b,c,d,e,f", help="sections to run: a against PyTorch, b one long list, c cost per "
-                        "document, d memory, e cost per call, f the machine's limits (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--only", default="a,b,c,d,e,f,g", help="sections to run: a against PyTorch, b one long list, c cost per document, "
+        "d memory, e cost per call, f the machine's limits, g which sum (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="threads of every provider (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="timing per table cell group (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few repetitions, no torch.compile: for a test")

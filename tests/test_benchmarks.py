@@ -16,7 +16,7 @@ def run(tmp_path, *arguments):
 def test_quick_run(tmp_path):
     pytest.importorskip("pile_fast._cpu")
     tables = tmp_path / "speed.md"
-    process = run(tmp_path, "--only", "a,e", "--markdown", str(tables))
+    process = run(tmp_path, "--only", "a,e,g", "--markdown", str(tables))
     assert process.returncode == 0, process.stderr
     (path,) = tmp_path.glob("*/speed.json")
     result = json.loads(path.read_text())
@@ -25,7 +25,7 @@ def test_quick_run(tmp_path):
     assert result["versions"].keys() == {"python", "torch", "pile_fast"}
     assert {"commit", "date"} <= result.keys() and result["quick"]
     rows = result["rows"]
-    assert {row["section"] for row in rows} == {"a", "e"}
+    assert {row["section"] for row in rows} == {"a", "e", "g"}
     assert {row["provider"] for row in rows if row["section"] == "a"} == {
         "eager", "cpp direct", "cpp chebyshev", "cpp auto", "after OpenMP: cpp auto",
     }  # fmt: skip
@@ -44,6 +44,7 @@ def test_quick_run(tmp_path):
         "`pile_loss` 1×8×2, forward+backward: times an empty autograd.Function"
     ]
     assert tables.read_text() == process.stdout.removesuffix("\n") and "| 4×16×2 | cpp auto |" in process.stdout
+    assert "| `pile_loss` document, forward+backward | 2×40×4 |" in process.stdout
 
 
 def test_a_section_that_does_not_exist(tmp_path):

@@ -1,6 +1,6 @@
 """The two losses that others have too, pairwise logistic and pairwise distillation by squared differences, beside those others.
 
-python benchmarks/peers/compare.py [--only n,queries,ragged,step] [--providers ...] [--quick] [--threads N] [--output DIR]
+python benchmarks/peers/compare.py [--only n,queries,...] [--providers ...] [--quick] [--threads N] [--output DIR]
 
 Every provider runs in a process of its own, in its own environment where it needs one (environments.py), is held against the
 float64 reference first, then timed forward + backward, in turns with the others. Writes peers.json, peers.csv and plots: see
@@ -45,8 +45,9 @@ from pile_fast.options import loss_options  # noqa: E402
 MEMORY_LIMIT = 4 * 2**30
 TIME_LIMIT = 20.0  # seconds of a call
 START_LIMIT = 300.0  # seconds until a provider has made its first call
-# Float32 sums over up to 1e8 pairs, in whatever order: of the loss, and of the gradient's largest entry.
-TOLERANCE = 1e-4
+# Of the loss, and of the gradient's largest entry. float32: sums over up to 1e8 pairs, in whatever order; 16 bits: rounded
+# more than once.
+TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "bfloat16": 2**-6, "float16": 2**-9}
 
 
 class Provider(NamedTuple):
@@ -58,6 +59,7 @@ class Provider(NamedTuple):
     time_by: str = "pairs"
     memory_by: str = "pairs"
     computes: str = ""  # if not the problem's op: then there is nothing to hold it against
+    dtype: str = "float32"  # of the logits
 
 
 PROVIDERS = {
@@ -79,6 +81,7 @@ STEP = {
 # By squared differences this package has but one way to sum; the others have no such loss over all pairs.
 DISTILLING = ("pile_fast", "eager", "torch.compile", "lightning-ir", "rax")
 EQUAL_LENGTHS = ("lightning-ir",)
+DTYPES = ("pile_fast", "pile_fast direct", "pile_fast chebyshev", "eager", "torch.compile")
 
 
 class Expected:
@@ -111,20 +114,20 @@ class Expected:
             gradients.append(scores.grad.numpy())
         self.losses, self.gradients = np.concatenate(losses), np.concatenate(gradients)
 
-    def failure(self, scale: str | None, loss: float, gradient: np.ndarray) -> str:
+    def failure(self, scale: str | None, loss: float, gradient: np.ndarray, dtype: str = "float32") -> str:
         """What is wrong with a provider's result under its own normalisation; "" if nothing is, or nothing is comparable."""
         if scale is None:
             return ""
         weights = SCALES[scale](self.lists.pairs(self.op), self.lists.lengths)
-        wanted = float(weights @ self.losses)
-        if not abs(loss - wanted) <= TOLERANCE * abs(wanted):
+        wanted, tolerance = float(weights @ self.losses), TOLERANCE[dtype]
+        if not abs(loss - wanted) <= tolerance * abs(wanted):
             return f"wrong: loss {loss:.7g}, by {self.against} in float64 {wanted:.7g}"
         valid = self.lists.valid
         expected = (weights[:, None] * self.gradients)[valid]
         gradient = gradient.astype(np.float64)
         gradient = gradient if gradient.ndim == 1 else gradient[valid]
         error, largest = np.abs(gradient.ravel() - expected.ravel()).max(), np.abs(expected).max()
-        if not error <= TOLERANCE * largest:
+        if not error <= tolerance * largest:
             return f"wrong: gradient off by {error:.1e} from {self.against} in float64, the largest entry is {largest:.1e}"
         return ""
 
@@ -135,7 +138,8 @@ class Worker:
     def __init__(self, name: str, provider: Provider, op: str, lists: Path, threads: int):
         self.gradient, self.errors = lists.with_name(f"{name}.npy"), lists.with_name(f"{name}.txt")
         interpreter = environments.python(provider.environment) if provider.environment else sys.executable
-        command = [interpreter, HERE / "worker.py", HERE / f"provider_{provider.file}.py", provider.variant, op, lists]
+        variant = provider.variant if provider.dtype == "float32" else f"{provider.variant}/{provider.dtype}"
+        command = [interpreter, HERE / "worker.py", HERE / f"provider_{provider.file}.py", variant, op, lists]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [*map(str, command), str(self.gradient), str(MEMORY_LIMIT)],
@@ -190,7 +194,10 @@ class Comparison:
         self.rows: list[dict] = []
         self.progress = tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr)
 
-    def run(self, section: str, op: str, lists: Lists, more: dict[str, Provider] | None = None) -> None:
+    def run(self, section: str, op: str, lists: Lists, providers: dict[str, Provider] | None = None) -> None:
+        """`providers`: other than the chosen ones."""
+        if providers is None:
+            providers = {name: PROVIDERS[name] for name in self.chosen}
         queries, longest = lists.scores.shape
 
         def say(what: str) -> None:
@@ -203,13 +210,13 @@ class Comparison:
             problem = Path(folder, "lists.npz")
             np.savez(problem, **lists._asdict())
             rows, workers = [], {}
-            for name, provider in ({name: PROVIDERS[name] for name in self.chosen} | (more or {})).items():
+            for name, provider in providers.items():
                 if op == "pairwise_distillation" and name not in DISTILLING:
                     continue
                 row = dict(
                     section=section, provider=name, version=None, environment=provider.environment or "main",
                     op=provider.computes or op,
-                    mode="forward+backward", dtype="float32", queries=queries, documents=longest, total=size["documents"],
+                    mode="forward+backward", dtype=provider.dtype, queries=queries, documents=longest, total=size["documents"],
                     label_pairs=int(lists.pairs("pairwise_logistic").sum()), layout="ragged" if lists.ragged else "equal",
                     p20_ms=None, p50_ms=None, p80_ms=None, reps=0, peak_extra_bytes=None, scale=None,
                     checked_against=None, failure=None,
@@ -258,7 +265,7 @@ class Comparison:
             say(row["provider"])
             answer = worker.first()
             if "failure" not in answer:
-                failure = expected.failure(answer["scale"], answer["loss"], np.load(worker.gradient))
+                failure = expected.failure(answer["scale"], answer["loss"], np.load(worker.gradient), row["dtype"])
                 row.update(version=answer["version"], scale=answer["scale"])
                 row["checked_against"] = answer["scale"] and f"{expected.against} float64"
                 if not failure and answer["scale"] and answer["seconds"] > TIME_LIMIT:
@@ -308,12 +315,25 @@ def ragged(comparison: Comparison) -> None:
         comparison.run("ragged", op, make_lists(lengths))
 
 
+def by_dtype(comparison: Comparison) -> None:
+    """This package and plain PyTorch on other dtypes. The logits are rounded first, so that all are asked the same."""
+    for dtype in ("float64", "bfloat16", "float16"):
+        providers = {name: PROVIDERS[name]._replace(dtype=dtype) for name in comparison.chosen if name in DTYPES}
+        for op in OPS:
+            for shape in ([7] * 2,) if comparison.quick else ([32] * 512, [512] * 32, [4096] * 4):
+                lists = make_lists(shape)
+                rounded = (torch.from_numpy(x).to(getattr(torch, dtype)).float().numpy() for x in (lists.scores, lists.targets))
+                scores, targets = rounded
+                comparison.run("dtypes", op, lists._replace(scores=scores, targets=targets), providers)
+
+
 def training_step(comparison: Comparison) -> None:
     """What share of a cross-encoder's training step a loss takes: 4 queries of 8 documents, 128 tokens a pair."""
-    comparison.run("step", "pairwise_logistic", make_lists([4] if comparison.quick else [8] * 4), STEP)
+    providers = {name: PROVIDERS[name] for name in comparison.chosen} | STEP
+    comparison.run("step", "pairwise_logistic", make_lists([4] if comparison.quick else [8] * 4), providers)
 
 
-SECTIONS = {"n": by_length, "queries": by_queries, "ragged": ragged, "step": training_step}
+SECTIONS = {"n": by_length, "queries": by_queries, "ragged": ragged, "dtypes": by_dtype, "step": training_step}
 
 
 def write(folder: Path, result: dict) -> None:
@@ -331,7 +351,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", default=",".join(SECTIONS), help="n: time and memory by the lists' length, queries: time by their number, "
-        "ragged: MQ2008's lengths, step: share of a training step (default: %(default)s)",
+        "ragged: MQ2008's lengths, dtypes: float64, bfloat16, float16, step: share of a training step (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="of every provider (default: %(default)s)")
@@ -358,8 +378,8 @@ def main() -> int:
     comparison.progress.close()
     if "skipped" not in floors:
         for row in comparison.rows:
-            if row["p50_ms"] and row["provider"] not in STEP:
-                row.update(_floors.pair_loss_model(row["op"], row["total"], row["label_pairs"], floors))
+            if row["p50_ms"] and row["provider"] not in STEP and row["dtype"] != "float64":
+                row.update(_floors.pair_loss_model(row["op"], row["total"], row["label_pairs"], floors, row["dtype"]))
                 row["fraction"] = row[f"{row['binding']}_ms"] / row["p50_ms"]
     header["machine"]["cores_taken_by_others"] = others.cores()
     result = header | {"floors": floors, "rows": comparison.rows}

@@ -17,15 +17,20 @@ OPTIONS = {
 
 
 def prepare(op, lists, variant):
+    """A variant may end in a dtype of the logits: "auto/bfloat16"."""
+    variant, _, dtype = variant.partition("/")
+    dtype = getattr(torch, dtype or "float32")
     if variant in ("eager", "torch.compile"):
-        return plain(op, lists, variant)
+        return plain(op, lists, variant, dtype)
     if op == "pile_loss":
         return distil(lists)
     valid = lists.valid if lists.ragged else ...
     shape = (-1,) if lists.ragged else lists.scores.shape  # ragged lists are packed, not padded
     against = lists.labels if op == "pairwise_logistic" else lists.targets
     scores, against = (torch.from_numpy(x[valid].reshape(shape)) for x in (lists.scores, against))
-    scores.requires_grad_()
+    scores = scores.to(dtype).requires_grad_()
+    if op == "pairwise_distillation":
+        against = against.to(dtype)
     options = {"backend": "cpp"}
     if lists.ragged:
         options["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(lists.lengths).cumsum(0)])
@@ -58,10 +63,10 @@ def distil(lists):
     return run
 
 
-def plain(op, lists, variant):
+def plain(op, lists, variant, dtype):
     """Plain autograd over the reference: what one would write in PyTorch, masks and all."""
     scores, labels, targets = (torch.from_numpy(x) for x in lists[:3])
-    scores.requires_grad_()
+    scores, targets = scores.to(dtype).requires_grad_(), targets.to(dtype)
     valid = torch.from_numpy(lists.valid)
 
     def function(scores):

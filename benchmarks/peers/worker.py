@@ -33,7 +33,7 @@ def start(file: str, variant: str, op: str, lists: str, gradient: str, limit: in
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     # Code, tables, threads: once per process. Nothing of that outlasts a compilation.
     small = make_lists([3, 5] if provider.RAGGED else [4, 4])
-    provider.prepare(op, small, "eager" if variant == "torch.compile" else variant)()
+    provider.prepare(op, small, variant.replace("torch.compile", "eager"))()
     if not sys.stdin.readline():  # all start at once, but make their first calls one after the other
         sys.exit("compare.py ended")
     with np.load(lists) as arrays:
@@ -51,7 +51,7 @@ def start(file: str, variant: str, op: str, lists: str, gradient: str, limit: in
     loss, grad = run()
     seconds = time.perf_counter() - begin
     peak = None if before is None else status("VmHWM") - before
-    np.save(gradient, np.asarray(grad))
+    np.save(gradient, np.asarray(grad.float() if str(grad.dtype) == "torch.bfloat16" else grad))  # NumPy has none
     answer = {"loss": float(loss), "seconds": seconds, "peak_extra_bytes": peak, "version": version(provider.PACKAGE)}
     return run, answer | {"scale": provider.SCALES[op]}
 
