@@ -179,9 +179,15 @@ class EnsembleQuery {
     const View& view = batch_->teacher;
     const int64_t offset = query_ * view.query + batch_->first(query_) * view.document;
     with_logits(view, [&](const auto* data) {
+      for (int w = m.rank; w < order_->windows; w += m.size)
+        for (int i = 0; i < order_->spans; ++i) {
+          const Span span = order_->span[w * order_->spans + i];
+          gather_rows(data + offset, view, span.begin, span.end);
+        }
+      if (order_->windows) m.sync();
       for (int p = m.rank; p < pieces(n_); p += m.size) {
         const int begin = p * kPiece, end = smaller(n_, begin + kPiece);
-        gather_rows(data + offset, view, begin, end);
+        if (!order_->windows) gather_rows(data + offset, view, begin, end);
         for (int t = 0; t < teachers_; ++t) {
           T* row = t_ + t * row_;
           if (energy_[t] < -T(1e30))
@@ -194,7 +200,7 @@ class EnsembleQuery {
     });
   }
 
-  // In label order the rows of a long list come from all over it, too irregularly for the hardware to foresee.
+  // In label order rows come too irregularly for the hardware to foresee.
   template <class U>
   void gather_rows(const U* data, const View& view, int begin, int end) {
     const int* slot = order_->slot;
@@ -208,7 +214,7 @@ class EnsembleQuery {
             fetch(k + i);
             row[i] = data + slot[smaller(k + i, end - 1)] * view.document;
           }
-          for (int t = 0; t < teachers_; t += 8) transpose(row, t, smaller(8, teachers_ - t), t_ + t * row_ + k, row_);
+          for (int t = 0; t < teachers_; t += 8) transpose(row, end - k, t, smaller(8, teachers_ - t), t_ + t * row_ + k, row_);
         }
         return;
       }

@@ -44,8 +44,8 @@ PILE_INLINE float read(const BFloat16* data, int64_t index) { return data[index]
 PILE_INLINE float read(const Float16* data, int64_t index) { return data[index]; }
 
 #if defined(__AVX512F__)
-// Columns [first, first + count), count <= 8, of 16 rows side by side: column c to out[c * stride + (0..15)].
-PILE_INLINE void transpose(const float* const (&row)[16], int first, int count, float* out, int64_t stride) {
+// Columns [first, first + count), count <= 8, of the first so many of 16 rows: column c to out[c * stride], out[c * stride + 1], ...
+PILE_INLINE void transpose(const float* const (&row)[16], int rows, int first, int count, float* out, int64_t stride) {
   const __mmask8 columns = __mmask8((1 << count) - 1);
   __m512 a[8];  // rows i and i + 8
   for (int i = 0; i < 8; ++i)
@@ -62,8 +62,10 @@ PILE_INLINE void transpose(const float* const (&row)[16], int first, int count, 
   }
   const __m512i early = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
   const __m512i late = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int c = 0; c < smaller(4, count); ++c) _mm512_storeu_ps(out + c * stride, _mm512_permutex2var_ps(b[c], early, b[4 + c]));
-  for (int c = 4; c < count; ++c) _mm512_storeu_ps(out + c * stride, _mm512_permutex2var_ps(b[c - 4], late, b[c]));
+  for (int c = 0; c < count; ++c) {
+    const __m512 column = _mm512_permutex2var_ps(b[c % 4], c < 4 ? early : late, b[c % 4 + 4]);
+    store(out + c * stride, reinterpret_cast<const Vec<float>&>(column), rows);
+  }
 }
 #endif
 

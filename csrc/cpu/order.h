@@ -13,12 +13,21 @@ namespace PILE_ISA {
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
 
+// Positions [begin, end).
+struct Span {
+  int begin, end;
+};
+
 struct Order {
   int n = 0;               // documents
   int labelled = 0;        // the first so many have a label
   int* slot = nullptr;     // slot within the query, by position
   double* label = nullptr;  // by position, < labelled; of each label's first and last position only
   int* below = nullptr;    // by position, < labelled: first position with a smaller label
+  // The same documents as spans that were neighbours before they were sorted, `spans` for each window of kPiece slots, some empty: to
+  // read a long list window by window, not all of it again for each label. No windows: as good as one.
+  int windows = 0, spans = 0;
+  const Span* span = nullptr;
   bool has_pairs() const { return labelled > 0 && below[0] < labelled; }
 };
 
@@ -193,6 +202,7 @@ class LabelSort {
     }
     order.label = arena.take<double>(slots);
     order.below = arena.take<int>(slots);
+    span_ = pieces(slots) > 1 ? arena.take<Span>(pieces(slots) * kSpans) : nullptr;
     scratch_ = arena.mark();
     const int64_t room = pieces(slots) > 1 ? int64_t(pieces(slots)) * kStride : slots;
     label_ = arena.take<double>(room);
@@ -280,6 +290,18 @@ class LabelSort {
         piece_[p].start[g] = at;
         at += own.count[g];
       }
+      if (number == 1) continue;
+      Span* span = span_ + p * kSpans;
+      for (int g = 0; g < Grades::kMax; ++g) {
+        const int begin = g < own.number ? piece_[p].start[g] : 0;
+        span[g] = {begin, begin + (g < own.number ? own.count[g] : 0)};
+      }
+      span[Grades::kMax] = {piece_[p].start_unlabelled, piece_[p].start_unlabelled + piece_[p].unlabelled};
+    }
+    if (number > 1) {
+      order.windows = number;
+      order.spans = kSpans;
+      order.span = span_;
     }
   }
 
@@ -296,9 +318,7 @@ class LabelSort {
     }
   }
 
-  struct Group {
-    int begin, end;
-  };
+  static constexpr int kSpans = Grades::kMax + 1;  // of a window: its grades', and the unlabelled
   Arena::Mark scratch_ = {};
   double* label_ = nullptr;
   int *slot_ = nullptr, *unlabelled_ = nullptr;
@@ -306,7 +326,7 @@ class LabelSort {
   Piece* piece_ = nullptr;
   bool graded_ = true;
   int groups_ = 0;
-  Group group_[Grades::kMax];
+  Span group_[Grades::kMax], *span_ = nullptr;
 };
 
 // The pairs' weights: ω_ij = gain_i − gain_j, or 1 where gain is nullptr.
