@@ -102,8 +102,7 @@ def tables(folder: Path) -> dict[str, str]:
         "leak": _leak(folder),
         "damage": _damage(folder),
         "defaults": _defaults(folder),
-        # Lines of the same form as those of compare.jsonl, from whatever wrote them.
-        "text": _students(folder, "text"),
+        "text": _text(folder),
         "run": _run(folder),
     }
     return {name: block or "Not measured yet." for name, block in blocks.items()}
@@ -144,6 +143,17 @@ def _students(folder: Path, phase: str = "compare") -> str:
         values = (f"{mean(of[method], 'ndcg@10'):.4f}" for of in found.values())
         rows.append([_name(method), f"{rank[method]:.1f}", *values])
     return table(["student of", "mean rank", *found], rows) if rows else ""
+
+
+def _text(folder: Path) -> str:
+    """Lines of the same form as those of compare.jsonl, by quality_text.py; older ones do not say where they were measured."""
+    at = next((record["where"] for record in read(folder, "text") if "where" in record), None)
+    return _students(folder, "text") + (f"\n\n{_measured(at)}" if at else "")
+
+
+def _measured(where: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['date']}, commit {where['commit']}, {where['machine']['cpu']}, {versions}."
 
 
 def _values(folder: Path) -> str:
@@ -292,15 +302,13 @@ def _run(folder: Path) -> str:
         last = last | line if line["run"] == last.get("run") else line
     seconds = {p: sum(r.get("seconds", 0) for r in read(folder, p)) for p in ("tune", "compare", "damage", "defaults")}
     counts = {p: len(read(folder, p)) for p in seconds}
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     work = "; ".join(f"{p}: {counts[p]:,} units, {seconds[p] / 60:.0f} min" for p in seconds)
     took = ""
     if "units" in last:
         others = last["cores_taken_by_others"]
         took = f" It did {last['units']:,} units in {last['minutes']:.0f} minutes, {last['processes']} at a time"
         took += f"; other programs took {others:.0%} of a core." if others is not None else "."
-    where = f"Last run {last['date']}, commit {last['commit']}, {last['machine']['cpu']}, {versions}."
-    return f"{where}{took} Time of one core, {work}."
+    return f"Last run {_measured(last)}{took} Time of one core, {work}."
 
 
 def write(folder: Path) -> None:

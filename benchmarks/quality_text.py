@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _timing import where
 from quality import RESULTS, quality_of
 from torch import Tensor
 from tqdm import tqdm
@@ -104,13 +105,13 @@ def main() -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    records = []
+    records, here = [], where(1)
     for data, (file, _) in SETS.items():
         _, labels, cu_seqlens = packed(list(read_rows(args.folder / file)))
         for name, options in chosen.items():
             scores = [json.loads(paths[name, seed].read_text())[data] for seed in range(args.seeds)]
             found = quality_of(labels, cu_seqlens, torch.tensor(scores), every_metric=True)
-            unit = {"phase": "text", "data": data, "fold": 0, "method": name, "options": options}
+            unit = {"phase": "text", "data": data, "fold": 0, "method": name, "options": options, "where": here}
             records.append(unit | {"seeds": list(range(args.seeds))} | found)
     lines = [json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n" for record in records]
     (RESULTS / "text.jsonl").write_text("".join(lines))

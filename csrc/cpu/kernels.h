@@ -78,8 +78,9 @@ class Run {
   int64_t documents() const { return batch_.packed() ? batch_.slots : batch_.queries * batch_.slots; }
   int64_t covered() const { return batch_.queries ? batch_.begin(batch_.queries - 1) + batch_.length(batch_.queries - 1) : 0; }
 
-  // Not where whole queries, each taken by the next free member, keep all of them about as busy: that needs no barriers, and sorting
-  // and the like are not left to one. Huge lists are shared in any case, so that there is one in memory at a time.
+  // Not where whole queries, each taken by the next free member, keep all of them about as busy: that needs no barriers, and nobody
+  // waits for what one member does alone (to sort labels that are no grades, say). Huge lists are shared in any case, so that there
+  // is one in memory at a time.
   bool share_long_queries(const Member& m) const {
     int64_t count = 0, total = 0, longest = 0;
     for (int64_t q = 0; q < batch_.queries; ++q) {
