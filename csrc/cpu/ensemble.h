@@ -446,34 +446,57 @@ class EnsembleQuery {
     finish_update(m);
   }
 
-  // The exponents of positions [begin, end) after λ: of the block's field (block >= 0), of direct sums, or both.
+  // λ of the documents from k on: of the block's field (block >= 0), of direct sums (`add`), or both.
+  PILE_INLINE Vec<T> lambda(int k, int block, bool add) const {
+    Vec<T> value = block >= 0 ? fields_.evaluate(block, load(u_ + k), k) : Vec<T>{};
+    if (add) value += sums_.value(k);
+    return value;
+  }
+
+  // After the pair sums: the exponents of positions [begin, end), or what these documents add to the teachers' exponents.
   void update(int piece, int begin, int end, int block) {
-    const T step = T(options_->step_size);
     const bool add = block < 0 || fields_.block[block].inner;  // else a block of one label, and one 1 / k
-    T* pull = by_document_ ? nullptr : pull_ + int64_t(piece) * teachers_ * kLanes<T>;
-    if (pull)
-      for (int t = 0; t < teachers_; ++t) store(pull + t * kLanes<T>, Vec<T>{});
+    if (!by_document_) return pull_teachers(piece, begin, end, block, add);
+    const T step = T(options_->step_size);
     for (int k = begin; k < end; k += kLanes<T>) {
       const int lanes = smaller(kLanes<T>, end - k);
-      const Vec<T> u = load(u_ + k);
-      Vec<T> lambda = block >= 0 ? fields_.evaluate(block, u, k) : Vec<T>{};
-      if (add) lambda += sums_.value(k);
-      if (by_document_) {
-        Vec<T> move = step * (lambda * (add ? load(weights_.inverse + k) : splat<T>(weights_.inverse[begin])));
-        if (lanes < kLanes<T>) move = iota<T>() < typename Simd<T>::integer(lanes) ? move : Vec<T>{};
-        // A block ends anywhere, and behind it may be another thread's documents; behind a piece there are none that move.
-        store(a_ + k, load(a_ + k) + move, block < 0 ? kLanes<T> : lanes);
-        continue;
+      Vec<T> move = step * (lambda(k, block, add) * (add ? load(weights_.inverse + k) : splat<T>(weights_.inverse[begin])));
+      if (lanes < kLanes<T>) move = first_lanes<T>(lanes, move);
+      // A block ends anywhere, and behind it may be another thread's documents; behind a piece there are none that move.
+      store(a_ + k, load(a_ + k) + move, block < 0 ? kLanes<T> : lanes);
+    }
+  }
+
+  // Granularity "query": Σ λ (t − s) / share of every teacher, lane by lane.
+  void pull_teachers(int piece, int begin, int end, int block, bool add) {
+    T* pull = pull_ + int64_t(piece) * teachers_ * kLanes<T>;
+    for (int t = 0; t < teachers_; ++t) store(pull + t * kLanes<T>, Vec<T>{});
+    T force[kStretch], s[kStretch];
+    for (int from = begin; from < end; from += kStretch) {
+      const int n = smaller(kStretch, end - from);
+      for (int k = 0; k < n; k += kLanes<T>) {
+        Vec<T> value = lambda(from + k, block, add);
+        if (missing_) value /= share(from + k);
+        store(force + k, first_lanes<T>(n - k, value));
+        store(s + k, load(u_ + from + k) * T(options_->temperature));
       }
-      const Vec<T> s = u * T(options_->temperature);
-      Vec<T> force = lambda / share(k);
-      if (lanes < kLanes<T>) force = iota<T>() < typename Simd<T>::integer(lanes) ? force : Vec<T>{};
-      for (int t = 0; t < teachers_; ++t) {
-        const Vec<T> d = load(t_ + t * row_ + k) - s;
-        T* to = pull + t * kLanes<T>;
-        store(to, load(to) + ((d == d) & (force != T(0)) ? force * d : Vec<T>{}));
+      int t = 0;
+      for (; t + 4 <= teachers_; t += 4) pull_some<4>(pull, t, from, n, force, s);
+      for (; t < teachers_; ++t) pull_some<1>(pull, t, from, n, force, s);
+    }
+  }
+  template <int N>
+  PILE_INLINE void pull_some(T* pull, int t, int from, int n, const T* force, const T* s) const {
+    Vec<T> sums[N];
+    for (int i = 0; i < N; ++i) sums[i] = load(pull + (t + i) * kLanes<T>);
+    for (int k = 0; k < n; k += kLanes<T>) {
+      const Vec<T> f = load(force + k), own = load(s + k);
+      for (int i = 0; i < N; ++i) {
+        const Vec<T> d = load(t_ + (t + i) * row_ + from + k) - own;
+        sums[i] += missing_ ? ((d == d) & (f != T(0)) ? f * d : Vec<T>{}) : f * d;
       }
     }
+    for (int i = 0; i < N; ++i) store(pull + (t + i) * kLanes<T>, sums[i]);
   }
 
   void finish_update(const Member& m) {
