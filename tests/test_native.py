@@ -235,3 +235,26 @@ def test_without_the_extension_everything_works_on_torch(tmp_path):
         else:
             raise AssertionError
     """)
+
+
+@pytest.mark.parametrize("granularity", ["document", "query"])
+def test_what_an_earlier_call_left_in_memory_is_not_read(granularity):
+    """Vectors begin where a block of labels begins and reach past the last document: 0 · NaN would be NaN."""
+    generator = torch.Generator().manual_seed(0)
+
+    def lists(n):
+        labels = torch.randint(0, 5, (1, n), generator=generator)
+        return labels[..., None] * 0.5 + torch.randn(1, n, 3, generator=generator), labels
+
+    spoilt, spoilt_labels = lists(5000)
+    spoilt[..., 0], spoilt[:, ::2, 1] = torch.inf, -torch.inf
+    options = {"granularity": granularity, "backend": "cpp"}
+    for n in (1003, 1999, 2500, 2501, 3300):
+        teachers, labels = lists(n)
+        student = torch.randn(1, n, generator=generator, requires_grad=True)
+        pile_fast.pile_ensemble(spoilt, spoilt_labels, normalize="none", pairwise="direct", **options)
+        ensemble = pile_fast.pile_ensemble(teachers, labels, pairwise="chebyshev", **options)
+        assert ensemble.logits.isfinite().all()
+        pile_fast.pile_ensemble(spoilt, spoilt_labels, normalize="none", pairwise="direct", **options)
+        pile_fast.pile_loss(student, teachers, labels, alpha=0.5, pairwise="chebyshev", **options).backward()
+        assert student.grad.isfinite().all()

@@ -81,7 +81,8 @@ STEP = {
 # By squared differences this package has but one way to sum; the others have no such loss over all pairs.
 DISTILLING = ("pile_fast", "eager", "torch.compile", "lightning-ir", "rax")
 EQUAL_LENGTHS = ("lightning-ir",)
-DTYPES = ("pile_fast", "pile_fast direct", "pile_fast chebyshev", "eager", "torch.compile")
+PLAIN = ("eager", "torch.compile")
+DTYPES = ("pile_fast", "pile_fast direct", "pile_fast chebyshev", *PLAIN)
 
 
 class Expected:
@@ -388,7 +389,8 @@ def main() -> int:
     _peers_report.plot(result, folder)
     print(_peers_report.markdown(result))
     wrong = [row for row in comparison.rows if (row["failure"] or "").startswith(("wrong", "failed"))]
-    return int(bool(wrong))
+    # Plain sums over many pairs overflow float16: that is a finding.
+    return int(any(row["dtype"] != "float16" or row["provider"] not in PLAIN for row in wrong))
 
 
 if __name__ == "__main__":

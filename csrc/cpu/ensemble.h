@@ -478,7 +478,7 @@ class EnsembleQuery {
         Vec<T> value = lambda(from + k, block, add);
         if (missing_) value /= share(from + k);
         store(force + k, first_lanes<T>(n - k, value));
-        store(s + k, load(u_ + from + k) * T(options_->temperature));
+        store(s + k, first_lanes<T>(n - k, load(u_ + from + k) * T(options_->temperature)));  // 0 x NaN would be NaN
       }
       int t = 0;
       for (; t + 4 <= teachers_; t += 4) pull_some<4>(pull, t, from, n, force, s);
