@@ -300,7 +300,7 @@ PILE_INLINE Vec<T> falling_exp2(Vec<T> y) {
   return vexp<T>(y * T(0.69314718055994530942));
 }
 #if defined(__AVX512F__)
-// Nine instructions less a multiplication: 2^y = 2^floor(y) 2^f with f = y - floor(y), and scalef takes the floor itself.
+// Nine instructions: 2^y = 2^floor(y) 2^f with f = y - floor(y), and scalef takes the floor itself.
 template <>
 PILE_INLINE Vec<float> falling_exp2<float>(Vec<float> y) {
   y = vmax(y, splat<float>(-150.f));
