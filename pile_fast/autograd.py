@@ -105,14 +105,15 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"pile_fast::{_name}", _fake, lib=_library)
 
 
-# Eager calls go to the backend directly, past the dispatcher; a traced call must go through the op.
+# Calls on tensors that hold values go to the backend directly, past the dispatcher; what stands in for others (tracers' tensors, fake
+# ones, subclasses) must go through the op, which knows what to do with each of them.
 
 
 def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, weights, trace) of the ensemble; outputs not asked for are empty."""
-    if torch.compiler.is_compiling():
+    if not batch.concrete:
         return torch.ops.pile_fast.ensemble(
             batch.teacher_logits, batch.labels, batch.mask, batch.cu_seqlens, batch.prior, *options,
             return_weights, return_trace, backend,
@@ -121,7 +122,7 @@ def ensemble(
 
 
 def _pair_loss(batch, options, with_gradient, backend):
-    if torch.compiler.is_compiling():
+    if not batch.concrete:
         return torch.ops.pile_fast.pair_loss(
             batch.student_logits, batch.target_logits, batch.labels, batch.mask, batch.cu_seqlens, *options,
             with_gradient, backend,
@@ -131,7 +132,7 @@ def _pair_loss(batch, options, with_gradient, backend):
 
 def _pile_loss(batch, options, with_gradient, backend):
     ensemble_options, options = options
-    if torch.compiler.is_compiling():
+    if not batch.concrete:
         return torch.ops.pile_fast.pile_loss(
             batch.student_logits, batch.teacher_logits, batch.labels, batch.mask, batch.cu_seqlens, batch.prior,
             *ensemble_options, *options, with_gradient, backend,

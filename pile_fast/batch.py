@@ -17,11 +17,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGER_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 LABEL_DTYPES = LOGIT_DTYPES + _INTEGER_LABELS
+# PyTorch itself computes little with these: labels of theirs become the next wider integers.
+_UNSIGNED_LABELS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 _INDEX_DTYPES = (torch.int32, torch.int64)
+# Labels are compared as float64, which tells integers apart up to here.
+LABEL_LIMIT = 2**53
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -35,26 +42,28 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 class RankingBatch:
     """Checked tensors of one call.
 
-    Build it, then read the tensors, `packed`, `num_queries`, `num_teachers`, `slots` (N or D), `device` and `dtype` (of the
-    arithmetic: float64 if any logits are, else float32).
+    Build it, then read the tensors, `packed`, `num_queries`, `num_teachers`, `slots` (N or D), `device`, `dtype` (of the
+    arithmetic: float64 if any logits are, else float32) and `concrete`: whether the tensors hold values that can be read here and
+    now, or stand for others in a tracer, a fake mode or on the meta device.
 
     Args:
         student_logits: (Q, N) or (D,), float; the only tensor that may carry a gradient.
-        teacher_logits: (Q, N, M) or (D, M), float; NaN = this teacher did not score this document.
-        target_logits: (Q, N) or (D,), float; NaN = no target for this document.
-        labels: (Q, N) or (D,), float or integer; larger is better, NaN = unlabelled.
+        teacher_logits: (Q, N, M) or (D, M), float; NaN or ±inf = this teacher did not score this document.
+        target_logits: (Q, N) or (D,), float; NaN or ±inf = no target for this document.
+        labels: (Q, N) or (D,), float or integer, |label| < 2^53 if integer; larger is better, NaN = unlabelled.
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, starts of the queries. Its presence selects the packed layout.
-        prior: (M,) or (Q, M), float >= 0, the teachers' weights to start from.
+        prior: (M,) or (Q, M), float >= 0 and finite, some > 0 for each query: the teachers' weights to start from.
 
     Raises:
-        TypeError: an argument is not a tensor, or has the wrong dtype.
+        TypeError: an argument is not a dense tensor, or has the wrong dtype.
+        RuntimeError: the call is inside a `torch.func` transform, or a tensor carries a forward-mode tangent.
         ValueError: a shape, device or value does not fit; the message names the argument, what is wanted and what was given.
     """
 
     __slots__ = (
         "student_logits", "teacher_logits", "target_logits", "labels", "mask", "cu_seqlens", "prior",
-        "packed", "num_queries", "num_teachers", "slots", "device", "dtype",
+        "packed", "num_queries", "num_teachers", "slots", "device", "dtype", "concrete",
     )  # fmt: skip
 
     def __init__(
@@ -68,24 +77,19 @@ class RankingBatch:
         cu_seqlens: Tensor | None = None,
         prior: Tensor | None = None,
     ):
-        self.student_logits = student_logits
-        self.teacher_logits = teacher_logits
-        self.target_logits = target_logits
-        self.labels = labels
-        self.mask = mask
-        self.cu_seqlens = cu_seqlens
-        self.prior = prior
         self.packed = packed = cu_seqlens is not None
+        if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+            self._refuse_transform(student_logits, teacher_logits)
 
         # The student, else the teachers, fix shape and device; the others are held against them.
         shape = device = first = dtype = None
         wide = False
         self.num_teachers = 0
         if student_logits is not None:
-            shape, dtype = self._check_logits("student_logits", student_logits, 1 if packed else 2)
+            student_logits, shape, dtype = self._check_logits("student_logits", student_logits, 1 if packed else 2)
             device, first, wide = student_logits.device, "student_logits", dtype is torch.float64
         if teacher_logits is not None:
-            own, dtype = self._check_logits("teacher_logits", teacher_logits, 2 if packed else 3)
+            teacher_logits, own, dtype = self._check_logits("teacher_logits", teacher_logits, 2 if packed else 3)
             wide = wide or dtype is torch.float64
             if teacher_logits.requires_grad:
                 self._refuse_grad("teacher_logits")
@@ -97,28 +101,37 @@ class RankingBatch:
             elif own[:-1] != shape or teacher_logits.device != device:
                 self._mismatch("teacher_logits", teacher_logits, shape, device, first)
         if target_logits is not None:
-            own, dtype = self._check_logits("target_logits", target_logits, 1 if packed else 2)
+            target_logits, own, dtype = self._check_logits("target_logits", target_logits, 1 if packed else 2)
             wide = wide or dtype is torch.float64
             if target_logits.requires_grad:
                 self._refuse_grad("target_logits")
             if own != shape or target_logits.device != device:
                 self._mismatch("target_logits", target_logits, shape, device, first)
-        self.dtype = torch.float64 if wide else torch.float32
         if shape is None:
             raise TypeError("student_logits: expected a torch.Tensor, got None")
+        self.dtype = torch.float64 if wide else torch.float32
         self.slots = shape[-1]
         self.device = device
+        # A subclass that dispatches on its own (a fake tensor, a distributed one) is no plain memory.
+        self.concrete = (
+            not torch.compiler.is_compiling()
+            and _len_torch_dispatch_stack() == 0
+            and not torch.jit.is_tracing()
+            and device.type != "meta"
+            and all(
+                type(tensor) is Tensor or tensor is None or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+                for tensor in (student_logits, teacher_logits, target_logits, labels, mask, cu_seqlens, prior)
+            )
+        )
         if labels is not None:
-            if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
-                self._wrong_type("labels", labels, "a real dtype")
-            if labels.requires_grad:
-                self._refuse_grad("labels")
+            labels = self._check_labels(labels)
             if labels.shape != shape or labels.device != device:
                 self._mismatch("labels", labels, shape, device, first)
         if packed:
             if mask is not None:
                 raise ValueError("mask: only the padded layout takes a mask; with cu_seqlens leave it None")
-            if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in _INDEX_DTYPES:
+            cu_seqlens = self._check_dense("cu_seqlens", cu_seqlens)
+            if cu_seqlens.dtype not in _INDEX_DTYPES:
                 self._wrong_type("cu_seqlens", cu_seqlens, "torch.int32 or torch.int64")
             if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
                 raise ValueError(f"cu_seqlens: expected (Q + 1,), got {tuple(cu_seqlens.shape)}")
@@ -128,16 +141,34 @@ class RankingBatch:
         else:
             self.num_queries = shape[0]
             if mask is not None:
-                if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+                mask = self._check_dense("mask", mask)
+                if mask.dtype is not torch.bool:
                     self._wrong_type("mask", mask, "torch.bool")
                 if mask.shape != shape or mask.device != device:
                     self._mismatch("mask", mask, shape, device, first)
         if prior is not None:
-            self._check_prior(prior, device, first)
+            prior = self._check_prior(prior, device, first)
+        self.student_logits = student_logits
+        self.teacher_logits = teacher_logits
+        self.target_logits = target_logits
+        self.labels = labels
+        self.mask = mask
+        self.cu_seqlens = cu_seqlens
+        self.prior = prior
 
-    def _check_logits(self, name: str, tensor, rank: int) -> tuple[torch.Size, torch.dtype]:
+    def _check_dense(self, name: str, tensor) -> Tensor:
+        """The tensor, with the sign that a lazy negation keeps beside its memory; kernels read memory alone."""
         if not isinstance(tensor, Tensor):
             self._wrong_type(name, tensor, "")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: expected a dense tensor, got a {kind} one; pad it, or pack it and pass cu_seqlens")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{name}: carries a forward-mode tangent, but pile_fast has reverse-mode gradients only")
+        return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+    def _check_logits(self, name: str, tensor, rank: int) -> tuple[Tensor, torch.Size, torch.dtype]:
+        tensor = self._check_dense(name, tensor)
         shape, dtype = tensor.shape, tensor.dtype
         if dtype not in LOGIT_DTYPES:
             self._wrong_type(name, tensor, "a floating dtype (float32, float64, bfloat16, float16)")
@@ -145,13 +176,36 @@ class RankingBatch:
             letters = ("Q, N" if not self.packed else "D") + (", M" if name == "teacher_logits" else "," * self.packed)
             layout = "packed: cu_seqlens is given" if self.packed else "padded; pass cu_seqlens for packed lists"
             raise ValueError(f"{name}: expected ({letters}) ({layout}), got {tuple(shape)}")
-        return shape, dtype
+        return tensor, shape, dtype
+
+    def _check_labels(self, labels) -> Tensor:
+        labels = self._check_dense("labels", labels)
+        if labels.dtype in LABEL_DTYPES:
+            if labels.requires_grad:
+                self._refuse_grad("labels")
+            return labels
+        signed = _UNSIGNED_LABELS.get(labels.dtype)
+        if signed is None:
+            self._wrong_type("labels", labels, "a real dtype")
+        if labels.dtype is torch.uint64 and self.concrete and labels.device.type == "cpu":
+            wrapped = (labels.view(torch.int64) < 0).nonzero()
+            if len(wrapped):
+                raise label_error(integer=True, query=None if self.packed else int(wrapped[0, 0]))
+        return labels.to(signed)
 
     @staticmethod
     def _wrong_type(name: str, tensor, wanted: str) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+
+    @staticmethod
+    def _refuse_transform(student_logits, teacher_logits) -> None:
+        name = "teacher_logits" if student_logits is None else "student_logits"
+        raise RuntimeError(
+            f"{name}: is inside a torch.func transform (vmap, grad, jvp, ...), whose stand-ins for tensors no kernel can read; "
+            "call pile_fast on the whole batch, outside it"
+        )
 
     @staticmethod
     def _refuse_grad(name: str) -> None:
@@ -165,21 +219,36 @@ class RankingBatch:
         tail = ", M" if name == "teacher_logits" else "," if len(shape) == 1 else ""
         raise ValueError(f"{name}: expected ({letters}{tail}) = ({numbers}{tail}) like {first}, got {tuple(tensor.shape)}")
 
-    def _check_prior(self, prior: Tensor, device: torch.device, first: str) -> None:
-        if not isinstance(prior, Tensor) or prior.dtype not in LOGIT_DTYPES:
+    def _check_prior(self, prior, device: torch.device, first: str) -> Tensor:
+        prior = self._check_dense("prior", prior)
+        if prior.dtype not in LOGIT_DTYPES:
             self._wrong_type("prior", prior, "a floating dtype")
         if prior.requires_grad:
             self._refuse_grad("prior")
-        teachers = self.teacher_logits.shape[-1]
-        if tuple(prior.shape) not in ((teachers,), (self.num_queries, teachers)):
+        teachers, rank = self.num_teachers, prior.dim()
+        # Number by number: a tracer with dynamic shapes cannot compare tuples of its symbols.
+        if rank not in (1, 2) or prior.shape[-1] != teachers or (rank == 2 and prior.shape[0] != self.num_queries):
             raise ValueError(
                 f"prior: expected (M,) = ({teachers},) or (Q, M) = ({self.num_queries}, {teachers}), got {tuple(prior.shape)}"
             )
         if prior.device != device:
             raise ValueError(f"prior: expected device {device} like {first}, got {prior.device}")
-        # Reading values of a device tensor would stall the stream, so there a negative prior counts as 0.
-        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool((prior >= 0).all()):
-            raise ValueError("prior: expected weights >= 0, got a negative or NaN entry")
+        # Reading values of a device tensor would stall the stream, so there a weight that is not a number >= 0 counts as 0.
+        if device.type == "cpu" and self.concrete and prior.numel():
+            low, high = prior.aminmax()
+            if not (low >= 0 and high < torch.inf):
+                raise ValueError("prior: expected finite weights >= 0, got a negative, NaN or infinite entry")
+            if not (prior.amax(-1) > 0).all():
+                raise ValueError("prior: expected a weight > 0 for some teacher (of each query), got zeros alone")
+        return prior
+
+
+def label_error(*, integer: bool, query: int | None) -> ValueError:
+    """What to raise for labels that cannot be told from others."""
+    where = "" if query is None else f" in query {query}"
+    if integer:
+        return ValueError(f"labels: expected integers below 2^53, got a larger one{where}: labels are compared as float64")
+    return ValueError(f"labels: expected finite numbers, or NaN for unlabelled, got ±inf{where}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, documents: int) -> None:
@@ -233,3 +302,23 @@ class PaddedView:
         out = tensor.new_full((self.documents, *tensor.shape[2:]), fill)
         out[self._index[self.valid]] = tensor[self.valid]
         return out
+
+    def labels(self, batch: RankingBatch) -> Tensor | None:
+        """(Q, N) labels, checked as far as their values can be read without waiting for a device.
+
+        Raises:
+            ValueError: a document's label is infinite, or an integer of 2^53 and more.
+        """
+        labels = self.pad(batch.labels)
+        if labels is not None and batch.concrete and batch.device.type == "cpu":
+            integer = not labels.is_floating_point()
+            if not integer:
+                wrong = labels.isinf()
+            elif labels.dtype is torch.int64:
+                wrong = (labels >= LABEL_LIMIT) | (labels <= -LABEL_LIMIT)
+            else:
+                return labels
+            query = (wrong & self.valid).any(1).nonzero()
+            if len(query):
+                raise label_error(integer=integer, query=int(query[0]))
+        return labels

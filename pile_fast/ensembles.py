@@ -4,7 +4,7 @@ Most of these methods were published for classification, and most weight losses 
 says what is its paper's and what is our adaptation to a ranked list. In all of them
 
 - teachers are calibrated per query as in PILE (`normalize`), t̃_im below, and the ensemble is s_i = Σ_m w_m t̃_im;
-- NaN = this teacher did not score this document: at a document the weights are rescaled to the teachers that scored
+- NaN or ±inf = this teacher did not score this document: at a document the weights are rescaled to the teachers that scored
   it (their plain mean if those have no weight to speak of); a teacher that scored nothing of a query is as good as not
   there;
 - `labels`, where a method makes no use of them, may be given and are only checked;
@@ -59,7 +59,7 @@ class _Teachers:
         self.normalize = normalize
         dtype = compute_dtype(teacher_logits)
         self.raw = self.view.pad(teacher_logits).to(dtype)
-        self.labels = self.view.pad(labels)
+        self.labels = self.view.labels(batch)
         self.student = None if student_logits is None else self.view.pad(student_logits.detach()).to(dtype)
         self.present = present_teachers(self.raw, self.view.valid, prior)
         self.logits = calibrate(self.raw, self.present, normalize)
@@ -192,7 +192,7 @@ def _label_losses(teachers: _Teachers, temperature: float) -> Tensor:
     rows = max(1, PAIRS_AT_ONCE // documents**2)
     chunks = zip(t.split(rows), labels.split(rows), present.split(rows), strict=True)
     loss = torch.cat([pairwise_logistic_loss(s, y, mask=valid, reduction="none") for s, y, valid in chunks])
-    labelled, y = present & ~labels.isnan(), labels.double()
+    labelled, y = present & labels.isfinite(), labels.double()
     highest = torch.where(labelled, y, -torch.inf).amax(1)
     lowest = torch.where(labelled, y, torch.inf).amin(1)
     return torch.where(highest > lowest, loss, math.log(2)).view(queries, count)
@@ -527,7 +527,7 @@ class StackingEnsemble:
         except ImportError as error:
             raise ImportError("StackingEnsemble needs scikit-learn: pip install 'pile_fast[ensembles]'") from error
         teachers = _Teachers(teacher_logits, labels, mask, cu_seqlens, self.normalize, needs="labels")
-        labelled = teachers.scored & ~teachers.labels.isnan()
+        labelled = teachers.scored & teachers.labels.isfinite()
         query, above, below, weight = _some_pairs(teachers.labels, labelled, self.pairs_per_query)
         if query.shape[0] == 0:
             self.weights = torch.full((teachers.here.shape[1],), 1 / teachers.here.shape[1], dtype=torch.float64)

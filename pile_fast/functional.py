@@ -64,7 +64,7 @@ def pile_ensemble(
     Industry, arXiv:2211.06059; the update rule is this package's own definition (docs/algorithm.md).
 
     Args:
-        teacher_logits: (Q, N, M) or (D, M); NaN = this teacher did not score this document.
+        teacher_logits: (Q, N, M) or (D, M); NaN or ±inf = this teacher did not score this document.
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled (in no pair).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
@@ -74,8 +74,8 @@ def pile_ensemble(
         normalize: calibration per query and teacher: "zscore", "center" or "none".
         temperature: unit in which differences of ensemble logits are measured, > 0.
         margin: difference a pair should reach.
-        pair_weight: ω: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j.
-        prior: (M,) or (Q, M) weights >= 0 to start from, need not sum to 1; a teacher with prior 0 counts as missing.
+        pair_weight: ω: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for labels of any size.
+        prior: (M,) or (Q, M) finite weights >= 0 to start from, need not sum to 1; a teacher with prior 0 counts as missing.
         return_weights: also return the weights.
         return_trace: also return the label loss per iteration.
         pairwise: how pairs are summed: "direct" O(n²), "chebyshev" O(n), or "auto" by a cost model.
@@ -127,7 +127,7 @@ def pairwise_distillation_loss(
 
     Args:
         student_logits: (Q, N) or (D,); the only argument that carries a gradient.
-        target_logits: (Q, N) or (D,), e.g. `pile_ensemble(...).logits`; NaN = no target, the document is left out.
+        target_logits: (Q, N) or (D,), e.g. `pile_ensemble(...).logits`; NaN or ±inf = no target, the document is left out.
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
         kind: "logistic" or "mse".
@@ -177,7 +177,7 @@ def pairwise_logistic_loss(
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled.
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        pair_weight: ω: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j.
+        pair_weight: ω: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for labels of any size.
         reduction: "mean" over the queries that have a pair, "sum", or "none" for (Q,).
         pairwise: "direct", "chebyshev" or "auto", see `pile_ensemble`.
         backend: "auto" or a name from `pile_fast.available_backends()`.
@@ -230,7 +230,7 @@ def pile_loss(
 
     Args:
         student_logits: (Q, N) or (D,); the only argument that carries a gradient.
-        teacher_logits: (Q, N, M) or (D, M); NaN = this teacher did not score this document.
+        teacher_logits: (Q, N, M) or (D, M); NaN or ±inf = this teacher did not score this document.
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled (distilled, but in no label pair).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pile_fast.backends import check_name
 from pile_fast.functional import pile_loss
 from pile_fast.options import ensemble_options, loss_options
 
@@ -46,6 +47,7 @@ class PILELoss(torch.nn.Module):
         super().__init__()
         ensemble_options(iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise)
         loss_options(alpha, distillation, distillation_temperature, pair_weight, reduction, pairwise)
+        check_name(backend)
         self.register_buffer("prior", prior)
         self.options = dict(
             alpha=alpha, distillation=distillation, distillation_temperature=distillation_temperature, reduction=reduction,

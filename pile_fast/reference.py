@@ -21,8 +21,11 @@ MIN_SHARE = 2.0**-10
 
 
 def present_teachers(teacher_logits: Tensor, valid: Tensor, prior: Tensor | None = None) -> Tensor:
-    """(Q, N, M) bool: the teacher scored this document, the slot holds a document and the teacher's prior is positive."""
-    present = valid.unsqueeze(-1) & ~teacher_logits.isnan()
+    """(Q, N, M) bool: the teacher scored this document, the slot holds a document and the teacher's prior is positive.
+
+    A logit that is not finite is no score: NaN by definition, ±inf because no calibration survives it.
+    """
+    present = valid.unsqueeze(-1) & teacher_logits.isfinite()
     if prior is not None:
         present = present & (prior > 0).unsqueeze(-2)
     return present
@@ -40,29 +43,66 @@ def calibrate(teacher_logits: Tensor, present: Tensor, normalize: str) -> Tensor
         (Q, N, M); 0 where a teacher is not present.
     """
     t = torch.where(present, teacher_logits, 0.0)
-    if normalize == "none":
+    if normalize == "none" or t.shape[1] == 0:
         return t
+    # In float64 and in the teacher's own unit, a power of two: whatever its offset and scale, no digit is lost.
+    wide = t.to(widest_dtype(t.device))
+    unit = _power_of_two_near(wide.detach().abs().amax(1, keepdim=True))
+    wide = wide / unit
     count = present.sum(1, keepdim=True).clamp(min=1)
-    centered = torch.where(present, t - t.sum(1, keepdim=True) / count, 0.0)
-    if normalize == "center" or t.shape[1] == 0:
-        return centered
+    centered = torch.where(present, wide - wide.sum(1, keepdim=True) / count, 0.0)
+    if normalize == "center":
+        return (centered * unit).to(t.dtype)
     deviation = (centered.square().sum(1, keepdim=True) / count).sqrt()
     # By its extremes, not by its deviation: the rounding of a constant's mean must not be blown up to unit scale.
     highest = torch.where(present, t, -torch.inf).amax(1, keepdim=True)
     lowest = torch.where(present, t, torch.inf).amin(1, keepdim=True)
-    return torch.where(highest > lowest, centered / torch.where(highest > lowest, deviation, 1.0), 0.0)
+    return torch.where(highest > lowest, centered / torch.where(highest > lowest, deviation, 1.0), 0.0).to(t.dtype)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _power_of_two_near(size: Tensor) -> Tensor:
+    most = 1000 if size.dtype is torch.float64 else 120  # the inverse must be a number, too
+    return torch.exp2(torch.frexp(size).exponent.clamp(-most, most).to(size.dtype))
+
+
+def common_offset(t: Tensor, present: Tensor) -> Tensor:
+    """(Q, 1, 1): the middle of a query's logits where it is large beside their range, else 0.
+
+    Ensembles and pairs are differences: what all logits share only costs digits. So large an offset comes off, and goes back on,
+    without rounding.
+    """
+    if t.shape[1] == 0:
+        return t.new_zeros((t.shape[0], 1, 1))
+    low = torch.where(present, t, torch.inf).amin((1, 2), keepdim=True)
+    high = torch.where(present, t, -torch.inf).amax((1, 2), keepdim=True)
+    middle = low / 2 + high / 2
+    return torch.where(middle.abs() > 2 * (high - low), middle, 0.0).detach()
 
 
 def preference_pairs(labels: Tensor, labelled: Tensor, pair_weight: str, dtype: torch.dtype) -> Tensor:
-    """(Q, N, N) weights ω_ij of the pairs P: positive where i and j are labelled and y_i > y_j, else 0."""
+    """(Q, N, N) weights ω_ij of the pairs P: positive where i and j are labelled and y_i > y_j, else 0.
+
+    Up to a factor per query, which every use divides out: gains are relative to the query's largest label, so that no label is
+    too large for them.
+    """
     # Not below float32, and exactly for integers: labels are compared as they are.
     exact = labels.dtype is torch.float64 or dtype is torch.float64 or not labels.is_floating_point()
-    labels = labels.to(torch.float64 if exact else torch.float32)
+    labels = labels.to(widest_dtype(labels.device) if exact else torch.float32)
     y = torch.where(labelled, labels, 0)
     above = (y.unsqueeze(2) > y.unsqueeze(1)) & labelled.unsqueeze(2) & labelled.unsqueeze(1)
-    if pair_weight == "none":
+    if pair_weight == "none" or y.shape[1] == 0:
         return above.to(dtype)
-    gain = y if pair_weight == "label_gap" else torch.exp2(y)
+    highest = torch.where(labelled, y, -torch.inf).amax(1, keepdim=True)
+    lowest = torch.where(labelled, y, torch.inf).amin(1, keepdim=True)
+    several = highest > lowest
+    highest, lowest = torch.where(several, highest, 1.0), torch.where(several, lowest, 0.0)
+    # Halves, because the gap of two labels may be too large for their dtype.
+    gain = (y / 2 - lowest / 2) / (highest / 2 - lowest / 2) if pair_weight == "label_gap" else torch.exp2(y - highest)
     return torch.where(above, gain.unsqueeze(2) - gain.unsqueeze(1), 0).to(dtype)
 
 
@@ -83,7 +123,7 @@ def ensemble(
     """The label-supervised ensemble: `iterations` exponentiated-gradient steps on the teachers' weights.
 
     Args:
-        teacher_logits: (Q, N, M), float32 or float64; NaN = not scored.
+        teacher_logits: (Q, N, M), float32 or float64; NaN or ±inf = not scored.
         labels: (Q, N), any real dtype; NaN = unlabelled.
         valid: (Q, N) bool.
         options: see `pile_fast.options.EnsembleOptions`.
@@ -93,8 +133,10 @@ def ensemble(
     dtype = teacher_logits.dtype
     present = present_teachers(teacher_logits, valid, prior)
     t = calibrate(teacher_logits, present, options.normalize)
+    offset = common_offset(t, present)
+    t = torch.where(present, t - offset, 0.0)
     scored = present.any(-1)
-    labelled = scored & ~labels.isnan()
+    labelled = scored & labels.isfinite()
     omega = preference_pairs(labels, labelled, options.pair_weight, dtype)
     k = omega.sum(2) + omega.sum(1)
     total = omega.sum((1, 2))
@@ -138,7 +180,7 @@ def ensemble(
     if return_trace:
         trace.append(label_loss(s))
     return Ensemble(
-        torch.where(scored, s, torch.nan),
+        torch.where(scored, s + offset.squeeze(-1), torch.nan),
         weights if by_document else query_weights(),
         torch.stack(trace, 1) if trace else t.new_zeros((t.shape[0], 0)),
     )
@@ -162,7 +204,7 @@ def pair_loss(
 
     Args:
         student_logits: (Q, N), float32 or float64.
-        target_logits: (Q, N), the logits to distil, NaN = none; may be None when alpha is 0.
+        target_logits: (Q, N), the logits to distil, NaN or ±inf = none; may be None when alpha is 0.
         labels: (Q, N), NaN = unlabelled; may be None when alpha is 1.
         valid: (Q, N) bool.
         options: see `pile_fast.options.LossOptions`.
@@ -182,7 +224,7 @@ def pair_loss(
         loss = loss + options.alpha * torch.where(pairs, value, 0.0).sum((1, 2)) / count.clamp(min=1)
         has_pairs = has_pairs | (count > 0)
     if options.alpha < 1:
-        omega = preference_pairs(labels, valid & ~labels.isnan(), options.pair_weight, z.dtype)
+        omega = preference_pairs(labels, valid & labels.isfinite(), options.pair_weight, z.dtype)
         total = omega.sum((1, 2))
         value = torch.where(omega > 0, omega * F.softplus(-dz), 0.0).sum((1, 2))
         loss = loss + (1 - options.alpha) * value / torch.where(total > 0, total, 1.0)
@@ -211,7 +253,7 @@ def pair_loss_gradient(
         slope = torch.where(pairs, slope, 0.0)
         gradient = gradient + options.alpha * (slope.sum(2) - slope.sum(1)) / pairs.sum((1, 2)).clamp(min=1).unsqueeze(1)
     if options.alpha < 1:
-        omega = preference_pairs(labels, valid & ~labels.isnan(), options.pair_weight, z.dtype)
+        omega = preference_pairs(labels, valid & labels.isfinite(), options.pair_weight, z.dtype)
         total = omega.sum((1, 2)).unsqueeze(1)
         slope = torch.where(omega > 0, -omega * torch.sigmoid(-dz), 0.0)
         gradient = gradient + (1 - options.alpha) * (slope.sum(2) - slope.sum(1)) / torch.where(total > 0, total, 1.0)
@@ -220,7 +262,7 @@ def pair_loss_gradient(
 
 def _distillation_pairs(target_logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """(Q, N, N) bool, the pairs i < j that have both targets, and their s_i − s_j."""
-    used = valid & ~target_logits.isnan()
+    used = valid & target_logits.isfinite()
     s = torch.where(used, target_logits, 0.0)
     return (used.unsqueeze(2) & used.unsqueeze(1)).triu(1), s.unsqueeze(2) - s.unsqueeze(1)
 

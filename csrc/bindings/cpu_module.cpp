@@ -8,6 +8,15 @@ namespace py = pybind11;
 
 namespace {
 
+// What a call ends with, if not with the first query whose labels cannot be compared.
+enum : int64_t { kDone = -1, kOffsets = -2 };
+
+// On the calling thread: a pending Ctrl-C, or another signal whose Python handler raises, ends the call.
+void check_signals() {
+  py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 // False: cu_seqlens does not start at 0, decreases, or runs past the documents; or a query is too long to count in 31 bits.
 bool offsets_fit(const pile::Batch& batch) {
   constexpr int64_t kLongest = 2147483647;
@@ -19,8 +28,8 @@ bool offsets_fit(const pile::Batch& batch) {
   return end <= batch.slots;
 }
 
-bool run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss, py::tuple outputs,
-         bool wide, int threads) {
+int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss, py::tuple outputs,
+            bool wide, int threads) {
   pile::Job job;
   job.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   job.out = pile::bindings::read_outputs(outputs.ptr());
@@ -28,11 +37,16 @@ bool run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble
   job.loss = loss;
   job.wide = wide;
   job.threads = threads;
+  std::atomic<int64_t> wrong_labels{-1};
+  job.wrong_labels = &wrong_labels;
+  job.interrupt = check_signals;
   pile::bindings::check_inputs(job.batch, ensemble, loss);
-  if (!offsets_fit(job.batch)) return false;
-  py::gil_scoped_release release;
-  pile::run(job);
-  return true;
+  if (!offsets_fit(job.batch)) return kOffsets;
+  {
+    py::gil_scoped_release release;
+    pile::run(job);
+  }
+  return wrong_labels < 0 ? int64_t{kDone} : wrong_labels.load();
 }
 
 }  // namespace
@@ -40,7 +54,8 @@ bool run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pile_fast.";
   pile::bindings::bind_options(m);
-  m.def("run", &run, "Run one call; False if cu_seqlens does not fit or a query is too long.");
+  m.attr("DONE") = py::int_(int64_t{kDone});
+  m.def("run", &run, "Run one call. DONE; less if cu_seqlens does not fit or a query is too long; or the first query with wrong labels.");
   m.def("has_threads", &pile::has_threads, "Whether calls find threads beside their own: those of PyTorch's OpenMP runtime.");
   m.def("instruction_set", &pile::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &pile::instruction_sets, "Those this processor and this build have, best first.");

@@ -60,7 +60,8 @@ class EnsembleQuery {
     bounds_ = arena.take<T>(2 * pieces(n_));
     total_ = arena.take<Stats>(teachers_);
     mean_ = arena.take<double>(teachers_);
-    scale_ = arena.take<T>(teachers_);
+    unit_ = arena.take<double>(teachers_);
+    scale_ = arena.take<double>(teachers_);
     energy_ = arena.take<T>(teachers_);
     weight_ = arena.take<T>(teachers_);
     start_energies();
@@ -74,6 +75,7 @@ class EnsembleQuery {
       if (m.leads()) prepare_sums(*m.arena, trace != nullptr);
       m.sync();
       for (int64_t it = 0; it < options_->iterations; ++it) {
+        if (n_ >= kPollFrom) m.poll();
         if (direct_)
           iterate_direct(m, trace, it);
         else
@@ -90,8 +92,9 @@ class EnsembleQuery {
     }
   }
 
-  // Ensemble logits by position, after run().
+  // Ensemble logits by position, after run(); `common()` below those of the teachers.
   const T* logits() const { return u_; }
+  double common() const { return common_; }
   // Granularity "query": the teachers' weights.
   const T* query_weights() const { return weight_; }
   // Granularity "document": those of position k, to out[0, M).
@@ -150,9 +153,9 @@ class EnsembleQuery {
           total_[t].low = smaller(total_[t].low, s.low);
           total_[t].high = larger(total_[t].high, s.high);
         }
-        mean_[t] = options_->normalize == Normalize::none || total_[t].count == 0 ? 0.0 : total_[t].sum / total_[t].count;
-        scale_[t] = 1;
+        calibrate_by_sums(t);
       }
+      if (options_->normalize == Normalize::none) take_off_what_is_common();
       if (!by_document_) refresh_query_weights();
     }
     m.sync();
@@ -165,13 +168,48 @@ class EnsembleQuery {
           double square = 0;
           for (int p = 0; p < pieces(n_); ++p) square += partial_[p * teachers_ + t].sum;
           // By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
-          scale_[t] = total_[t].high > total_[t].low ? T(1 / __builtin_sqrt(square / total_[t].count)) : T(0);
+          scale_[t] = total_[t].high > total_[t].low ? 1 / __builtin_sqrt(square / total_[t].count) : 0.0;
         }
       }
       m.sync();
     }
     for (int p = m.rank; p < pieces(n_); p += m.size) scale_piece(p);
     m.sync();
+  }
+
+  // A teacher's mean, and the unit in which squares of its logits neither overflow nor vanish: 1 but for doubles of extreme size.
+  void calibrate_by_sums(int t) {
+    Stats& all = total_[t];
+    mean_[t] = 0;
+    scale_[t] = unit_[t] = 1;
+    if (options_->normalize == Normalize::none || all.count == 0) return;
+    if constexpr (sizeof(T) == 8) {
+      const double size = larger(all.high, -all.low);
+      if (size > 0 && !(size > 1e-130 && size < 1e140)) {
+        unit_[t] = __builtin_ldexp(1.0, smaller(larger(-__builtin_ilogb(size), -1000), 1000));
+        scale_[t] = 1 / unit_[t];
+        all.sum = 0;
+        for (int k = 0; k < n_; ++k) {
+          const double x = t_[t * row_ + k] * unit_[t];
+          all.sum += x == x ? x : 0.0;
+        }
+      }
+    }
+    mean_[t] = all.sum / all.count;
+  }
+
+  // Logits as they are: the middle of them all, where it is large beside their range. Ensembles and pairs are differences, which
+  // have more digits without it, and off and on again it rounds nothing.
+  void take_off_what_is_common() {
+    double low = __builtin_inf(), high = -low;
+    for (int t = 0; t < teachers_; ++t) {
+      if (total_[t].count == 0) continue;
+      low = smaller(low, double(total_[t].low));
+      high = larger(high, double(total_[t].high));
+    }
+    const double middle = double(T(low / 2 + high / 2));
+    common_ = __builtin_fabs(middle) > 2 * (high - low) ? middle : 0;
+    for (int t = 0; t < teachers_; ++t) mean_[t] = common_;
   }
 
   // t[m][k] for this member's positions, and sums over each piece.
@@ -194,7 +232,12 @@ class EnsembleQuery {
             for (int k = begin; k < end; ++k) row[k] = T(__builtin_nan(""));
           if (end == n_)  // what a last partial vector reads beyond
             for (int k = end; k < row_; ++k) row[k] = 0;
-          partial_[p * teachers_ + t] = stats(row, begin, end);
+          Stats& own = partial_[p * teachers_ + t];
+          own = stats(row, begin, end);
+          if (own.low == -T(__builtin_inf()) || own.high == T(__builtin_inf())) {  // no score, as NaN
+            for (int k = begin; k < end; ++k) row[k] = is_finite(row[k]) ? row[k] : T(__builtin_nan(""));
+            own = stats(row, begin, end);
+          }
         }
       }
     });
@@ -256,6 +299,12 @@ class EnsembleQuery {
     return s;
   }
 
+  template <class V>
+  PILE_INLINE V in_unit(V x, int t) const {
+    if constexpr (sizeof(T) == 8) return x * unit_[t];
+    return x;
+  }
+
   double squares(int t, int piece) const {
     constexpr int W = kLanes<double>;
     const T* row = t_ + t * row_;
@@ -263,12 +312,12 @@ class EnsembleQuery {
     Vec<double> sums = {};
     int k = piece * kPiece;
     for (; k + W <= end; k += W) {
-      const Vec<double> d = as_double(row + k) - mean_[t];
+      const Vec<double> d = in_unit(as_double(row + k), t) - mean_[t];
       sums += d == d ? d * d : Vec<double>{};
     }
     double result = sum<double>(sums);
     for (; k < end; ++k) {
-      const double d = double(row[k]) - mean_[t];
+      const double d = in_unit(double(row[k]), t) - mean_[t];
       result += d == d ? d * d : 0.0;
     }
     return result;
@@ -281,13 +330,13 @@ class EnsembleQuery {
     for (int k = begin; k < end; k += kLanes<T>) {
       Vec<T> low = splat<T>(T(__builtin_inf())), high = -low;
       for (int t = 0; t < teachers_; ++t) {
-        // In double: a mean far larger than the deviation must not cost float32 digits.
+        // In double: a mean far larger than the deviation must not cost float32 digits, nor a scale beyond its range.
         Vec<T> value;
+        const T* from = t_ + t * row_ + k;
         if constexpr (sizeof(T) == 8) {
-          value = (load(t_ + t * row_ + k) - T(mean_[t])) * scale_[t];
+          value = (in_unit(load(from), t) - mean_[t]) * scale_[t];
         } else {
-          const T* from = t_ + t * row_ + k;
-          value = narrow(as_double(from) - mean_[t], as_double(from + kLanes<double>) - mean_[t]) * scale_[t];
+          value = narrow((as_double(from) - mean_[t]) * scale_[t], (as_double(from + kLanes<double>) - mean_[t]) * scale_[t]);
         }
         store(t_ + t * row_ + k, value);
         low = vmin(value, low);
@@ -416,6 +465,7 @@ class EnsembleQuery {
   void iterate_fields(const Member& m, T* trace, int64_t it) {
     const T per_unit = T(1 / options_->temperature);
     for (int c = m.rank; c < fields_.chunks; c += m.size) {
+      m.poll();
       fields_.clear(c);
       for (int begin = fields_.chunk_begin(c); begin < fields_.chunk_end(c); begin += kStretch) {
         const int end = smaller(begin + kStretch, fields_.chunk_end(c));
@@ -555,9 +605,10 @@ class EnsembleQuery {
   T *t_ = nullptr;                                                // [M][row_], calibrated; NaN = missing
   T *a_ = nullptr, *u_ = nullptr, *traced_ = nullptr;             // exponents; logits / temperature
   T *low_ = nullptr, *high_ = nullptr;                            // each document's lowest and highest teacher
-  T *energy_ = nullptr, *weight_ = nullptr, *scale_ = nullptr;    // by teacher
+  T *energy_ = nullptr, *weight_ = nullptr;                       // by teacher
   T *bounds_ = nullptr, *pull_ = nullptr;
-  double* mean_ = nullptr;
+  double *mean_ = nullptr, *scale_ = nullptr, *unit_ = nullptr;  // by teacher: calibrated is (t unit − mean) scale
+  double common_ = 0;                          // what came off all teachers alike and goes back onto the logits
   Stats *partial_ = nullptr, *total_ = nullptr;
   Exponentials<T> near_;
   PairOutput<T> sums_;

@@ -33,7 +33,7 @@ struct Grid {
     Grid grid;
     const double count = double(high - low) / kCell + 1;
     // More cells than this cost more than they save, in time and in memory.
-    if (!(count <= larger(64, n / 8))) return grid;
+    if (!(count >= 1 && count <= larger(64, n / 8))) return grid;
     grid.cells = int(count);
     // Centred: the outer cells share what the last one has to spare.
     grid.origin = T((double(low) + double(high) - grid.cells * kCell) / 2);

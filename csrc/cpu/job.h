@@ -1,6 +1,8 @@
 // One call of the CPU backend, and its entry points: the same code compiled for each instruction set.
 #pragma once
 
+#include <atomic>
+
 #include "pile/options.h"
 
 namespace pile {
@@ -13,6 +15,10 @@ struct Job {
   Outputs out;
   bool wide = false;  // float64 arithmetic
   int threads = 1;
+  // The first query whose labels cannot be compared (infinite, or integers from 2^53 on), -1 while there is none.
+  std::atomic<int64_t>* wrong_labels = nullptr;
+  // Asks whether the caller wants out, and throws if so; called now and then on the caller's thread. May be nullptr.
+  void (*interrupt)() = nullptr;
 };
 
 namespace baseline {

@@ -39,11 +39,12 @@ class Run {
       m.sync();
     }
     const int64_t grain = larger<int64_t>(1, smaller<int64_t>(64, batch_.queries / (16 * m.size)));
-    const Member alone = {0, 1, m.state, m.arena};
+    const Member alone = {0, 1, m.state, m.arena, m.calls};
     Scratch own;
     for (;;) {
       const int64_t begin = m.state->next.fetch_add(grain, std::memory_order_relaxed);
       if (begin >= batch_.queries) break;
+      m.poll();
       for (int64_t q = begin; q < smaller(begin + grain, batch_.queries); ++q)
         if (!shared || batch_.length(q) < kLong) query(alone, own, q);
     }
@@ -108,6 +109,7 @@ class Run {
 
   void query(const Member& m, Scratch& s, int64_t q) {
     const int slots = int(batch_.length(q));
+    if (slots >= kPollFrom) m.poll();
     const Arena::Mark own = m.arena->mark();
     if (m.leads()) {
       s.valid = m.arena->take<uint8_t>(slots);
@@ -159,8 +161,7 @@ class Run {
             const auto* scores = data + q * teacher.query + (first + begin) * teacher.document;
             int absent = 0;
             for (int64_t k = 0; k < int64_t(end - begin) * teachers; ++k) {
-              const auto value = read(scores, k);
-              absent += value != value;
+              absent += !is_finite(read(scores, k));
             }
             if (absent == 0) {
               std::memcpy(s.scored + begin, s.valid + begin, end - begin);
@@ -172,8 +173,7 @@ class Run {
             const int64_t at = q * teacher.query + (first + i) * teacher.document;
             int present = 0;
             for (int t = 0; t < teachers; ++t) {
-              const auto value = read(data, at + t * teacher.teacher);
-              present += (value == value) & (!s.takes_part || s.takes_part[t]);
+              present += is_finite(read(data, at + t * teacher.teacher)) & (!s.takes_part || s.takes_part[t]);
             }
             s.scored[i] = s.valid[i] & (present > 0);
             scored += s.scored[i];
@@ -197,6 +197,7 @@ class Run {
     const bool by_document = options.granularity == Granularity::document;
     s.sort.run(m, batch_.labels, offset, slots, scored < slots ? s.scored : nullptr, s.order);
     if (m.leads()) {
+      check_labels(s.order, q);
       s.after_order = m.arena->mark();
       s.ensemble.plan(batch_, options, q, s.order, missing, plus_, minus_, *m.arena);
       if (scored < slots) {
@@ -207,10 +208,11 @@ class Run {
     }
     m.sync();
     s.ensemble.run(m, trace);
+    const double common = job_.out.logits ? s.ensemble.common() : 0;  // a loss needs differences only
     for (int p = m.rank; p < pieces(scored); p += m.size) {
       for (int k = p * kPiece; k < smaller(scored, (p + 1) * kPiece); ++k) {
         const int slot = s.order.slot[k];
-        logits[slot] = s.ensemble.logits()[k];
+        logits[slot] = T(double(s.ensemble.logits()[k]) + common);
         if (weights && by_document) s.ensemble.document_weights(k, weights + (begin + slot) * teachers);
       }
     }
@@ -218,6 +220,16 @@ class Run {
       for (int64_t t = 0; t < teachers; ++t) weights[q * teachers + t] = s.ensemble.query_weights()[t];
     m.sync();
     if (m.leads()) m.arena->release(s.after_order);  // the loss works in the same memory
+  }
+
+  // Infinite labels, and integers that doubles do not tell apart: the call fails, and names the first such query.
+  void check_labels(const Order& order, int64_t q) const {
+    if (order.labelled == 0) return;
+    const double limit = batch_.labels.dtype == DType::i64 ? 0x1p53 : __builtin_inf();
+    if (order.label[0] < limit && order.label[order.labelled - 1] > -limit) return;
+    int64_t first = job_.wrong_labels->load(std::memory_order_relaxed);
+    while ((first < 0 || q < first) && !job_.wrong_labels->compare_exchange_weak(first, q, std::memory_order_relaxed)) {
+    }
   }
 
   void run_loss(const Member& m, Scratch& s, int64_t q, int slots, int valid, int scored) {
@@ -231,7 +243,10 @@ class Run {
     }
     if (m.leads()) {
       Arena& arena = *m.arena;
-      if (same) s.loss_order = s.order;
+      if (same)
+        s.loss_order = s.order;
+      else
+        check_labels(s.loss_order, q);
       s.z = arena.take<T>(valid);
       s.lambda = arena.take<T>(valid);
       if (options.alpha > 0) {
@@ -266,7 +281,8 @@ class Run {
         if (options.distillation == Distillation::mse) {
           loss += distill_scale * square_loss(m, s.distill_z, s.distill_s, n, s.squares, s.slope);
         } else {
-          loss += distill_scale * s.distill_loss.run(m, s.distill_z, s.distill_s, n, options.pairwise, s.slope);
+          loss += distill_scale * s.distill_loss.run(m, s.distill_z, s.distill_s, n, 1 / options.distillation_temperature,
+                                                     options.pairwise, s.slope);
           distill_scale /= options.distillation_temperature;
         }
       }
@@ -304,7 +320,7 @@ class Run {
       const int64_t at = q * batch_.student.query + first * batch_.student.document;
       for (int k = begin; k < end; ++k) {
         s.z[k] = T(read(data, at + slot[k] * batch_.student.document));
-        finite &= s.z[k] - s.z[k] == 0;
+        finite &= is_finite(s.z[k]);
       }
     });
     int to = begin;
@@ -315,13 +331,12 @@ class Run {
           for (int k = begin; k < end; ++k) s.target[slot[k]] = T(read(data, at + slot[k] * batch_.target.document));
         });
       }
-      const T per_unit = options.distillation == Distillation::logistic ? T(1 / options.distillation_temperature) : T(1);
       for (int k = begin; k < end; ++k) {
         const T target = s.target[slot[k]];
         s.at[to] = k;
-        s.distill_z[to] = s.z[k] * per_unit;
-        s.distill_s[to] = target * per_unit;
-        to += target == target;
+        s.distill_z[to] = s.z[k];
+        s.distill_s[to] = target;
+        to += is_finite(target);
       }
     }
     s.counts[3 * piece] = finite;
@@ -413,7 +428,7 @@ void run_as(const Job& job) {
       delete owned[1];
     }
   } release{owned};
-  run_team(useful_threads(job), [](const Member& m, void* run) { (*static_cast<Run<T>*>(run))(m); }, &run);
+  run_team(useful_threads(job), [](const Member& m, void* run) { (*static_cast<Run<T>*>(run))(m); }, &run, job.interrupt);
 }
 
 void run(const Job& job) { job.wide ? run_as<double>(job) : run_as<float>(job); }

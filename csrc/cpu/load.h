@@ -40,6 +40,12 @@ template <class T>
 PILE_INLINE T read(const T* data, int64_t index) {
   return data[index];
 }
+// Neither NaN nor infinite: what counts as a teacher's score or a target.
+template <class T>
+PILE_INLINE bool is_finite(T x) {
+  return x - x == 0;
+}
+
 PILE_INLINE float read(const BFloat16* data, int64_t index) { return data[index]; }
 PILE_INLINE float read(const Float16* data, int64_t index) { return data[index]; }
 

@@ -91,7 +91,10 @@ class LabelLoss {
         for (int k = p * kPiece; k < end; k += kLanes<T>) store(lambda + k, sums_.value(k));
       }
     } else {
-      for (int c = m.rank; c < fields_.chunks; c += m.size) fields_.deposit(c, wide_u_);
+      for (int c = m.rank; c < fields_.chunks; c += m.size) {
+        m.poll();
+        fields_.deposit(c, wide_u_);
+      }
       m.sync();
       if (m.leads()) {
         fields_.collect();
@@ -201,18 +204,19 @@ class LabelLoss {
   Arena::Mark mark_ = {};
 };
 
-// The distillation pairs of logits z against targets s, both already divided by the temperature.
+// The distillation pairs of logits z against targets s, in units of the temperature: `per_unit` is its inverse. Divided is only what
+// has been subtracted: large logits lose their differences when they are divided first.
 template <class T>
 class DistillLoss {
  public:
   using Fields = FieldSums<double, kPowers<T>>;
   using Table = FieldTable<double, kPowers<T>>;
 
-  // Σ_j σ(z_i − z_j) − σ(s_i − s_j) to slope[0, n). Returns the sum of the pairs' cross entropies to every member.
-  double run(const Member& m, const T* z, const T* s, int n, PairSum how, T* slope) {
+  // Σ_j σ((z_i − z_j)/τ) − σ((s_i − s_j)/τ) to slope[0, n). Returns the sum of the pairs' cross entropies to every member.
+  double run(const Member& m, const T* z, const T* s, int n, double per_unit, PairSum how, T* slope) {
     if (m.leads()) {
       mark_ = m.arena->mark();
-      prepare(z, s, n, how, *m.arena);
+      prepare(z, s, n, per_unit, how, *m.arena);
     }
     m.sync();
     for (int p = m.rank; p < pieces(n); p += m.size) {
@@ -220,22 +224,26 @@ class DistillLoss {
       if (direct_) {
         for (int k = p * kPiece; k < end; k += kLanes<T>) {
           sums_.clear(k);
-          near_z_.set(k, load(z + k));
-          near_s_.set(k, load(s + k));
+          if (wide()) continue;
+          const Vec<T> unit_z = (load(z + k) - T(middle_z_)) * T(per_unit), unit_s = (load(s + k) - T(middle_s_)) * T(per_unit);
+          store(unit_z_ + k, unit_z);
+          store(unit_s_ + k, unit_s);
+          near_z_.set(k, unit_z);
+          near_s_.set(k, unit_s);
         }
       } else {
         for (int k = p * kPiece; k < end; ++k) {
-          wide_z_[k] = double(z[k]);
-          wide_s_[k] = double(s[k]);
+          wide_z_[k] = (double(z[k]) - middle_z_) * per_unit;
+          wide_s_[k] = (double(s[k]) - middle_s_) * per_unit;
         }
       }
     }
     m.sync();
     if (direct_) {
-      if (near_z_.wide || near_s_.wide)
-        all_pairs<T>(m, DistillPairs<T, true>{z, nullptr, nullptr, s, nullptr, nullptr}, n, sums_, totals_);
+      if (wide())
+        all_pairs<T>(m, DistillPairs<T, true>{z, nullptr, nullptr, s, nullptr, nullptr, T(per_unit)}, n, sums_, totals_);
       else
-        all_pairs<T>(m, DistillPairs<T, false>{z, near_z_.up, near_z_.down, s, near_s_.up, near_s_.down}, n, sums_, totals_);
+        all_pairs<T>(m, DistillPairs<T, false>{unit_z_, near_z_.up, near_z_.down, unit_s_, near_s_.up, near_s_.down, 1}, n, sums_, totals_);
       if (m.leads()) result_ = pair_total(totals_, n);
       for (int p = m.rank; p < pieces(n); p += m.size) {
         const int end = smaller(n, (p + 1) * kPiece);
@@ -243,8 +251,14 @@ class DistillLoss {
       }
     } else {
       static const Table table(0);
-      for (int c = m.rank; c < of_z_.chunks; c += m.size) of_z_.deposit(c, wide_z_);
-      for (int c = m.rank; c < of_s_.chunks; c += m.size) of_s_.deposit(c, wide_s_);
+      for (int c = m.rank; c < of_z_.chunks; c += m.size) {
+        m.poll();
+        of_z_.deposit(c, wide_z_);
+      }
+      for (int c = m.rank; c < of_s_.chunks; c += m.size) {
+        m.poll();
+        of_s_.deposit(c, wide_s_);
+      }
       m.sync();
       if (m.rank == 0) {
         of_z_.collect();
@@ -263,7 +277,7 @@ class DistillLoss {
           const Vec<double> of_z = of_z_.evaluate(0, load(wide_z_ + k), k), of_s = of_s_.evaluate(0, load(wide_s_ + k), k);
           for (int l = 0; l < smaller(kLanes<double>, end - k); ++l) {
             slope[k + l] = T(of_s[l] - of_z[l]);
-            cross += (wide_z_[k + l] - middle_) * of_s[l];
+            cross += wide_z_[k + l] * of_s[l];
           }
         }
         totals_[c] = cross;
@@ -282,17 +296,28 @@ class DistillLoss {
   }
 
  private:
-  void prepare(const T* z, const T* s, int n, PairSum how, Arena& arena) {
+  // The logits about their middles, in units of the temperature.
+  void prepare(const T* z, const T* s, int n, double per_unit, PairSum how, Arena& arena) {
     T low_z, high_z, low_s, high_s;
     find_range(z, n, low_z, high_z);
     find_range(s, n, low_s, high_s);
+    middle_z_ = double(T(low_z / 2 + high_z / 2));
+    middle_s_ = double(T(low_s / 2 + high_s / 2));
+    const auto in_units = [&](T logit, double middle) { return T((double(logit) - middle) * per_unit); };
+    low_z = in_units(low_z, middle_z_);
+    high_z = in_units(high_z, middle_z_);
+    low_s = in_units(low_s, middle_s_);
+    high_s = in_units(high_s, middle_s_);
     const auto grid_z = Grid<double>::over(low_z, high_z, n), grid_s = Grid<double>::over(low_s, high_s, n);
     const auto& larger_grid = grid_z.cells == 0 || grid_z.cells > grid_s.cells ? grid_z : grid_s;
     direct_ = grid_s.cells == 0 || direct_is_faster(how, larger_grid, double(n) * n / 2, n, 2, kDistillCosts<T>);
-    middle_ = (double(low_z) + double(high_z)) / 2;
     if (direct_) {
       near_z_.plan(low_z, high_z, 0, n, arena);
       near_s_.plan(low_s, high_s, 0, n, arena);
+      if (!wide()) {
+        unit_z_ = arena.take<T>(n);
+        unit_s_ = arena.take<T>(n);
+      }
       sums_ = PairOutput<T>::take(n, arena);
       totals_ = arena.take<double>(kPairTotals);
       return;
@@ -306,12 +331,15 @@ class DistillLoss {
     of_s_.plan(grid_s, n, nullptr, nullptr, arena);
   }
 
+  bool wide() const { return near_z_.wide || near_s_.wide; }
+
   bool direct_ = true;
   Exponentials<T> near_z_, near_s_;
+  T *unit_z_ = nullptr, *unit_s_ = nullptr;  // about their middles, in units of the temperature
   Fields of_z_, of_s_;
   double *wide_z_ = nullptr, *wide_s_ = nullptr, *totals_ = nullptr;
   PairOutput<T> sums_;
-  double middle_ = 0, result_ = 0;
+  double middle_z_ = 0, middle_s_ = 0, result_ = 0;
   Arena::Mark mark_ = {};
 };
 

@@ -13,6 +13,9 @@ namespace PILE_ISA {
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
 
+// Lists from this length on ask now and then whether they are to end (Member::poll); for shorter ones that would cost too much.
+constexpr int kPollFrom = 512;
+
 // Positions [begin, end).
 struct Span {
   int begin, end;
@@ -343,7 +346,13 @@ PairWeights<T> pair_weights(const Order& order, PairWeight kind, Arena& arena) {
   const int n = order.labelled;
   T* gain = kind == PairWeight::none ? nullptr : arena.take<T>(n);
   w.inverse = arena.take<T>(n);
-  auto value = [&](int k) { return kind == PairWeight::gain_gap ? __builtin_exp2(order.label[k]) : order.label[k]; };
+  // Relative to the largest label, so that none is too large: a common factor of the weights divides out everywhere.
+  const double highest = n ? order.label[0] : 0, lowest = n ? order.label[n - 1] : 0, half_range = highest / 2 - lowest / 2;
+  auto value = [&](int k) {
+    return kind == PairWeight::gain_gap ? __builtin_exp2(order.label[k] - highest)
+           : half_range > 0             ? (order.label[k] / 2 - lowest / 2) / half_range
+                                        : 0.0;
+  };
   const double middle = gain && n ? (value(0) + value(n - 1)) / 2 : 0;
   double all = 0;
   if (gain) {

@@ -99,12 +99,13 @@ struct LabelPairs {
   }
 };
 
-// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over all pairs, and the sum of their cross entropies
+// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over all pairs, logits in units of the temperature, and the sum of their cross entropies
 // BCE = log(1 + e^{−|dz|}) + |dz| · (what σ(ds) puts on the side that the sign of dz rules out): no cancellation.
 template <class T, bool kWide>
 struct DistillPairs {
   static constexpr int kRows = 2;
   const T *z, *z_up, *z_down, *s, *s_up, *s_down;
+  T per_unit;  // kWide: what the differences of z and of s are multiplied by; else they are in units already
   double total = 0;
   Vec<T> loss = {};
 
@@ -126,7 +127,8 @@ struct DistillPairs {
   }
   template <bool kMasked>
   PILE_INLINE Vec<T> pair(const Row& r, int j, Ints<T> mask) {
-    const Vec<T> dz = r.z - load(z + j), ds = r.s - load(s + j);
+    const Vec<T> z_gap = r.z - load(z + j), s_gap = r.s - load(s + j);
+    const Vec<T> dz = kWide ? z_gap * per_unit : z_gap, ds = kWide ? s_gap * per_unit : s_gap;
     const Vec<T> tz = kWide ? vexp<T>(-vabs<T>(dz)) : vmin(r.z_up * load(z_down + j), r.z_down * load(z_up + j));
     const Vec<T> ts = kWide ? vexp<T>(-vabs<T>(ds)) : vmin(r.s_up * load(s_down + j), r.s_down * load(s_up + j));
     const Vec<T> qz = reciprocal<T>(T(1) + tz), qs = reciprocal<T>(T(1) + ts);
@@ -232,6 +234,7 @@ void pair_block(Pairs& pairs, int row_begin, int row_end, int begin, int end, Pa
 // whoever computes them. `Pairs` is copied per member; the caller adds up `total` over `totals` (see pair_total).
 constexpr int kTournament = 2048;
 constexpr int kPlayers = 16;
+constexpr int kPairsPerPoll = 1 << 22;  // some milliseconds' worth
 
 template <class T, class Pairs>
 void all_pairs(const Member& m, Pairs pairs, int n, PairOutput<T> out, double* totals) {
@@ -251,7 +254,13 @@ void all_pairs(const Member& m, Pairs pairs, int n, PairOutput<T> out, double* t
       b = swap;
     }
     pairs.total = 0;
-    pair_block<T>(pairs, smaller(a * width, n), smaller((a + 1) * width, n), smaller(b * width, n), smaller((b + 1) * width, n), out);
+    const int rows_end = smaller((a + 1) * width, n), begin = smaller(b * width, n), end = smaller((b + 1) * width, n);
+    // Some rows at a time, whole groups of them, so that a game of hours can be interrupted.
+    const int rows = larger(1, kPairsPerPoll / width / 4) * 4;
+    for (int row = smaller(a * width, n); row < rows_end; row += rows) {
+      m.poll();
+      pair_block<T>(pairs, row, smaller(row + rows, rows_end), begin, end, out);
+    }
     if (totals) totals[game] = pairs.total;
   };
   for (int a = m.rank; a < kPlayers; a += m.size) meet(a, a, a);

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -19,6 +20,8 @@ constexpr int64_t kFirstBlock = int64_t{1} << 18;
 constexpr int64_t kHugePage = int64_t{1} << 21;
 // Memory an idle thread may hold: fresh pages would cost a long list a tenth of its time.
 constexpr int64_t kKeep = int64_t{1} << 27;
+// Between two questions whether the caller was interrupted, in nanoseconds.
+constexpr int64_t kAsk = 50'000'000;
 // Then a waiting thread offers its core: the one it waits for may be queued on it.
 constexpr int kSpins = 300;
 
@@ -28,6 +31,18 @@ inline void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// In nanoseconds, to a few milliseconds: the coarse clock costs no call of the kernel.
+inline int64_t now() {
+#ifdef CLOCK_MONOTONIC_COARSE
+  constexpr clockid_t clock = CLOCK_MONOTONIC_COARSE;
+#else
+  constexpr clockid_t clock = CLOCK_MONOTONIC;
+#endif
+  timespec time;
+  clock_gettime(clock, &time);
+  return int64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
 }
 
 }  // namespace
@@ -86,7 +101,17 @@ void Arena::trim() {
   current_ = -1;
 }
 
+void Member::poll() const {
+  if (state->failed.load(std::memory_order_relaxed)) throw TeamFailed();
+  if (!calls || !state->interrupt) return;
+  const int64_t time = now();
+  if (time - state->asked < kAsk) return;
+  state->asked = time;
+  state->interrupt();
+}
+
 void Member::wait() const {
+  poll();
   const int round = state->round.load(std::memory_order_relaxed);
   if (state->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
     state->arrived.store(0, std::memory_order_relaxed);
@@ -152,14 +177,19 @@ struct Call {
   void take_part(int rank, int size) {
     if (rank >= size) return;
     CallArena arena;
+    bool gave_up = true;
     try {
-      function({rank, size, &state, arena.get()}, context);
+      function({rank, size, &state, arena.get(), rank == 0}, context);
+      gave_up = false;
     } catch (const TeamFailed&) {
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex);
       if (!error) error = std::current_exception();
       state.failed.store(true, std::memory_order_relaxed);
     }
+    state.left.fetch_add(1, std::memory_order_acq_rel);
+    // Others may still work in this member's arena; they notice at their next barrier or poll.
+    while (gave_up && state.left.load(std::memory_order_acquire) < size) sched_yield();
   }
 };
 
@@ -167,8 +197,10 @@ struct Call {
 
 bool has_threads() { return openmp().usable(); }
 
-void run_team(int threads, void (*function)(const Member&, void*), void* context) {
+void run_team(int threads, void (*function)(const Member&, void*), void* context, void (*interrupt)()) {
   Call call{function, context, threads, {}, {}, {}};
+  call.state.interrupt = interrupt;
+  if (interrupt) call.state.asked = now();
   OpenMP& runtime = openmp();
   std::unique_lock<std::mutex> lock(runtime.busy, std::defer_lock);
   if (threads > 1 && runtime.usable() && lock.try_lock()) {

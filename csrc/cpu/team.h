@@ -47,7 +47,10 @@ struct TeamState {
   std::atomic<int> arrived{0};
   std::atomic<int> round{0};
   std::atomic<bool> failed{false};
+  std::atomic<int> left{0};  // members that are done, or have given up
   std::atomic<int64_t> next{0};  // work counter of the phase that hands out queries
+  void (*interrupt)() = nullptr;  // see run_team
+  int64_t asked = 0;              // when it was last called
 };
 
 // Thrown at a barrier when another member failed.
@@ -59,8 +62,12 @@ struct Member {
   int size;
   TeamState* state;
   Arena* arena;
+  bool calls;  // the thread that run_team was called on
 
   bool leads() const { return rank == 0; }
+  // Between pieces of work of a few milliseconds at most, at no fixed place: throws if the call is to end, because another member
+  // failed or the caller was interrupted.
+  void poll() const;
   // All members wait for each other.
   void sync() const {
     if (size > 1) wait();
@@ -74,7 +81,8 @@ struct Member {
 bool has_threads();
 
 // Run `function(member, context)` on at most `threads` threads, the caller among them; returns when all are done.
-// The caller works alone where there are no others, or another call has them. Throws std::bad_alloc.
-void run_team(int threads, void (*function)(const Member&, void*), void* context);
+// The caller works alone where there are no others, or another call has them. Throws std::bad_alloc, and what `interrupt` throws,
+// which the caller's own thread, member 0, asks some times a second (nullptr: never).
+void run_team(int threads, void (*function)(const Member&, void*), void* context, void (*interrupt)());
 
 }  // namespace pile

@@ -15,8 +15,12 @@ Outputs a caller did not ask for are empty tensors. A gradient has the student's
 
 from __future__ import annotations
 
+import functools
+import warnings
 from types import ModuleType
 from typing import NamedTuple
+
+import torch
 
 from pile_fast.backends import cpp, cuda, torch_reference, triton
 from pile_fast.batch import RankingBatch
@@ -53,6 +57,22 @@ def available_backends() -> dict[str, BackendStatus]:
     }
 
 
+def check_name(name) -> str:
+    """The name, if it is "auto" or that of a backend, whether that works here or not; else ValueError."""
+    if name != "auto" and name not in _MODULES:
+        raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, _MODULES))}, got {name!r}")
+    return name
+
+
+@functools.cache
+def _warn_of_the_slow_way(reason: str) -> None:
+    warnings.warn(
+        f"pile_fast runs on plain PyTorch, up to a thousand times slower than its compiled CPU library: {reason}",
+        RuntimeWarning,
+        stacklevel=4,  # the caller of the public function
+    )
+
+
 def select(name: str, batch: RankingBatch) -> str:
     """The backend's name for a request ("auto" or a name) and the batch it has to serve.
 
@@ -68,9 +88,9 @@ def select(name: str, batch: RankingBatch) -> str:
             module = _MODULES[candidate]
             if not module.unavailable() and not module.refusal(batch):
                 return candidate
-    if name not in _MODULES:
-        raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, _MODULES))}, got {name!r}")
-    backend = _MODULES[name]
+            if candidate == "cpp" and not torch.compiler.is_compiling():
+                _warn_of_the_slow_way(module.unavailable())
+    backend = _MODULES[check_name(name)]
     if reason := backend.unavailable():
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if backend.DEVICES and device_type not in backend.DEVICES:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.backends import native
-from pile_fast.batch import RankingBatch, check_cu_seqlens
+from pile_fast.batch import RankingBatch, check_cu_seqlens, label_error
 from pile_fast.options import EnsembleOptions, LossOptions
 
 try:
@@ -44,14 +44,14 @@ def ensemble(
 ) -> tuple[Tensor, Tensor, Tensor]:
     teachers = batch.teacher_logits
     dtype = batch.dtype
-    logits = torch.empty(teachers.shape[:-1], dtype=dtype)
+    logits = teachers.new_empty(teachers.shape[:-1], dtype=dtype)
     if not return_weights:
-        weights = torch.empty(0, dtype=dtype)
+        weights = teachers.new_empty(0, dtype=dtype)
     elif options.granularity == "document":
-        weights = torch.empty(teachers.shape, dtype=dtype)
+        weights = teachers.new_empty(teachers.shape, dtype=dtype)
     else:
-        weights = torch.empty(batch.num_queries, teachers.shape[-1], dtype=dtype)
-    trace = torch.empty(batch.num_queries, options.iterations + 1 if return_trace else 0, dtype=dtype)
+        weights = teachers.new_empty((batch.num_queries, teachers.shape[-1]), dtype=dtype)
+    trace = teachers.new_empty((batch.num_queries, options.iterations + 1 if return_trace else 0), dtype=dtype)
     outputs = (
         logits.data_ptr(),
         weights.data_ptr() if return_weights else 0,
@@ -88,10 +88,13 @@ def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tenso
 
 
 def _run(batch, native_ensemble, native_loss, outputs) -> None:
-    done = _cpu.run(
+    failed = _cpu.run(
         native.sizes(batch), native.views(batch), native_ensemble, native_loss, outputs, batch.dtype is torch.float64,
         torch.get_num_threads(),
     )  # fmt: skip
-    if not done:
-        check_cu_seqlens(batch.cu_seqlens, batch.slots)
-        raise ValueError(f"expected at most 2^31 - 1 documents per query, got {batch.slots}")
+    if failed == _cpu.DONE:
+        return
+    if failed >= 0:
+        raise label_error(integer=not batch.labels.is_floating_point(), query=failed)
+    check_cu_seqlens(batch.cu_seqlens, batch.slots)
+    raise ValueError(f"expected at most 2^31 - 1 documents per query, got {batch.slots}")

@@ -52,12 +52,12 @@ def pile_loss(
 
 
 def _ensemble(view, batch, options, return_trace, dtype) -> reference.Ensemble:
-    teachers, labels = view.pad(batch.teacher_logits).to(dtype), view.pad(batch.labels)
+    teachers, labels = view.pad(batch.teacher_logits).to(dtype), view.labels(batch)
     return reference.ensemble(teachers, labels, view.valid, options, batch.prior, return_trace)
 
 
 def _loss(view, batch, target, options, with_gradient, dtype) -> tuple[Tensor, Tensor]:
-    student, labels = view.pad(batch.student_logits).to(dtype), view.pad(batch.labels)
+    student, labels = view.pad(batch.student_logits).to(dtype), view.labels(batch)
     with torch.no_grad(), torch.autocast(_device(batch), enabled=False):
         per_query = reference.pair_loss(student, target, labels, view.valid, options)
         loss = reference.reduce(per_query, options.reduction)
