@@ -46,6 +46,30 @@ def same_group(a, b):
     return (a == b) | ((a != a) & (b != b))
 
 
+@triton.jit
+def gains_of(label, lowest, highest, WEIGHT: tl.constexpr):
+    """Gains from labels (NaN = unlabelled, 0) and their extremes, up to a factor per query: in [0, 1], whatever the labels."""
+    if WEIGHT == "label_gap":
+        # Halves: the gap of two labels may be too large for their dtype.
+        gap = (highest / 2.0 - lowest / 2.0).to(tl.float32)
+        gain = (label / 2.0 - lowest / 2.0).to(tl.float32) / tl.where(gap > 0.0, gap, 1.0)
+    else:
+        gain = tl.exp2((label - highest).to(tl.float32))
+    return tl.where(label == label, gain, 0.0)
+
+
+@triton.jit
+def first_after(labels, first, low, high, label, inside, steps):
+    """By bisection, the first position from `low` to `high` whose label is not before `label` (NaN comes last)."""
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        other = tl.load(labels + first + middle, mask=inside & (low < high), other=float("nan"))
+        before = (other < label) | ((other == other) & (label != label))
+        low = tl.where(before & (low < high), middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
 @triton.jit(do_not_specialize=["Q", "N", "S", "steps"])
 def group_kernel(
     labels, owner, cu_seqlens, fields, marks, Q, N, S, steps,
@@ -64,23 +88,13 @@ def group_kernel(
     if LABELLED:
         nan = float("nan")
         label = tl.load(labels + at, mask=inside, other=nan)
-        low = k * 0  # the group's first position, by bisection
-        high = k
-        for _ in range(0, steps):
-            middle = (low + high) // 2
-            other = tl.load(labels + first + middle, mask=inside, other=nan)
-            before = (other < label) | ((other == other) & (label != label))
-            low = tl.where(before & (low < high), middle + 1, low)
-            high = tl.where(before, high, middle)
+        low = first_after(labels, first, k * 0, k, label, inside, steps)  # the group's first position
         tl.store(fields + RANK * S + at, tl.where(label == label, low.to(tl.float32), nan), mask=inside)
         if WEIGHT != "none":
-            # Gains relative to the lowest label: their differences keep their digits in float32.
+            labelled = first_after(labels, first, k * 0, n, label * nan, inside, steps)
             lowest = tl.load(labels + first, mask=inside, other=nan)
-            if WEIGHT == "label_gap":
-                gain = (label - lowest).to(tl.float32)
-            else:
-                gain = tl.exp2(label.to(tl.float32)) - tl.exp2(lowest.to(tl.float32))
-            tl.store(fields + GAIN * S + at, tl.where(label == label, gain, 0.0), mask=inside)
+            highest = tl.load(labels + first + labelled - 1, mask=inside & (labelled > 0), other=nan)
+            tl.store(fields + GAIN * S + at, gains_of(label, lowest, highest, WEIGHT), mask=inside)
         if SPLIT:
             long = n >= WINDOW
             previous = tl.load(labels + at - 1, mask=inside & (k > 0), other=nan)

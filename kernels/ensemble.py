@@ -11,7 +11,7 @@ that every exponent is <= 0 and differences of close teachers are exact.
 
 import triton
 import triton.language as tl
-from pile_fast.kernels.chunks import GAIN, RANK
+from pile_fast.kernels.chunks import GAIN, RANK, gains_of
 from pile_fast.kernels.fields import store_grid
 from pile_fast.kernels.pairs import (
     NARROW,
@@ -33,24 +33,26 @@ U = tl.constexpr(6)  # e^{c − u}, or u where wide; u = s / temperature. Two of
 ROW = tl.constexpr(8)  # two, for sums over a query's rows; long lists keep e^{c − u} here, too, and u itself in U
 FIELDS = tl.constexpr(10)  # the calibrated teachers follow, M per document
 
-# Per query: MEAN, its correction, SCALE, ENERGY (log weight but for a constant) and WEIGHT of each teacher, then scalars.
+# Per query: MEAN, its correction, the square root of SCALE (the scale itself may be beyond float32), ENERGY (log weight but for a
+# constant) and WEIGHT of each teacher, then scalars.
 MIDDLE = tl.constexpr(0)
 WIDE = tl.constexpr(1)
 PAIRS = tl.constexpr(2)  # Σ_P ω
 GRID = tl.constexpr(11)  # of u: origin, cells; kernels/fields.py
-SCALARS = tl.constexpr(18)
+COMMON = tl.constexpr(17)  # what came off all teachers alike and goes back onto the logits
+SCALARS = tl.constexpr(20)
 
 MIN_SHARE = tl.constexpr(2.0**-10)  # see pile_fast/reference.py
 
 
 @triton.jit
 def load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP: tl.constexpr):
-    """(BR, MP) float32, NaN = not present."""
+    """(BR, MP) float32, NaN = not present, as infinite scores are."""
     m = tl.arange(0, MP)
     inside = valid[:, None] & (m < M)[None, :]
     at = slots.to(tl.int64)[:, None] * stride_d + m.to(tl.int64)[None, :] * stride_m
     t = tl.load(teachers + at, mask=inside, other=float("nan")).to(tl.float32)
-    return tl.where((energy > -float("inf"))[None, :], t, float("nan"))
+    return tl.where((energy > -float("inf"))[None, :] & (tl.abs(t) < float("inf")), t, float("nan"))
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def prior_energy(prior, prior_stride, M, MP: tl.constexpr):
     energy = tl.where(m < M, 0.0, -inf)
     if prior is not None:
         p = tl.load(prior + m.to(tl.int64) * prior_stride, mask=m < M, other=0.0).to(tl.float32)
-        p = tl.where(p > 0.0, p, 0.0)
+        p = tl.where((p > 0.0) & (p < inf), p, 0.0)
         energy = tl.where(p > 0.0, tl.log(p / tl.maximum(tl.max(p, 0), 1e-37)), -inf)
     return energy
 
@@ -109,12 +111,21 @@ def teacher_statistics(
             t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, energy, MP)
             d = tl.where(t == t, t - mean[None, :], 0.0)
             off += tl.sum(d, 0).to(tl.float64)
+            d *= lift(low, high)[None, :]
             square += tl.sum(d * d, 0).to(tl.float64)
         correction = off.to(tl.float32) / at_least_one
-        variance = square.to(tl.float32) / at_least_one - correction * correction
+        lifted = correction * lift(low, high)
+        variance = square.to(tl.float32) / at_least_one - lifted * lifted
     store_statistics(
         count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, False, MP, NORMALIZE, TRACE
     )
+
+
+@triton.jit
+def lift(low, high):
+    """A power of two that brings each teacher's range to where squares neither vanish nor overflow in float32."""
+    size = high - low
+    return tl.where(size < 9e-16, 1.2676506002282294e30, tl.where(size > 1e15, 7.888609052210118e-31, 1.0))  # 2^100, 2^-100
 
 
 @triton.jit
@@ -122,16 +133,27 @@ def store_statistics(
     count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, linear,
     MP: tl.constexpr, NORMALIZE: tl.constexpr, TRACE: tl.constexpr,
 ):  # fmt: skip
+    """`variance` is that of the lifted logits."""
     inf = float("inf")
     m = tl.arange(0, MP)
     present = count > 0.0
-    scale = tl.full((MP,), 1.0, tl.float32)
+    root_scale = tl.full((MP,), 1.0, tl.float32)
+    common = 0.0
     if NORMALIZE == "zscore":
         # By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
-        scale = tl.where(high > low, 1.0 / tl.sqrt(tl.maximum(variance, 1e-37)), 0.0)
+        deviation = tl.sqrt(tl.maximum(variance, 1e-37))
+        root_scale = tl.where(high > low, tl.sqrt(lift(low, high)) / tl.sqrt(deviation), 0.0)
+    if NORMALIZE == "none":
+        # The middle of all logits, where it is large beside their range: ensembles and pairs are differences, which have more
+        # digits without it, and off and on again it rounds nothing.
+        least = tl.min(tl.where(present, low, inf), 0)
+        most = tl.max(tl.where(present, high, -inf), 0)
+        middle = least / 2.0 + most / 2.0
+        common = tl.where(tl.abs(middle) > 2.0 * (most - least), middle, 0.0)
+        mean = mean * 0.0 + common
     energy = tl.where(present, energy, -inf)
-    bottom = tl.min(tl.where(present, (low - mean - correction) * scale, inf), 0)
-    top = tl.max(tl.where(present, (high - mean - correction) * scale, -inf), 0)
+    bottom = tl.min(tl.where(present, (low - mean - correction) * root_scale * root_scale, inf), 0)
+    top = tl.max(tl.where(present, (high - mean - correction) * root_scale * root_scale, -inf), 0)
     anything = top >= bottom
     bottom = tl.where(anything, bottom, 0.0) * inv_temperature
     top = tl.where(anything, top, 0.0) * inv_temperature
@@ -140,11 +162,12 @@ def store_statistics(
         wide = 1.0
     tl.store(per_query + m, mean, mask=m < M)
     tl.store(per_query + M + m, correction, mask=m < M)
-    tl.store(per_query + 2 * M + m, scale, mask=m < M)
+    tl.store(per_query + 2 * M + m, root_scale, mask=m < M)
     tl.store(per_query + 3 * M + m, energy, mask=m < M)
     tl.store(per_query + 4 * M + m, softmax_or_zero(energy), mask=m < M)
     tl.store(per_query + 5 * M + MIDDLE, (bottom + top) / 2.0)
     tl.store(per_query + 5 * M + WIDE, wide)
+    tl.store(per_query + 5 * M + COMMON, common)
     store_grid(per_query + 5 * M + GRID, bottom, top, linear)
 
 
@@ -164,21 +187,14 @@ def rank_rows(
     inside = rows < padded
     tl.store(fields + RANK * S + rows, tl.where(label == label, rank, float("nan")), mask=inside)
     if WEIGHT != "none":
-        # Gains relative to the lowest label: their differences keep their digits in float32.
         inf = float("inf")
         lowest = tl.full((BR,), inf, label.dtype)
+        highest = -lowest
         for begin in range(0, n, BR):
             other = load_labels(labels, begin + tl.arange(0, BR), stride, mask, mask_stride, n, MASKED)
             lowest = tl.minimum(lowest, tl.where(other == other, other, inf))
-        low = tl.min(lowest, 0)
-        label = tl.where(label == label, label, low)
-        low = tl.where(low < inf, low, 0.0)
-        label = tl.where(label < inf, label, 0.0)
-        if WEIGHT == "label_gap":
-            gain = (label - low).to(tl.float32)
-        else:
-            gain = tl.exp2(label.to(tl.float32)) - tl.exp2(low.to(tl.float32))
-        tl.store(fields + GAIN * S + rows, gain, mask=inside)
+            highest = tl.maximum(highest, tl.where(other == other, other, -inf))
+        tl.store(fields + GAIN * S + rows, gains_of(label, tl.min(lowest, 0), tl.max(highest, 0), WEIGHT), mask=inside)
 
 
 @triton.jit
@@ -240,7 +256,8 @@ def calibrate_and_start(
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
     t = load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP)
     t = t - of_teachers(per_query, 0, M, MP, 0.0)[None, :]
-    t = (t - of_teachers(per_query, 1, M, MP, 0.0)[None, :]) * of_teachers(per_query, 2, M, MP, 0.0)[None, :]
+    root_scale = of_teachers(per_query, 2, M, MP, 0.0)[None, :]
+    t = (t - of_teachers(per_query, 1, M, MP, 0.0)[None, :]) * root_scale * root_scale
     at = rows.to(tl.int64)[:, None] * M + m[None, :]
     tl.store(table + at, t, mask=inside[:, None] & (m < M)[None, :])
     slope = rows * 0.0
@@ -377,13 +394,17 @@ def trace_rows(
 
 @triton.jit
 def output_rows(
-    rows, n, M, fields, table, S, per_query, logits, weights, BR: tl.constexpr, MP: tl.constexpr, BY_DOCUMENT: tl.constexpr
+    rows, n, M, fields, table, S, per_query, logits, weights,
+    BR: tl.constexpr, MP: tl.constexpr, BY_DOCUMENT: tl.constexpr, DIFFERENCES: tl.constexpr,
 ):  # fmt: skip
+    """DIFFERENCES: they are all that is wanted, so what is common stays off."""
     inside = rows < n
     m = tl.arange(0, MP)
     exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
     s, scored, w = tilt(calibrated(table, rows, n, M, MP), exponent, energy)
+    if not DIFFERENCES:
+        s += tl.load(per_query + 5 * M + COMMON)
     tl.store(logits + rows, tl.where(scored, s, float("nan")), mask=inside)
     if BY_DOCUMENT and weights is not None:
         at = rows.to(tl.int64)[:, None] * M + m[None, :]

@@ -27,6 +27,7 @@ from pile_fast.kernels.chunks import (
 )
 from pile_fast.kernels.ensemble import (
     ABOVE,
+    COMMON,
     EXPONENT,
     GRID,
     MIDDLE,
@@ -40,6 +41,7 @@ from pile_fast.kernels.ensemble import (
     calibrate_and_start,
     calibrated,
     direction_by_share,
+    lift,
     load_order,
     load_teachers,
     of_teachers,
@@ -64,7 +66,8 @@ def statistics_kernel(
     chunk_begin, owner, cu_seqlens, Q, N, S, M,
     MASKED: tl.constexpr, PACKED: tl.constexpr, MP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """partials[chunk]: each teacher's number of scores, their mean (a pivot), sum and sum of squares about it, and extremes."""
+    """partials[chunk]: each teacher's number of scores, their mean (a pivot), sum about it and the sum of squares, lifted, and
+    extremes."""
     c = tl.program_id(0)
     S = S.to(tl.int64)
     at = tl.load(chunk_begin + c)
@@ -100,6 +103,7 @@ def statistics_kernel(
         t = load_teachers(teachers, slots, valid, teachers_d, teachers_m, M, energy, MP)
         d = tl.where(t == t, t - pivot[None, :], 0.0)
         off += tl.sum(d, 0)
+        d *= lift(low, high)[None, :]
         square += tl.sum(d * d, 0)
     m = tl.arange(0, MP)
     to = partials + c.to(tl.int64) * width + m
@@ -155,14 +159,19 @@ def query_statistics_kernel(
         correction = (total - mean.to(tl.float64) * count).to(tl.float32) / at_least_one
         centre = mean.to(tl.float64) + correction.to(tl.float64)
         squares = tl.zeros((MP,), tl.float64)
+        up = lift(low, high).to(tl.float64)[None, :]
         for begin in range(c_first, c_last, TILE):
             c = begin + tl.arange(0, TILE)
             some = load_partials(partials, width, c, c_last, 0, M, 0.0, MP).to(tl.float64)
             pivot = load_partials(partials, width, c, c_last, 1, M, 0.0, MP).to(tl.float64)
             off = load_partials(partials, width, c, c_last, 2, M, 0.0, MP).to(tl.float64)
             square = load_partials(partials, width, c, c_last, 3, M, 0.0, MP).to(tl.float64)
-            d = pivot - centre[None, :]
-            squares += tl.sum(square + d * (2.0 * off + some * d), 0)
+            # Each chunk lifted its squares by its own range; back by powers of two, and on by the query's.
+            chunk_low = load_partials(partials, width, c, c_last, 4, M, 0.0, MP)
+            chunk_high = load_partials(partials, width, c, c_last, 5, M, 0.0, MP)
+            back = tl.where(some > 0.0, 1.0 / lift(chunk_low, chunk_high), 1.0).to(tl.float64) * up
+            d = (pivot - centre[None, :]) * up
+            squares += tl.sum(square * back * back + d * (2.0 * off * up + some * d), 0)
         variance = squares.to(tl.float32) / at_least_one
     energy = prior_energy(prior, prior_m, M, MP)
     store_statistics(
@@ -472,9 +481,9 @@ def trace_sum_kernel(
 @triton.jit(do_not_specialize=["Q", "N", "S", "M"])
 def output_kernel(
     fields, table, per_query, order, logits, weights, chunk_begin, owner, cu_seqlens, Q, N, S, M,
-    BY_DOCUMENT: tl.constexpr, PACKED: tl.constexpr, MP: tl.constexpr, BR: tl.constexpr,
+    BY_DOCUMENT: tl.constexpr, DIFFERENCES: tl.constexpr, PACKED: tl.constexpr, MP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Logits, and by document weights, back in the tensors' order."""
+    """Logits (DIFFERENCES: they are all that is wanted), and by document weights, back in the tensors' order."""
     c = tl.program_id(0)
     S = S.to(tl.int64)
     at = tl.load(chunk_begin + c)
@@ -484,6 +493,9 @@ def output_kernel(
     per_query += q * (5 * M + SCALARS)
     energy = of_teachers(per_query, 3, M, MP, -float("inf"))
     m = tl.arange(0, MP)
+    common = 0.0
+    if not DIFFERENCES:
+        common = tl.load(per_query + 5 * M + COMMON)
     for row in range(begin, end, BR):
         rows = row + tl.arange(0, BR)
         inside = rows < end
@@ -492,7 +504,7 @@ def output_kernel(
             slots += first
         exponent = tl.load(fields + first + EXPONENT * S + rows, mask=inside, other=0.0)
         s, scored, w = tilt(calibrated(table + first * M, rows, end, M, MP), exponent, energy)
-        tl.store(logits + slots, tl.where(scored, s, float("nan")), mask=inside)
+        tl.store(logits + slots, tl.where(scored, s + common, float("nan")), mask=inside)
         if BY_DOCUMENT and weights is not None:
             tl.store(weights + slots[:, None] * M + m[None, :], w, mask=inside[:, None] & (m < M)[None, :])
 

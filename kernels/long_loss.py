@@ -1,6 +1,6 @@
 """The student's loss and gradient of lists longer than one program takes alone; see kernels/long_ensemble.py for how.
 
-    load → loss_sums → (deposit → super → collect → apply, for D and for R) → distill, labels → loss_total
+    load → loss_sums → scale → (deposit → super → collect → apply, for D and for R) → distill, labels → loss_total
     → gradient
 
 D runs over all documents with a target: with κ = σ − 1/2 and ψ(v) = softplus(v) − v/2, even,
@@ -34,7 +34,6 @@ from pile_fast.kernels.long_ensemble import label_field, several_labels
 from pile_fast.kernels.loss import (
     D_SLOPE,
     LOSS_WIDE,
-    MEAN_DIFFERENCE,
     POISON,
     R_SLOPE,
     S_MIDDLE,
@@ -44,7 +43,9 @@ from pile_fast.kernels.loss import (
     Z_SCALED,
     Z,
     gradient_rows,
-    load_rows,
+    load_logits,
+    scale_rows,
+    store_pivots,
     store_total,
 )
 from pile_fast.kernels.pairs import NARROW, distillation_losses, label_losses, pair_counts
@@ -69,11 +70,11 @@ GAINS = tl.constexpr(10)
 @triton.jit(do_not_specialize=["student_q", "student_d", "target_q", "target_d", "mask_q", "mask_d", "width", "Q", "N", "S"])
 def load_kernel(
     student, student_q, student_d, target, target_q, target_d, mask, mask_q, mask_d, order, fields, partials, width,
-    chunk_begin, owner, cu_seqlens, Q, N, S, inv_tau,
+    chunk_begin, owner, cu_seqlens, Q, N, S,
     MASKED: tl.constexpr, PACKED: tl.constexpr, USE_D: tl.constexpr, USE_R: tl.constexpr, WEIGHTED: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
-    """Logits by position, and partials[chunk]: ranges and counts."""
+    """Logits by position as they are, and partials[chunk]: ranges and counts."""
     c = tl.program_id(0)
     S = S.to(tl.int64)
     at = tl.load(chunk_begin + c)
@@ -97,20 +98,19 @@ def load_kernel(
     used = broken
     number = broken
     gains = broken
-    difference = tl.zeros((BR,), tl.float64)
     for row in range(begin, end, BR):
         rows = row + tl.arange(0, BR)
         inside = rows < end
         slots, valid = load_slots(order, rows, inside, first, mask, mask_d, MASKED, PACKED)
-        z, s = load_rows(student, student_d, target, target_d, slots, valid, rows, inside, fields, S, inv_tau, USE_D)
+        z, s = load_logits(student, student_d, target, target_d, slots, valid, 0.0, USE_D)
+        tl.store(fields + Z * S + rows, z, mask=inside)
         broken += tl.where(tl.abs(z) < inf, 0.0, 1.0)
-        low = tl.minimum(low, tl.where(inside, z, inf))
-        high = tl.maximum(high, tl.where(inside, z, -inf))
+        low = tl.minimum(low, tl.where(valid, z, inf))
+        high = tl.maximum(high, tl.where(valid, z, -inf))
         if USE_D:
             takes = s == s
-            z = z * inv_tau
+            tl.store(fields + S_SCALED * S + rows, s, mask=inside)
             used += tl.where(takes, 1.0, 0.0)
-            difference += tl.where(takes, z - s, 0.0).to(tl.float64)
             z_low = tl.minimum(z_low, tl.where(takes, z, inf))
             z_high = tl.maximum(z_high, tl.where(takes, z, -inf))
             s_low = tl.minimum(s_low, tl.where(takes, s, inf))
@@ -126,7 +126,6 @@ def load_kernel(
     tl.store(to + LABEL_LOW + 1, tl.max(high, 0))
     if USE_D:
         tl.store(to + USED, tl.sum(used, 0))
-        tl.store(to + DIFFERENCE, tl.sum(difference, 0).to(tl.float32))
         tl.store(to + Z_LOW, tl.min(z_low, 0))
         tl.store(to + Z_LOW + 1, tl.max(z_high, 0))
         tl.store(to + S_LOW, tl.min(s_low, 0))
@@ -153,10 +152,10 @@ def range_of(partials, width, column, c_first, c_last, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["width", "N", "S", "M"])
 def loss_sums_kernel(
-    per_query, partials, width, counts, cu_seqlens, N, S, M,
+    per_query, partials, width, counts, cu_seqlens, N, S, M, inv_tau,
     USE_D: tl.constexpr, PACKED: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Whether all of a query's student logits are finite, how many documents have a target, and the grids."""
+    """Whether all of a query's student logits are finite, how many documents have a target, the pivots and the grids."""
     q = tl.program_id(0).to(tl.int64)
     c_first, c_last, n = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
     scalars = per_query + q * (5 * M + SCALARS) + 5 * M
@@ -168,24 +167,52 @@ def loss_sums_kernel(
     store_grid(scalars + LABEL_GRID, tl.where(broken, 0.0, low), tl.where(broken, 0.0, high), linear)
     if USE_D:
         count = sum_partials(partials, width, USED, c_first, c_last, TILE).to(tl.float32)
-        mean = sum_partials(partials, width, DIFFERENCE, c_first, c_last, TILE).to(tl.float32) / tl.maximum(count, 1.0)
         z_low, z_high = range_of(partials, width, Z_LOW, c_first, c_last, TILE)
         s_low, s_high = range_of(partials, width, S_LOW, c_first, c_last, TILE)
+        store_pivots(z_low, s_low, scalars)
+        # From here on in units of τ, from the pivots.
+        z_high = (z_high - z_low) * inv_tau
+        s_high = (s_high - s_low) * inv_tau
         # Direct sums take exponentials of all z, used or not: the wide range.
-        narrow = (high - low <= NARROW) & (z_high - z_low <= NARROW) & (s_high - s_low <= NARROW)
+        narrow = ((high - low) * inv_tau <= NARROW) & (s_high <= NARROW)
         tl.store(scalars + LOSS_WIDE, tl.where(narrow, 0.0, 1.0))
-        tl.store(scalars + Z_MIDDLE, (z_low + z_high) / 2.0)
-        tl.store(scalars + S_MIDDLE, (s_low + s_high) / 2.0)
+        tl.store(scalars + Z_MIDDLE, z_high / 2.0)
+        tl.store(scalars + S_MIDDLE, s_high / 2.0)
         tl.store(scalars + TARGETS, count)
-        tl.store(scalars + MEAN_DIFFERENCE, mean)
-        store_grid(scalars + Z_GRID, tl.where(broken, 0.0, z_low), tl.where(broken, 0.0, z_high), linear)
-        store_grid(scalars + Z_GRID + 2, tl.where(broken, 0.0, s_low), tl.where(broken, 0.0, s_high), linear)
+        store_grid(scalars + Z_GRID, 0.0, tl.where(broken, 0.0, z_high), linear)
+        store_grid(scalars + Z_GRID + 2, 0.0, tl.where(broken, 0.0, s_high), linear)
+
+
+@triton.jit(do_not_specialize=["width", "Q", "N", "S", "M"])
+def scale_kernel(
+    fields, per_query, partials, width, chunk_begin, owner, cu_seqlens, Q, N, S, M, inv_tau,
+    PACKED: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """z / τ and s / τ from the pivots; partials[chunk]: the sum of their differences."""
+    c = tl.program_id(0)
+    S = S.to(tl.int64)
+    at = tl.load(chunk_begin + c)
+    if at >= S:
+        return
+    q, first, n, begin, end = chunk_rows(c, at, chunk_begin, owner, cu_seqlens, Q, N, S, PACKED)
+    scalars = per_query + q * (5 * M + SCALARS) + 5 * M
+    fields += first
+    difference = tl.zeros((BR,), tl.float64)
+    for row in range(begin, end, BR):
+        rows = row + tl.arange(0, BR)
+        inside = rows < end
+        z = tl.load(fields + Z * S + rows, mask=inside, other=0.0)
+        s = tl.load(fields + S_SCALED * S + rows, mask=inside, other=float("nan"))
+        z, s = scale_rows(z, s, rows, inside, fields, S, scalars, inv_tau)
+        difference += tl.where(s == s, z - s, 0.0).to(tl.float64)
+    tl.store(partials + c.to(tl.int64) * width + DIFFERENCE, tl.sum(difference, 0).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["width", "Q", "N", "S", "M"])
 def distill_kernel(
     fields, pulls, losses, per_query, partials, width, chunk_begin, chunk_block, counts, owner, cu_seqlens, Q, N, S, M,
-    DIRECT: tl.constexpr, MSE: tl.constexpr, PACKED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, APPROX: tl.constexpr,
+    DIRECT: tl.constexpr, MSE: tl.constexpr, PACKED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, TILE: tl.constexpr,
+    APPROX: tl.constexpr,
 ):  # fmt: skip
     """D: slopes of a chunk's documents, partials[chunk]: their losses."""
     c = tl.program_id(0)
@@ -201,6 +228,12 @@ def distill_kernel(
     z_origin, z_cells = load_grid(scalars + Z_GRID)
     s_origin, s_cells = load_grid(scalars + Z_GRID + 2)
     direct = DIRECT | (z_cells == 0.0) | (s_cells == 0.0)
+    mean = 0.0
+    if MSE:
+        c_first = chunks_before(counts, first)
+        c_last = chunks_before(counts, first + n)
+        difference = sum_partials(partials, width, DIFFERENCE, c_first, c_last, TILE).to(tl.float32)
+        mean = difference / tl.maximum(tl.load(scalars + TARGETS), 1.0)
     z_middle = tl.load(scalars + Z_MIDDLE)
     total = tl.zeros((BR,), tl.float64)
     for row in range(begin, end, BR):
@@ -211,7 +244,7 @@ def distill_kernel(
         takes = s == s
         if MSE:
             # Σ_{i<j} (d_i − d_j)² = n Σ (d_i − mean)²
-            d = tl.where(takes, z - s - tl.load(scalars + MEAN_DIFFERENCE), 0.0)
+            d = tl.where(takes, z - s - mean, 0.0)
             count = tl.load(scalars + TARGETS)
             loss = count * d * d
             slope = 2.0 * count * d

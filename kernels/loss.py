@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import GAIN, RANK
 from pile_fast.kernels.ensemble import load_order, sum_field
-from pile_fast.kernels.pairs import NARROW, distillation_losses, label_losses, pair_counts
+from pile_fast.kernels.pairs import NARROW, distillation_losses, label_losses, load_valid, pair_counts
 
 # Fields of the scratch buffer; they take the place of the ensemble's, which is done with.
 BELOW = tl.constexpr(1)  # Σ_{y_j < y_i} ω
 Z = tl.constexpr(3)
-Z_SCALED = tl.constexpr(4)  # z / τ
-S_SCALED = tl.constexpr(5)  # s / τ, NaN where the document has no target
+Z_SCALED = tl.constexpr(4)  # z / τ and s / τ, from the query's lowest: divided is only what has been subtracted
+S_SCALED = tl.constexpr(5)  # NaN where the document has no target
 D_SLOPE = tl.constexpr(6)
 R_SLOPE = tl.constexpr(7)
 D_LOSS = tl.constexpr(8)
@@ -29,20 +29,51 @@ POISON = tl.constexpr(7)
 D_FACTOR = tl.constexpr(8)
 R_FACTOR = tl.constexpr(9)
 MEAN_DIFFERENCE = tl.constexpr(10)
+Z_PIVOT = tl.constexpr(18)  # the query's lowest logit, and its lowest target
+S_PIVOT = tl.constexpr(19)
 
 
 @triton.jit
-def load_rows(
-    student, student_stride, target, target_stride, slots, valid, rows, inside, fields, S, inv_tau, USE_D: tl.constexpr
-):  # fmt: skip
-    """Logits at `slots` to the fields' `rows`; z, and s / τ, NaN = no target."""
-    z = tl.load(student + slots.to(tl.int64) * student_stride, mask=valid, other=0.0).to(tl.float32)
+def load_logits(student, student_stride, target, target_stride, slots, valid, other, USE_D: tl.constexpr):
+    """Student logits at `slots`, `other` where there is no document, and targets, NaN = none, as infinite ones are."""
+    z = tl.load(student + slots.to(tl.int64) * student_stride, mask=valid, other=other).to(tl.float32)
     s = z
-    tl.store(fields + Z * S + rows, z, mask=inside)
     if USE_D:
-        s = tl.load(target + slots.to(tl.int64) * target_stride, mask=valid, other=float("nan")).to(tl.float32) * inv_tau
-        tl.store(fields + Z_SCALED * S + rows, z * inv_tau, mask=inside)
-        tl.store(fields + S_SCALED * S + rows, s, mask=inside)
+        s = tl.load(target + slots.to(tl.int64) * target_stride, mask=valid, other=float("nan")).to(tl.float32)
+        s = tl.where(tl.abs(s) < float("inf"), s, float("nan"))
+    return z, s
+
+
+@triton.jit
+def find_pivots(
+    student, student_stride, target, target_stride, mask, mask_stride, n, scalars, BR: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """The query's lowest logit and its lowest target."""
+    inf = float("inf")
+    z_low = tl.full((BR,), inf, tl.float32)
+    s_low = z_low
+    for begin in range(0, n, BR):
+        rows = begin + tl.arange(0, BR)
+        valid = load_valid(mask, rows, mask_stride, n, MASKED)
+        z, s = load_logits(student, student_stride, target, target_stride, rows, valid, inf, True)
+        z_low = tl.minimum(z_low, tl.where(tl.abs(z) < inf, z, inf))
+        s_low = tl.minimum(s_low, tl.where(s == s, s, inf))
+    store_pivots(tl.min(z_low, 0), tl.min(s_low, 0), scalars)
+
+
+@triton.jit
+def store_pivots(z_low, s_low, scalars):
+    tl.store(scalars + Z_PIVOT, tl.where(z_low < float("inf"), z_low, 0.0))
+    tl.store(scalars + S_PIVOT, tl.where(s_low < float("inf"), s_low, 0.0))
+
+
+@triton.jit
+def scale_rows(z, s, rows, inside, fields, S, scalars, inv_tau):
+    """z / τ and s / τ to the fields' `rows`, from the query's pivots."""
+    z = (z - tl.load(scalars + Z_PIVOT)) * inv_tau
+    s = (s - tl.load(scalars + S_PIVOT)) * inv_tau
+    tl.store(fields + Z_SCALED * S + rows, z, mask=inside)
+    tl.store(fields + S_SCALED * S + rows, s, mask=inside)
     return z, s
 
 

@@ -130,13 +130,13 @@ def label_ranks(labels, stride, mask, mask_stride, n, label_row, BR: tl.constexp
 
 @triton.jit
 def load_labels(labels, i, stride, mask, mask_stride, n, MASKED: tl.constexpr):
-    """Labels as float32, or float64 where float32 does not hold them all; NaN where the slot holds no document."""
+    """Labels as float32, or float64 where float32 does not hold them all; NaN where there is no document or no finite label."""
     kind: tl.constexpr = labels.dtype.element_ty
     wide: tl.constexpr = kind == tl.float64 or kind == tl.int64 or kind == tl.int32
     dtype: tl.constexpr = tl.float64 if wide else tl.float32
     inside = load_valid(mask, i, mask_stride, n, MASKED)
     label = tl.load(labels + i.to(tl.int64) * stride, mask=inside, other=0).to(dtype)
-    return tl.where(inside, label, float("nan"))
+    return tl.where(inside & (tl.abs(label) < float("inf")), label, float("nan"))
 
 
 @triton.jit

@@ -30,7 +30,17 @@ from pile_fast.kernels.ensemble import (
     tilt_rows,
     trace_rows,
 )
-from pile_fast.kernels.loss import gradient_rows, load_rows, pair_rows, sum_query, total_query
+from pile_fast.kernels.loss import (
+    Z_PIVOT,
+    Z,
+    find_pivots,
+    gradient_rows,
+    load_logits,
+    pair_rows,
+    scale_rows,
+    sum_query,
+    total_query,
+)
 from pile_fast.kernels.pairs import load_valid
 
 
@@ -141,7 +151,9 @@ def pile_kernel(
         if weights is not None and BY_DOCUMENT:
             weights += first * M
         for row in range(0, n, BR):
-            output_rows(row + tl.arange(0, BR), n, M, fields, table, S, per_query, logits + first, weights, BR, MP, BY_DOCUMENT)
+            output_rows(
+                row + tl.arange(0, BR), n, M, fields, table, S, per_query, logits + first, weights, BR, MP, BY_DOCUMENT, LOSS
+            )  # fmt: skip
         tl.debug_barrier()
         if weights is not None and not BY_DOCUMENT:
             m = tl.arange(0, MP)
@@ -151,10 +163,15 @@ def pile_kernel(
         student += q * student_q + slot * student_d
         if USE_D:
             target += q * target_q + slot * target_d
+            find_pivots(student, student_d, target, target_d, mask, mask_d, n, scalars, BR, MASKED)
+            tl.debug_barrier()
         for row in range(0, padded, BR):
             rows = row + tl.arange(0, BR)
             valid = load_valid(mask, rows, mask_d, n, MASKED)
-            load_rows(student, student_d, target, target_d, rows, valid, rows, rows < padded, fields, S, inv_tau, USE_D)
+            z, s = load_logits(student, student_d, target, target_d, rows, valid, 0.0, USE_D)
+            tl.store(fields + Z * S + rows, z, mask=rows < padded)
+            if USE_D:
+                scale_rows(tl.where(valid, z, tl.load(scalars + Z_PIVOT)), s, rows, rows < padded, fields, S, scalars, inv_tau)
         tl.debug_barrier()
         sum_query(n, fields, S, scalars, BR, USE_D)
         tl.debug_barrier()

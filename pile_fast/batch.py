@@ -29,6 +29,7 @@ _UNSIGNED_LABELS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Labels are compared as float64, which tells integers apart up to here.
 LABEL_LIMIT = 2**53
+_NO_DISPATCH = Tensor.__torch_dispatch__
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -63,7 +64,7 @@ class RankingBatch:
 
     __slots__ = (
         "student_logits", "teacher_logits", "target_logits", "labels", "mask", "cu_seqlens", "prior",
-        "packed", "num_queries", "num_teachers", "slots", "device", "dtype", "concrete",
+        "packed", "num_queries", "num_teachers", "slots", "device", "dtype", "concrete", "_compiling",
     )  # fmt: skip
 
     def __init__(
@@ -78,7 +79,8 @@ class RankingBatch:
         prior: Tensor | None = None,
     ):
         self.packed = packed = cu_seqlens is not None
-        if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        self._compiling = torch.compiler.is_compiling()
+        if not self._compiling and peek_interpreter_stack() is not None:
             self._refuse_transform(student_logits, teacher_logits)
 
         # The student, else the teachers, fix shape and device; the others are held against them.
@@ -114,12 +116,12 @@ class RankingBatch:
         self.device = device
         # A subclass that dispatches on its own (a fake tensor, a distributed one) is no plain memory.
         self.concrete = (
-            not torch.compiler.is_compiling()
+            not self._compiling
             and _len_torch_dispatch_stack() == 0
             and not torch.jit.is_tracing()
             and device.type != "meta"
             and all(
-                type(tensor) is Tensor or tensor is None or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+                type(tensor) is Tensor or tensor is None or getattr(type(tensor), "__torch_dispatch__", None) is _NO_DISPATCH
                 for tensor in (student_logits, teacher_logits, target_logits, labels, mask, cu_seqlens, prior)
             )
         )
@@ -165,7 +167,8 @@ class RankingBatch:
             raise TypeError(f"{name}: expected a dense tensor, got a {kind} one; pad it, or pack it and pass cu_seqlens")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(f"{name}: carries a forward-mode tangent, but pile_fast has reverse-mode gradients only")
-        return tensor.resolve_neg() if tensor.is_neg() else tensor
+        # While compiling there is no sign to ask for; the compiled op comes by here again with real tensors.
+        return tensor.resolve_neg() if not self._compiling and tensor.is_neg() else tensor
 
     def _check_logits(self, name: str, tensor, rank: int) -> tuple[Tensor, torch.Size, torch.dtype]:
         tensor = self._check_dense(name, tensor)

@@ -65,8 +65,10 @@ def cu(*values, dtype=torch.int64):
             r"prior: expected \(M,\) = \(3,\) or \(Q, M\) = \(2, 3\), got \(2,\)",
         ),
         ((Z, T, Y), {"prior": torch.ones(3).long()}, TypeError, "prior: expected a floating dtype"),
-        ((Z, T, Y), {"prior": -torch.ones(3)}, ValueError, "prior: expected weights >= 0"),
-        ((Z, T, Y), {"prior": torch.full((3,), torch.nan)}, ValueError, "prior: expected weights >= 0"),
+        ((Z, T, Y), {"prior": -torch.ones(3)}, ValueError, "prior: expected finite weights >= 0"),
+        ((Z, T, Y), {"prior": torch.full((3,), torch.nan)}, ValueError, "prior: expected finite weights >= 0"),
+        ((Z, T, Y), {"prior": torch.tensor([1.0, torch.inf, 1.0])}, ValueError, "prior: expected finite weights >= 0"),
+        ((Z, T, Y), {"prior": torch.zeros(3)}, ValueError, "prior: expected a weight > 0 for some teacher"),
         # options
         ((Z, T, Y), {"iterations": -1}, ValueError, "iterations: expected an int >= 0, got -1"),
         ((Z, T, Y), {"iterations": 2.0}, TypeError, "iterations: expected an int, got float"),

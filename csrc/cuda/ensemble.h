@@ -20,7 +20,7 @@ PILE_DEVICE void stage(const Call& call, const Query& query, const Team& team, c
     w.whole(w.kSlot)[i] = i;
     // Under the mask nothing is read.
     if (call.has_loss) w.field(w.kStudent)[i] = key == kAbsent ? 0.0f : load_logit(batch.student, at(batch.student, query, i));
-    if (with_target) w.field(w.kLogit)[i] = key == kAbsent ? not_a_number() : load_logit(batch.target, at(batch.target, query, i));
+    if (with_target) w.field(w.kLogit)[i] = key == kAbsent ? not_a_number() : load_score(batch.target, at(batch.target, query, i));
   }
   team.sync();
 }
@@ -74,6 +74,7 @@ class EnsembleQuery {
       for (int m = 0; m < count_; ++m) {
         float* t = w_.teachers + m * w_.stride + i;
         if (key == kAbsent || (call_.batch.prior.data && !(prior_weight(call_, query_.index, m) > 0))) *t = not_a_number();
+        *t = finite_or_nan(*t);
         present += is_number(*t);
       }
       if (key != kAbsent && present == 0) w_.keys()[i] = kUnscored;
@@ -95,9 +96,21 @@ class EnsembleQuery {
         });
     team_.sync();
     float low = kInfinity, high = -kInfinity;
+    if (normalize == Normalize::none) {
+      for (int m = 0; m < count_; ++m)
+        for (int i = team_.rank; i < query_.n; i += team_.size) {
+          low = fminf(low, w_.teachers[m * w_.stride + i]);
+          high = fmaxf(high, w_.teachers[m * w_.stride + i]);
+        }
+      low = lowest(team_, low);
+      high = -lowest(team_, -high);
+      common_ = high >= low ? common_offset(low, high) : 0.0f;
+      low = kInfinity;
+      high = -kInfinity;
+    }
 #pragma unroll 1
     for (int m = 0; m < count_; ++m) {
-      const Calibration own(w_.mean()[m], w_.scale(count_)[m]);
+      const Calibration own(normalize == Normalize::none ? double(common_) : w_.mean()[m], w_.scale(count_)[m]);
       for (int i = team_.rank; i < query_.n; i += team_.size) {
         float* t = w_.teachers + m * w_.stride + i;
         *t = own(*t);
@@ -231,7 +244,7 @@ class EnsembleQuery {
       const float exponent = scored && call_.by_document() ? w_.field(w_.kExponent)[k] : 0.0f;
       const float s = scored ? of.logit(k, slot, exponent) : not_a_number();
       w_.field(w_.kLogit)[slot] = s;
-      if (logits) logits[query_.output + slot] = s;
+      if (logits) logits[query_.output + slot] = s + common_;
       if (weights && call_.by_document()) {
         float* to = weights + (query_.output + slot) * count_;
         if (scored)
@@ -256,6 +269,7 @@ class EnsembleQuery {
   Range range_;
   bool wide_ = false;
   double missing_ = 0, pairs_ = 0;
+  float common_ = 0;  // what came off all teachers alike and goes back onto the logits
 };
 
 }  // namespace gpu

@@ -41,6 +41,10 @@ PILE_DEVICE float load_logit(const View& view, int64_t at) {
   return value;
 }
 
+// A teacher's score, or a target: NaN where there is none, as infinite ones are.
+PILE_DEVICE float finite_or_nan(float x) { return fabsf(x) < kInfinity ? x : not_a_number(); }
+PILE_DEVICE float load_score(const View& view, int64_t at) { return finite_or_nan(load_logit(view, at)); }
+
 PILE_DEVICE double load_label(const View& view, int64_t at) {
   switch (view.dtype) {
     case DType::f64: return read(static_cast<const double*>(view.data), at);

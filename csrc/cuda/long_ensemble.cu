@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) measure_pieces(const Call ca
       BlockTeam(), count, piece.begin, piece.end,
       [&](int m, int i) {
         const bool present = holds_document(call, piece.query, i) && prior_weight(call, piece.query.index, m) > 0;
-        return present ? load_logit(view, at(view, piece.query, i) + m * view.teacher) : not_a_number();
+        return present ? load_score(view, at(view, piece.query, i) + m * view.teacher) : not_a_number();
       },
       [&](int m, const Moments& found) { state.measured[piece.index * count + m] = found; });
 }
@@ -35,12 +35,24 @@ __global__ void __launch_bounds__(kQueryThreads, 1) begin_queries(const Call cal
   const int count = call.teachers(), pieces = int(parts(query.n, kPiece));
   const Moments* measured = state.measured + state.first_piece(query.index, query.output) * count;
   float *energy = state.energy + query.index * count, *weight = state.weight + query.index * count;
-  float low = kInfinity, high = -kInfinity;
+  float low = kInfinity, high = -kInfinity, common = 0;
   double present = 0;
+  if (call.ensemble.normalize == Normalize::none) {
+    for (int e = team.rank; e < pieces * count; e += team.size) {
+      low = fminf(low, measured[e].low);
+      high = fmaxf(high, measured[e].high);
+    }
+    low = lowest(team, low);
+    high = -lowest(team, -high);
+    common = high >= low ? common_offset(low, high) : 0.0f;
+    low = kInfinity;
+    high = -kInfinity;
+  }
   for (int m = team.rank; m < count; m += team.size) {
     Moments all;
     for (int p = 0; p < pieces; ++p) all.join(measured[p * count + m]);
-    const Calibration own(all, call.ensemble.normalize);
+    Calibration own(all, call.ensemble.normalize);
+    own.mean += common;
     state.mean[query.index * count + m] = own.mean;
     state.scale[query.index * count + m] = own.scale;
     energy[m] = all.count > 0 ? start_energy(call, query.index, m) : -kInfinity;
@@ -56,6 +68,7 @@ __global__ void __launch_bounds__(kQueryThreads, 1) begin_queries(const Call cal
   if (team.rank > 0) return;
   QueryState& own = q.own;
   own.counts = Counts::of(q.keys(), query.n);
+  own.common = common;
   own.range = range;
   own.wide = range.wide(call.offset);
   own.grid = state.pairwise == PairSum::direct ? Grid() : Grid::over(range.low, range.high);
@@ -72,7 +85,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) gather_pieces(const Call cal
     for (int m = 0; m < count; ++m) {
       const bool takes_part = prior_weight(call, piece.query.index, m) > 0;
       const Calibration own(state.mean[piece.query.index * count + m], state.scale[piece.query.index * count + m]);
-      q.at(state.teachers)[m * state.documents + k] = takes_part ? own(load_logit(view, from + m * view.teacher)) : not_a_number();
+      q.at(state.teachers)[m * state.documents + k] = takes_part ? own(load_score(view, from + m * view.teacher)) : not_a_number();
     }
     float low, high;
     q.teachers(call).range(k, low, high);
@@ -256,7 +269,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) finish_pieces(const Call cal
     const int64_t document = q.first + q.slot(k);
     const bool scored = k < q.own.counts.scored;
     const float exponent = scored ? q.at(state.exponent)[k] : 0.0f;
-    logits[document] = scored ? teachers.logit(k, k, exponent) : not_a_number();
+    logits[document] = scored ? teachers.logit(k, k, exponent) + q.own.common : not_a_number();
     if (!weights || !call.by_document()) continue;
     if (scored)
       teachers.weights(k, k, exponent, weights + document * count);

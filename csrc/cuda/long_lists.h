@@ -33,6 +33,8 @@ struct QueryState {
   bool wide, plain, broken;
   int blocks;
   double pairs, targets, mean_difference, distill_loss;
+  float common;            // what came off all teachers alike and goes back onto the logits
+  float z_pivot, s_pivot;  // what the distillation's logits are counted from
 
   PILE_DEVICE bool distills_through_fields() const { return z_grid.cells > 0 && s_grid.cells > 0; }
 };
@@ -58,8 +60,8 @@ struct LongState {
   int *first, *last;
   double* prefix;                            // documents + queries
   QueryState* query;
-  double* mean;
-  float *scale, *energy, *weight;            // by query and teacher
+  double *mean, *scale;                      // by query and teacher, as the next
+  float *energy, *weight;
   Moments* measured;                         // by piece and teacher
   double *piece_sum, *piece_prefix, *piece_pull, *block_sum;
   int* block_begin;                          // per query one more than blocks

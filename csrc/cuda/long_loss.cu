@@ -1,4 +1,4 @@
-// Long lists: the student's loss and gradient, 8 launches for the distillation, 6 more and a sort for the label pairs.
+// Long lists: the student's loss and gradient, 9 launches for the distillation, 6 more and a sort for the label pairs.
 //
 // Label pairs (R) meet like the ensemble's: through fields between label blocks, directly inside mixed ones. For the distillation (D)
 // all documents meet all through two fields, the student's and the target's:
@@ -29,19 +29,17 @@ __global__ void __launch_bounds__(kPieceThreads, 2) load_pieces(const Call call,
     const int slot = q.slot(k);
     const bool valid = holds_document(call, piece.query, slot);
     const float z = valid ? load_logit(student, at(student, piece.query, slot)) : 0.0f;
-    const float s = valid && call.distills() ? load_logit(target, at(target, piece.query, slot)) : not_a_number();
+    const float s = valid && call.distills() ? load_score(target, at(target, piece.query, slot)) : not_a_number();
     const bool used = is_number(s);
-    const float scaled_z = used ? z * call.per_tau : DistillColumns::kNeutral, scaled_s = used ? s * call.per_tau : DistillColumns::kNeutral;
     q.at(state.u[0])[k] = z;
-    q.at(state.u[1])[k] = scaled_s;
-    q.at(state.z)[k] = scaled_z;
-    differences[k - piece.begin] = used ? double(scaled_z) - double(scaled_s) : 0.0;
+    q.at(state.u[1])[k] = s;
+    differences[k - piece.begin] = used ? double(z) - double(s) : 0.0;
     part.broken += fabsf(z) < kInfinity ? 0 : 1;
     if (valid) part.labels.join(z, z);
     if (!used) continue;
     part.targets += 1;
-    part.z.join(scaled_z, scaled_z);
-    part.s.join(scaled_s, scaled_s);
+    part.z.join(z, z);
+    part.s.join(s, s);
   }
   part.broken = team.sum(part.broken);
   part.targets = team.sum(part.targets);
@@ -74,8 +72,13 @@ __global__ void __launch_bounds__(32, 1) join_pieces(const Call call, const Long
   if (state.keys) own.counts = Counts::of(q.keys(), query.n);
   own.broken = all.broken > 0;
   own.targets = all.targets;
-  own.mean_difference = all.targets > 0 ? all.difference / all.targets : 0.0;
+  own.z_pivot = all.targets > 0 ? all.z.low : 0.0f;
+  own.s_pivot = all.targets > 0 ? all.s.low : 0.0f;
+  own.mean_difference = all.targets > 0 ? all.difference / all.targets - double(own.z_pivot) + double(own.s_pivot) : 0.0;
   own.range = all.labels;
+  // From the pivots, in units of τ, as scale_pieces leaves the logits.
+  if (all.targets > 0) all.z = {0, (all.z.high - all.z.low) * call.per_tau};
+  if (all.targets > 0) all.s = {0, (all.s.high - all.s.low) * call.per_tau};
   own.z_range = all.z;
   own.s_range = all.s;
   own.pairs = own.distill_loss = 0;
@@ -86,6 +89,18 @@ __global__ void __launch_bounds__(32, 1) join_pieces(const Call call, const Long
   if (call.loss.distillation == Distillation::mse) return;
   own.z_grid = Grid::over(all.z.low, all.z.high);
   own.s_grid = Grid::over(all.s.low, all.s.high);
+}
+
+// Student and target of the distillation, from the pivots and in units of τ: divided is only what has been subtracted.
+__global__ void __launch_bounds__(kPieceThreads, 2) scale_pieces(const Call call, const LongState state) {
+  const Piece piece(call, state);
+  const LongQuery q(state, piece.query);
+  for (int k = piece.begin + int(threadIdx.x); k < piece.end; k += kPieceThreads) {
+    const float s = q.at(state.u[1])[k];
+    const bool used = is_number(s);
+    q.at(state.z)[k] = used ? (q.at(state.u[0])[k] - q.own.z_pivot) * call.per_tau : DistillColumns::kNeutral;
+    q.at(state.u[1])[k] = used ? (s - q.own.s_pivot) * call.per_tau : DistillColumns::kNeutral;
+  }
 }
 
 // A document that takes no part in the distillation is NaN to deposit().
@@ -324,6 +339,7 @@ void run_long_loss(const Call& call, void* scratch, const int64_t* keys, const i
   constexpr size_t kShared = PieceMemory::kWords * sizeof(float);
   PILE_LAUNCH(load_pieces, pieces, kPieceThreads, (32 + kPiece) * sizeof(double), stream, call, state);
   PILE_LAUNCH(join_pieces, queries, 32, 0, stream, call, state);
+  if (call.distills()) PILE_LAUNCH(scale_pieces, pieces, kPieceThreads, 0, stream, call, state);
   prepare_fields(state, stream);
   if (call.ranks()) launch_order(call, state, call.loss.pair_weight, stream);
   if (state.pairwise != PairSum::direct) {

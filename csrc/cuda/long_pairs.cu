@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) write_keys(const Call call, 
       const View& view = call.batch.teacher;
       bool any = false;
       for (int m = 0; m < call.teachers() && !any; ++m)
-        any = is_number(load_logit(view, at(view, piece.query, i) + m * view.teacher)) && prior_weight(call, piece.query.index, m) > 0;
+        any = is_number(load_score(view, at(view, piece.query, i) + m * view.teacher)) && prior_weight(call, piece.query.index, m) > 0;
       if (!any) key = kUnscored;
     }
     keys[piece.query.output + i] = int64_t(key ^ uint64_t(1) << 63);

@@ -90,6 +90,15 @@ class LossQuery {
     float *z = w_.field(w_.kPlainStudent), *scaled_z = w_.field(w_.kScaledStudent), *scaled_s = w_.field(w_.kScaledTarget);
     double broken = 0, targets = 0;
     float low[2] = {kInfinity, kInfinity}, high[2] = {-kInfinity, -kInfinity};
+    // Divided is only what has been subtracted: large logits would lose their differences. An ensemble's have no offset left.
+    const float z_pivot = counts_.valid > 0 ? w_.field(w_.kStudent)[slot_[0]] : 0.0f;
+    float s_pivot = 0;
+    if (call_.distills() && !call_.has_ensemble) {
+      for (int k = team_.rank; k < counts_.valid; k += team_.size) low[1] = fminf(low[1], w_.field(w_.kLogit)[slot_[k]]);
+      s_pivot = lowest(team_, low[1]);
+      s_pivot = s_pivot < kInfinity ? s_pivot : 0.0f;
+      low[1] = kInfinity;
+    }
     columns_ = call_.distills() ? (counts_.valid + 3) / 4 * 4 : 0;
     for (int k = team_.rank; k < larger(counts_.valid, columns_); k += team_.size) {
       const bool valid = k < counts_.valid;
@@ -101,8 +110,8 @@ class LossQuery {
       if (!call_.distills()) continue;
       const float target = valid ? w_.field(w_.kLogit)[slot_[k]] : not_a_number();
       const bool used = is_number(target);
-      scaled_z[k] = used ? own * call_.per_tau : DistillColumns::kNeutral;
-      scaled_s[k] = used ? target * call_.per_tau : DistillColumns::kNeutral;
+      scaled_z[k] = used ? (own - z_pivot) * call_.per_tau : DistillColumns::kNeutral;
+      scaled_s[k] = used ? (target - s_pivot) * call_.per_tau : DistillColumns::kNeutral;
       if (!used) continue;
       targets += 1;
       low[0] = fminf(low[0], scaled_z[k]);

@@ -11,7 +11,7 @@ namespace gpu {
 constexpr uint64_t kUnlabelled = ~uint64_t(0) - 2, kUnscored = kUnlabelled + 1, kAbsent = kUnlabelled + 2;
 
 PILE_DEVICE uint64_t label_key(double label) {
-  if (label != label) return kUnlabelled;
+  if (!(fabs(label) < double(kInfinity))) return kUnlabelled;  // NaN; or infinite, which orders nothing
   const uint64_t bits = uint64_t(__double_as_longlong(label + 0.0));  // 0 and -0 are one label
   const uint64_t rising = bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
   return ~rising;
@@ -76,20 +76,21 @@ struct Counts {
   }
 };
 
-// A label's gain, in [0, 1]: weights enter by their ratios alone, so the query's largest may be 1.
+// A label's gain, in [0, 1]: weights enter by their ratios alone, so the query's largest may be 1, and no label is too large.
 struct Gains {
   PairWeight kind;
-  double low = 0, per_range = 0;
+  double highest = 0, low = 0, per_range = 0;
   template <class Keys>
   PILE_DEVICE Gains(PairWeight kind, const Keys& keys, int labelled) : kind(kind) {
     if (kind == PairWeight::none || labelled == 0) return;
+    highest = label_of(keys[0]);
     low = value(keys[labelled - 1]);
     const double range = value(keys[0]) - low;
     per_range = range > 0 ? 1 / range : 0;
   }
   PILE_DEVICE double value(uint64_t key) const {
     const double label = label_of(key);
-    return kind == PairWeight::gain_gap ? exp2(label) : label;
+    return kind == PairWeight::gain_gap ? exp2(label - highest) : label / 2;  // halves: a gap may be too large for a double
   }
   PILE_DEVICE double operator()(uint64_t key) const { return (value(key) - low) * per_range; }
 };

@@ -62,18 +62,25 @@ PILE_DEVICE void measure(const Team& team, int teachers, int begin, int end, Raw
   }
 }
 
-// A teacher's calibration t̃ = (t − mean) · scale. In double: a mean far larger than the deviation must not cost float32 digits.
+// A teacher's calibration t̃ = (t − mean) · scale. In double: a mean far larger than the deviation must not cost float32 digits, nor a
+// scale beyond float32's range.
 struct Calibration {
-  double mean;
-  float scale;
+  double mean, scale;
 
   PILE_DEVICE Calibration(const Moments& of, Normalize normalize) : mean(normalize == Normalize::none ? 0.0 : of.mean), scale(1) {
     // By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
-    if (normalize == Normalize::zscore) scale = of.high > of.low ? float(1 / sqrt(of.squares / of.count)) : 0.0f;
+    if (normalize == Normalize::zscore) scale = of.high > of.low ? 1 / sqrt(of.squares / of.count) : 0.0;
   }
-  PILE_DEVICE Calibration(double mean, float scale) : mean(mean), scale(scale) {}
-  PILE_DEVICE float operator()(float t) const { return float(double(t) - mean) * scale; }
+  PILE_DEVICE Calibration(double mean, double scale) : mean(mean), scale(scale) {}
+  PILE_DEVICE float operator()(float t) const { return float((double(t) - mean) * scale); }
 };
+
+// Of logits as they are (Normalize::none), between `low` and `high`: their middle, where it is large beside their range. Ensembles and
+// pairs are differences, which have more digits without it, and off and on again it rounds nothing.
+PILE_DEVICE float common_offset(float low, float high) {
+  const float middle = low / 2 + high / 2;
+  return fabsf(middle) > 2 * (high - low) ? middle : 0.0f;
+}
 
 // The range of u = s / temperature over the query, from which the pair sums choose their arithmetic.
 struct Range {
@@ -86,12 +93,12 @@ struct Range {
   PILE_DEVICE bool wide(float offset) const { return !(high - low + fabsf(offset) <= kNarrow) && high >= low; }
 };
 
-// A teacher's prior weight; NaN and negative ones count as 0.
+// A teacher's prior weight; what is no number above 0 counts as 0.
 PILE_DEVICE float prior_weight(const Call& call, int64_t query, int m) {
   const View& prior = call.batch.prior;
   if (!prior.data) return 1;
   const float weight = load_logit(prior, query * prior.query + m * prior.teacher);
-  return weight > 0 ? weight : 0.0f;
+  return weight > 0 && weight < kInfinity ? weight : 0.0f;
 }
 
 // Its log weight to start from, the largest 0; -inf for a teacher that does not take part.

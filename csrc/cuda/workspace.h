@@ -48,11 +48,11 @@ struct Workspace {
     // The loss's own, by position.
     kStudentPower = kU0,     // e^{z/τ − c}
     kTargetPower = kU1,
-    kScaledStudent = kLow,   // z / τ
-    kScaledTarget = kHigh,   // s / τ
+    kScaledStudent = kLow,   // z / τ and s / τ, from a logit of the query's
+    kScaledTarget = kHigh,
     kPlainStudent = kExponent,
   };
-  static constexpr int kPerTeacher = 8;    // 4 bytes each: mean (8), scale, energy, weight; whole 16 bytes
+  static constexpr int kPerTeacher = 8;    // 4 bytes each: mean (8), scale (8), energy, weight; whole 16 bytes
   static constexpr int kPerQuery = 2 * 32;  // a double for each warp of the team
 
   float* documents = nullptr;
@@ -76,9 +76,9 @@ struct Workspace {
   PILE_DEVICE uint64_t* keys() const { return reinterpret_cast<uint64_t*>(field(kKeys)); }
   PILE_DEVICE double* prefix() const { return reinterpret_cast<double*>(field(kPrefix)); }
   PILE_DEVICE double* mean() const { return reinterpret_cast<double*>(of_teachers); }
-  PILE_DEVICE float* scale(int teacher_count) const { return of_teachers + 2 * teacher_count; }
-  PILE_DEVICE float* energy(int teacher_count) const { return of_teachers + 3 * teacher_count; }
-  PILE_DEVICE float* weight(int teacher_count) const { return of_teachers + 4 * teacher_count; }
+  PILE_DEVICE double* scale(int teacher_count) const { return mean() + teacher_count; }
+  PILE_DEVICE float* energy(int teacher_count) const { return of_teachers + 4 * teacher_count; }
+  PILE_DEVICE float* weight(int teacher_count) const { return of_teachers + 5 * teacher_count; }
 };
 
 }  // namespace gpu

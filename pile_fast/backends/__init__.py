@@ -88,7 +88,7 @@ def select(name: str, batch: RankingBatch) -> str:
             module = _MODULES[candidate]
             if not module.unavailable() and not module.refusal(batch):
                 return candidate
-            if candidate == "cpp" and not torch.compiler.is_compiling():
+            if candidate == "cpp" and module.unavailable() and not torch.compiler.is_compiling():
                 _warn_of_the_slow_way(module.unavailable())
     backend = _MODULES[check_name(name)]
     if reason := backend.unavailable():

@@ -163,7 +163,7 @@ def _run(
             labelled = options is not None or loss.alpha < 1
             lists = triton_long.LongLists(batch, config, split, weight, labelled, approx)
             if options is not None:
-                lists.ensemble(options, logits, weights, trace)
+                lists.ensemble(options, logits, weights, trace, differences=loss is not None)
             if loss is not None:
                 lists.loss(loss, target, losses, has_pairs, gradient)
             return

@@ -98,6 +98,7 @@ class LongLists:
         """Labels by position, queries after each other, rising within each, NaN last; and where each comes from."""
         exact = labels.dtype in (torch.float64, torch.int64, torch.int32)
         labels = labels.to(torch.float64 if exact else torch.float32)
+        labels = labels.masked_fill(labels.isinf(), torch.nan)
         if self.batch.mask is not None:
             labels = labels.masked_fill(~self.batch.mask, torch.nan)
         if not self.packed:
@@ -108,7 +109,9 @@ class LongLists:
 
     # -- the ensemble
 
-    def ensemble(self, options: EnsembleOptions, logits: Tensor, weights: Tensor | None, trace: Tensor | None) -> None:
+    def ensemble(
+        self, options: EnsembleOptions, logits: Tensor, weights: Tensor | None, trace: Tensor | None, differences: bool
+    ) -> None:
         teachers, prior = self.batch.teacher_logits, self.batch.prior
         M = teachers.shape[-1]
         by_document = options.granularity == "document"
@@ -185,7 +188,7 @@ class LongLists:
                 )  # fmt: skip
         run(
             long_ensemble.output_kernel, each, self.fields, self.table, self.per_query, self.order, logits, weights,
-            *self.where, *self.sizes, M, BY_DOCUMENT=by_document, **tiles,
+            *self.where, *self.sizes, M, BY_DOCUMENT=by_document, DIFFERENCES=differences, **tiles,
         )  # fmt: skip
         if weights is not None and not by_document:
             long_ensemble.weights_kernel[query](weights, self.per_query, M, MP=self.config["MP"], **WARPS_1)
@@ -212,17 +215,24 @@ class LongLists:
         run(
             long_loss.load_kernel, each, student, *(0,) * (2 - student.dim()), *student.stride(),
             *((target, *(0,) * (2 - target.dim()), *target.stride()) if use_d else (None, 0, 0)), *self.mask_arguments,
-            self.order, self.fields, *partials, *self.where, *self.sizes, inv_tau,
+            self.order, self.fields, *partials, *self.where, *self.sizes,
             MASKED=self.mask is not None, WEIGHTED=self.weighted, **terms, **self.rows,
         )  # fmt: skip
-        run(long_loss.loss_sums_kernel, query, self.per_query, *partials, *of_query, USE_D=use_d, WINDOW=WINDOW, TILE=TILE)
+        run(
+            long_loss.loss_sums_kernel, query, self.per_query, *partials, *of_query, inv_tau,
+            USE_D=use_d, WINDOW=WINDOW, TILE=TILE,
+        )  # fmt: skip
         direct = dict(DIRECT=not self.split, APPROX=self.approx)
         if use_d:
+            run(
+                long_loss.scale_kernel, each, self.fields, self.per_query, *partials, *self.where, *self.sizes, M, inv_tau,
+                **self.rows,
+            )  # fmt: skip
             of_query_itself = self._self_fields() if self.split and not mse else (None, None)
             run(
                 long_loss.distill_kernel, each, self.fields, *of_query_itself, self.per_query, *partials, self.chunk_begin,
-                self.chunk_block, self.counts, self.owner, self.batch.cu_seqlens, *self.sizes, M, MSE=mse, **direct,
-                **self.pair_tile,
+                self.chunk_block, self.counts, self.owner, self.batch.cu_seqlens, *self.sizes, M, MSE=mse, TILE=TILE,
+                **direct, **self.pair_tile,
             )  # fmt: skip
         if use_r:
             if self.split:
