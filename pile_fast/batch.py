@@ -44,8 +44,8 @@ class RankingBatch:
     """Checked tensors of one call.
 
     Build it, then read the tensors, `packed`, `num_queries`, `num_teachers`, `slots` (N or D), `device`, `dtype` (of the
-    arithmetic: float64 if any logits are, else float32) and `concrete`: whether the tensors hold values that can be read here and
-    now, or stand for others in a tracer, a fake mode or on the meta device.
+    arithmetic: float64 if any logits are, else float32) and `concrete`: whether the tensors hold values that can be read
+    here and now, or stand for others in a tracer, a fake mode or on the meta device.
 
     Args:
         student_logits: (Q, N) or (D,), float; the only tensor that may carry a gradient.

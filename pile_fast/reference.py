@@ -73,8 +73,8 @@ def _power_of_two_near(size: Tensor) -> Tensor:
 def common_offset(t: Tensor, present: Tensor) -> Tensor:
     """(Q, 1, 1): the middle of a query's logits where it is large beside their range, else 0.
 
-    Ensembles and pairs are differences: what all logits share only costs digits. So large an offset comes off, and goes back on,
-    without rounding.
+    Ensembles and pairs are differences: what all logits share only costs digits. So large an offset comes off, and goes back
+    on, without rounding.
     """
     if t.shape[1] == 0:
         return t.new_zeros((t.shape[0], 1, 1))

@@ -76,6 +76,11 @@ def loss_case(request):
     return request.param
 
 
+@pytest.fixture
+def long_list():
+    return 1100
+
+
 def test_half_precision_subnormals(how):
     z, t, y, _ = contract.make(20, 1, 8)
     t = (t * 3e-6).half()

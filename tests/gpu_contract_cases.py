@@ -7,6 +7,7 @@ They define the fixtures
     how            the backend, by name, and its pair sum
     ensemble_case  (n, teachers, queries, options) of an ensemble
     loss_case      (n, every): lists of n documents, asked every so-many-th combination of the losses' options
+    long_list      a length that no program takes alone
 
 and those of `FIXTURES` that they do not take from here.
 """
@@ -31,7 +32,7 @@ def _load(name):
     return module
 
 
-battery, contract = _load("test_battery"), _load("test_contract")
+battery, contract, scales = _load("test_battery"), _load("test_contract"), _load("test_scales")
 globals().update({k: v for k, v in vars(battery).items() if k.startswith("test_") or k in ("granularity", "loss")})
 del test_the_label_loss_falls_with_small_steps  # noqa: F821  (in float64; test_the_label_loss_falls asks it in float32)
 del test_between_lowest_and_highest_teacher  # noqa: F821  (50 iterations at 150 documents)
@@ -41,6 +42,41 @@ test_huge_logits_stay_finite_and_in_range = contract.test_huge_logits_stay_finit
 test_labels_of_any_real_dtype = contract.test_labels_of_any_real_dtype
 test_labels_that_only_float64_tells_apart = contract.test_labels_that_only_float64_tells_apart
 test_strides_do_not_matter = contract.test_strides_do_not_matter
+scales.LENGTHS[:] = [7]
+test_teachers_of_any_offset_and_scale = scales.test_teachers_of_any_offset_and_scale
+test_students_of_any_offset_and_temperature = scales.test_students_of_any_offset_and_temperature
+test_labels_of_any_size = scales.test_labels_of_any_size
+test_half_precision_that_overflowed = scales.test_half_precision_that_overflowed
+
+
+@pytest.mark.parametrize("value", [scales.INF, -scales.INF], ids=["above", "below"])
+def test_an_infinite_teacher_logit_counts_as_missing(how, value):
+    scales.test_an_infinite_teacher_logit_counts_as_missing(how, value, 7)
+
+
+def test_long_lists_of_any_offset_and_scale(how, long_list, monkeypatch):
+    monkeypatch.setattr(scales, "LENGTHS", [long_list])
+    how = how | {"pairwise": "chebyshev"}
+    for offset, scale in ((0.0, 1e-25), (1e6, 1.0)):
+        scales.test_teachers_of_any_offset_and_scale(how, offset, scale, "zscore")
+    scales.test_teachers_of_any_offset_and_scale(how, 1e6, 1.0, "none")
+    for kind in ("logistic", "mse"):
+        scales.test_students_of_any_offset_and_temperature(how, 1e4, 0.01, 0.1, kind)
+    for pair_weight in ("gain_gap", "label_gap"):
+        scales.test_labels_of_any_size(how, pair_weight, 127)
+
+
+def test_infinite_labels_order_nothing(how):
+    """On a device nobody looks for them beforehand: they are as good as unlabelled."""
+    z, t, y = battery.batch(2, 9)
+    y = y.float()
+    infinite, unlabelled = y.clone(), y.clone()
+    infinite[0, 2], infinite[1, 5] = scales.INF, -scales.INF
+    unlabelled[0, 2] = unlabelled[1, 5] = scales.NAN
+    for pair_weight in (None, "gain_gap"):
+        options = dict(alpha=0.5, iterations=2, pair_weight=pair_weight)
+        a, b = (contract.loss_and_gradient(z, t, x, None, **how, **options) for x in (infinite, unlabelled))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 def test_padding_width_changes_little(loss, how):

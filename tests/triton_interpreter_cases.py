@@ -78,6 +78,11 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(triton_long, "WINDOW", 32)
 
 
+@pytest.fixture
+def long_list(short_blocks):
+    return 100
+
+
 ENSEMBLES = [
     # n, M, queries, options; lengths around one and two column tiles, one block, several
     (1, 1, 1, {}),

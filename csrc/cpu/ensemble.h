@@ -75,7 +75,7 @@ class EnsembleQuery {
       if (m.leads()) prepare_sums(*m.arena, trace != nullptr);
       m.sync();
       for (int64_t it = 0; it < options_->iterations; ++it) {
-        if (n_ >= kPollFrom) m.poll();
+        if (n_ >= kPollIteration || it % 256 == 255) m.poll();
         if (direct_)
           iterate_direct(m, trace, it);
         else

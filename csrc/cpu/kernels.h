@@ -109,7 +109,7 @@ class Run {
 
   void query(const Member& m, Scratch& s, int64_t q) {
     const int slots = int(batch_.length(q));
-    if (slots >= kPollFrom) m.poll();
+    if (slots >= kPollQuery) m.poll();
     const Arena::Mark own = m.arena->mark();
     if (m.leads()) {
       s.valid = m.arena->take<uint8_t>(slots);

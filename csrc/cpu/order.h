@@ -13,8 +13,9 @@ namespace PILE_ISA {
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
 
-// Lists from this length on ask now and then whether they are to end (Member::poll); for shorter ones that would cost too much.
-constexpr int kPollFrom = 512;
+// Lists from this length on ask whether the call is to end (Member::poll), and in each iteration from that length on; for shorter
+// ones it would cost too much, and they are soon over.
+constexpr int kPollQuery = 64, kPollIteration = 512;
 
 // Positions [begin, end).
 struct Span {
