@@ -24,7 +24,7 @@ from pile_fast.gradient_cache import forward_in_passes, logits_of
 from pile_fast.loss import PILELoss
 from pile_fast.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.students import BiEncoderConfig
-from pile_fast.students.ranker import longest_text
+from pile_fast.students.ranker import longest_text, serve_logits
 
 _ENSEMBLE_OPTIONS = (
     "iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "pairwise", "backend",
@@ -204,6 +204,7 @@ class PileTrainer(Trainer):
             raise ValueError(f"max_documents_per_batch: expected a whole number >= 1, got {max_documents_per_batch}")
         kwargs.setdefault("compute_metrics", functools.partial(_compute_metrics, k=k))
         super().__init__(model, args, data_collator, **kwargs)
+        serve_logits(self.model)
         if data_collator is None:
             self.data_collator = _collator_for(self.model, self.processing_class)
         self.loss = PILELoss(reduction="none") if loss is None else loss
