@@ -367,8 +367,11 @@ def _save(trainer, output: Path) -> None:
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == _LAST_FILE):
+        files = [path for path in aside.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path == aside / _LAST_FILE):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            path.replace(output / path.name)
-        aside.rmdir()
+            target = output / path.relative_to(aside)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(aside)
