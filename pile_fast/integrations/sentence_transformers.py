@@ -1,13 +1,15 @@
 """PILE as a loss for sentence-transformers' `CrossEncoderTrainer` and `SentenceTransformerTrainer`.
 
-The library's collators make tensors of the labels, and fail at a null among them: "Could not infer dtype of NoneType". Importing
-this module gives both trainers a collator that makes NaN of it, for models that one of these losses trains and for no others.
+The library's collators make tensors of the labels, and fail at a null among them: "Could not infer dtype of NoneType".
+Importing this module gives both trainers a collator that makes NaN of it, for models that one of these losses trains and for no
+others.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,14 +59,10 @@ class _PILELoss(nn.Module):
         model.pile_fast_labels = True  # for the collator
 
     def _names(self, inputs: int, labels: bool) -> Names:
-        """The batch's columns' names, if the data sets that the trainer noted in the model card agree on them."""
-        found = set()
-        for dataset in (*self._card.train_datasets, *self._card.eval_datasets):
-            columns = [name.removeprefix("<code>").removesuffix("</code>") for name in dataset.get("columns", ())]
-            names = Names.of(columns)
-            if len(names.inputs) == inputs and (names.label is not None) == labels:
-                found.add(names)
-        return found.pop() if len(found) == 1 else Names.numbered(inputs)
+        """The batch's columns' names, by the data sets that the trainer noted in the model card."""
+        datasets = (*self._card.train_datasets, *self._card.eval_datasets)
+        columns = [[re.sub("^<code>|</code>$", "", name) for name in dataset.get("columns", ())] for dataset in datasets]
+        return Names.of(columns, inputs, labels)
 
     def _targets(self, batch: RankedBatch, queries: list | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(teachers (D, M), labels (D,), cu_seqlens) on the device, NaN for what is missing."""
@@ -323,8 +321,8 @@ class SentenceTransformerCollator(_TakesNull, SentenceTransformerTrainer.data_co
         for name, value in features[0].items():
             if name not in self.valid_label_columns and is_list_of_texts_or_numbers(value):
                 raise ValueError(
-                    f"column {name!r}: expected a text, got a list; SentenceTransformerTrainer takes a text per column, (query, "
-                    "positive, negative_1, ...), and the teachers' logits in 'label'; PileTrainer takes lists"
+                    f"column {name!r}: expected a text, got a list; SentenceTransformerTrainer takes a text per column, "
+                    "(query, positive, negative_1, ...), and the teachers' logits in 'label'; PileTrainer takes lists"
                 )
         return features
 
