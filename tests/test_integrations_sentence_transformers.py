@@ -465,11 +465,17 @@ def test_counts_queries_as_the_reference_does(model):
     assert 0 < count < 200 and count == pairs.sum()
 
 
-def test_the_documented_example(model_folder, tmp_path, monkeypatch):
+def test_the_documented_examples(model_folder, tmp_path, monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
-    example = re.search(r"## sentence-transformers.*?```python\n(.*?)```", text, re.DOTALL).group(1)
+    section = re.search(r"## sentence-transformers\n(.*?)\n## ", text, re.DOTALL).group(1)
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(examples) == 3
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(example.replace("cross-encoder/ms-marco-MiniLM-L6-v2", str(model_folder)), names)
-    before = BertForSequenceClassification.from_pretrained(model_folder).classifier.weight
-    assert not torch.equal(names["model"][0].auto_model.classifier.weight, before)
+    for example in examples:
+        names = {}
+        exec(re.sub('"(cross-encoder|sentence-transformers)/.*?"', repr(str(model_folder)), example), names)
+        if "args" in names:
+            weights = dict(names["model"][0].auto_model.named_parameters())
+            before = BertForSequenceClassification.from_pretrained(model_folder).bert.embeddings.word_embeddings.weight
+            (after,) = (weight for name, weight in weights.items() if name.endswith("word_embeddings.weight"))
+            assert not torch.equal(after, before)
