@@ -15,16 +15,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator, RankingTargets
+from pile_fast.extras import needs_extra
 from pile_fast.functional import pairwise_distillation_loss, pairwise_logistic_loss, pile_ensemble
 from pile_fast.gradient_cache import forward_in_passes, logits_of
 from pile_fast.loss import PILELoss
 from pile_fast.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.students import BiEncoderConfig
 from pile_fast.students.ranker import longest_text
+
+with needs_extra("train"):
+    from transformers import EvalPrediction, Trainer
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 _ENSEMBLE_OPTIONS = (
     "iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "pairwise", "backend",

@@ -22,8 +22,8 @@ except ImportError as error:
     _cpu = None
     if error.name == "pile_fast._cpu" and isinstance(error, ModuleNotFoundError):
         _unavailable = (
-            "the compiled library was not built: no C++17 compiler was found, or it failed, when pile_fast was installed; install "
-            "g++ or clang++, then reinstall pile_fast with pip's --force-reinstall --no-cache-dir"
+            "the compiled library was not built: no C++17 compiler was found, or it failed, when pile_fast was installed; "
+            "install g++ or clang++, then reinstall pile_fast with pip's --force-reinstall --no-cache-dir"
         )
     else:
         _unavailable = f"the compiled library did not load ({error}); reinstall pile_fast on this machine"
