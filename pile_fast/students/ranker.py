@@ -26,6 +26,8 @@ from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 KINDS = ("features", "cross-encoder", "bi-encoder")
 # Texts are sorted by length within this many passes: enough to waste little padding, few enough to keep in memory.
 _PASSES_AT_ONCE = 32
+# What transformers' models call a table of positions.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "char_position_embeddings")
 # A tokenizer that knows no limit says 10^30.
 _NO_LIMIT = 10**9
 
@@ -86,7 +88,8 @@ def load_ranker(
         name_or_path: folder or hub name.
         kind: "features", "cross-encoder" or "bi-encoder"; None = what the model's configuration says: a model for
             sequence classification is a cross-encoder, any other text model a bi-encoder.
-        max_length: tokens per text (pair of texts for a cross-encoder), more are cut off; None = what the model allows.
+        max_length: tokens per text (pair of texts for a cross-encoder), more are cut off; None = what the model, its tokenizer
+            and a sentence-transformers folder allow.
         device: None = the GPU if there is one.
 
     Raises:
@@ -194,23 +197,59 @@ def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> B
 
 
 def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """(tokenizer, tokens that the model takes at most, or `max_length` if that is fewer; None if nobody knows)."""
+    """(tokenizer, tokens per text: `max_length`, or else what the model takes at most; None if nobody knows).
+
+    Raises:
+        ValueError: the model has fewer positions than `max_length`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(name)
-    limits = [max_length, longest_text(tokenizer, model.config)]
+    limits = [longest_text(tokenizer, model)]
     settings = Path(name) / "sentence_bert_config.json"
     if settings.is_file():
         limits.append(json.loads(settings.read_text()).get("max_seq_length"))
     length = min((limit for limit in limits if limit is not None), default=None)
+    if max_length is not None:
+        positions = positions_of(model)
+        if positions is not None and max_length > positions:
+            raise ValueError(f"max_length: expected at most {positions}, the positions that {name} has, got {max_length}")
+        length = max_length
     if length is not None:
         tokenizer.model_max_length = length  # saved with it, so that the next to load the model cuts texts there too
     return tokenizer, length
 
 
-def longest_text(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+def longest_text(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:
     """Tokens that a tokenizer and its model take at most; None if neither knows a limit."""
-    positions = getattr(getattr(config, "encoder", config), "max_position_embeddings", None) or _NO_LIMIT
-    length = min(tokenizer.model_max_length, positions)
+    positions = positions_of(model)
+    if positions is None:  # relative or rotary ones: it could take more than it was trained for
+        positions = _positive(getattr(_config_of(model), "max_position_embeddings", None))
+    length = min(tokenizer.model_max_length, positions or _NO_LIMIT)
     return length if length < _NO_LIMIT else None
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Tokens that a model has positions for, where it looks each up in a table; None = it has no such table.
+
+    RoBERTa and its family (XLM-R, CamemBERT, MPNet, Longformer, ...) number positions from the padding's index + 1 on, so the
+    first rows of their table stand for no token: 512 of 514.
+    """
+    limits = []
+    for name, module in model.named_modules():
+        table = getattr(module, "weight", None)
+        if name.rsplit(".", 1)[-1] in _POSITION_TABLES and isinstance(table, Tensor):
+            padding = getattr(module, "padding_idx", None)
+            limits.append(table.shape[0] - (0 if padding is None else padding + 1))
+    if limits and (stated := _positive(getattr(_config_of(model), "max_position_embeddings", None))):
+        limits.append(stated)  # BART and others have rows to spare
+    return min(limits, default=None)
+
+
+def _config_of(model: PreTrainedModel) -> PretrainedConfig:
+    return getattr(model.config, "encoder", model.config)
+
+
+def _positive(limit: int | None) -> int | None:
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _groups(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
@@ -218,7 +257,8 @@ def _groups(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[dict[str
     group, documents = [], 0
     for row in rows:
         group.append(row)
-        documents += len(row.get("documents") or row.get("features") or ())
+        given = row.get("features") if row.get("documents") is None else row["documents"]
+        documents += 0 if given is None else len(given)
         if documents >= size:
             yield group
             group, documents = [], 0
