@@ -65,8 +65,8 @@ class PILELoss(torch.nn.Module):
     ) -> Tensor:
         if num_items_in_batch is not None or isinstance(teacher_logits, dict):  # whoever calls it is a transformers.Trainer
             raise TypeError(
-                "PILELoss: expected tensors; the compute_loss_func of a Trainer is pile_fast.trainer.pile_compute_loss_func(...), "
-                "which takes the same options"
+                "PILELoss: expected tensors; the compute_loss_func of a Trainer is made by "
+                "pile_fast.trainer.pile_compute_loss_func(...), which takes the same options"
             )
         return pile_loss(
             student_logits, teacher_logits, labels, mask=mask, cu_seqlens=cu_seqlens, prior=self.prior, **self.options

@@ -114,8 +114,8 @@ def query_losses(loss: Callable[..., Tensor], logits: Tensor, targets: RankingTa
         if needs_teachers(loss):
             raise ValueError(
                 f"teacher_logits: expected at least one teacher, as alpha is {loss.options['alpha']:g}, got none for "
-                f"query {queries_of(targets)[0]}; alpha=0 learns from the labels alone. A Trainer drops what the model's forward "
-                "does not name unless it is told TrainingArguments(remove_unused_columns=False)"
+                f"query {queries_of(targets)[0]}; alpha=0 learns from the labels alone. A Trainer drops what the model's "
+                "forward does not name unless it is told TrainingArguments(remove_unused_columns=False)"
             )
         teachers = torch.full_like(logits.detach(), torch.nan).unsqueeze(1)
     losses = loss(logits, teachers, targets["labels"], cu_seqlens=cu_seqlens)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,6 +36,7 @@ _PASSES_AT_ONCE = 32
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "char_position_embeddings")
 # A tokenizer that knows no limit says 10^30.
 _NO_LIMIT = 10**9
+_SECONDS_TO_REACH_HUB = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +142,7 @@ def model_config(name: str) -> dict[str, Any]:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no model in this folder, it has no config.json")
     try:
+        _reach_hub(name)
         config = json.loads(Path(cached_file(name, "config.json")).read_text())
     except OSError as error:
         reason = str(error).split("\n")[0]
@@ -142,6 +150,30 @@ def model_config(name: str) -> dict[str, Any]:
     if "model_type" not in config:
         raise ValueError(f"{name}: its config.json names no model_type")
     return config
+
+
+def _reach_hub(name: str) -> None:
+    """Ask once whether the hub can be reached for a model that is not here yet: its library would ask for half a minute.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        request = urllib.request.Request(hf_hub_url(name, "config.json"), method="HEAD")
+    except HFValidationError:  # `cached_file` says it better
+        return
+    try:
+        urllib.request.urlopen(request, timeout=_SECONDS_TO_REACH_HUB).close()
+    except urllib.error.HTTPError:  # it answered
+        return
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):  # the library may know other certificates
+            raise OSError(f"cannot reach {urllib.parse.urlsplit(request.full_url).netloc} ({reason})") from error
 
 
 def _kind(config: dict[str, Any]) -> str:
