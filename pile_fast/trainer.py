@@ -32,7 +32,7 @@ from pile_fast.loss import PILELoss
 from pile_fast.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.step_check import StepCheck, check_weights, shown
 from pile_fast.students import BiEncoderConfig
-from pile_fast.students.ranker import longest_text
+from pile_fast.students.ranker import longest_text, serve_logits
 from pile_fast.training_data import NamedLists, check_data
 
 with needs_extra("train"):
@@ -270,6 +270,7 @@ class PileTrainer(Trainer):
             if isinstance(kwargs.get(name), RankedLists):
                 kwargs[name] = NamedLists(kwargs[name])
         super().__init__(model, args, data_collator, **kwargs)
+        serve_logits(self.model)
         if data_collator is None:
             self.data_collator = _collator_for(self.model, self.processing_class)
         self.loss = PILELoss(reduction="none") if loss is None else loss

@@ -232,8 +232,11 @@ def _no_empty_folder_left(path: str) -> Iterator[None]:
 
 def _stopped(error: FloatingPointError, output: str) -> str:
     """What is left of a training that came to numbers that are not finite."""
-    checkpoints = sorted(Path(output).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    kept = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"
+    from pile_fast.trainer import last_checkpoint
+
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    checkpoint = last_checkpoint(output, processes=processes)
+    kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
     return f"{error}; training stopped there and {kept}. Look at these queries, or try a lower --learning-rate"
 
 
@@ -437,8 +440,11 @@ def _save(trainer, output: Path) -> None:
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == _LAST_FILE):
+        files = [path for path in aside.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path == aside / _LAST_FILE):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            path.replace(output / path.name)
-        aside.rmdir()
+            target = output / path.relative_to(aside)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(aside)

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator
-from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig, first_layers
+from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig, first_layers, is_bi_encoder
 from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 
 KINDS = ("features", "cross-encoder", "bi-encoder")
@@ -126,8 +126,7 @@ def load_ranker(
         model = load_cross_encoder(name, trained=True)
         collator = CrossEncoderCollator(*load_tokenizer(name, model, max_length))
     else:
-        trained = config["model_type"] == BiEncoderConfig.model_type
-        model = load_bi_encoder(name, scale=None if trained else 1.0)
+        model = load_bi_encoder(name, scale=None if is_bi_encoder(config) else 1.0)
         collator = BiEncoderCollator(*load_tokenizer(name, model, max_length))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Ranker(kind, name, model.eval().to(device), collator)
@@ -195,7 +194,7 @@ def load_cross_encoder(name: str, *, trained: bool, num_layers: int | None = Non
         ValueError: it has several outputs, or no trained head where one is needed.
     """
     config = model_config(name)
-    if config["model_type"] == BiEncoderConfig.model_type:
+    if is_bi_encoder(config):
         raise ValueError(f"{name}: this is a bi-encoder, which cannot be loaded as a cross-encoder")
     if _kind(config) == "cross-encoder" and (outputs := _outputs(config)) != 1:
         raise ValueError(f"{name}: a ranker needs a cross-encoder with one output, this one has {outputs}")
@@ -204,7 +203,17 @@ def load_cross_encoder(name: str, *, trained: bool, num_layers: int | None = Non
     if trained and report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise ValueError(f"{name}: not a trained cross-encoder, the weights lack {missing}")
+    serve_logits(model)
     return model
+
+
+def serve_logits(model: torch.nn.Module) -> None:
+    """Have sentence-transformers' `CrossEncoder` predict a saved cross-encoder's logits, on which it was trained, not their
+    sigmoid. Other models are left alone."""
+    config = getattr(model, "config", None)
+    own = (BiEncoderConfig.model_type, FeatureRankerConfig.model_type)
+    if isinstance(config, PretrainedConfig) and config.model_type not in own:
+        config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def _outputs(config: dict[str, Any]) -> int:
@@ -221,7 +230,7 @@ def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> B
         **options: pooling, similarity and scale; None = as saved, or `BiEncoder.from_encoder`'s.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    if model_config(name)["model_type"] != BiEncoderConfig.model_type:
+    if not is_bi_encoder(model_config(name)):
         return BiEncoder.from_encoder(name, num_layers=num_layers, **options)
     saved = BiEncoderConfig.from_pretrained(name).to_dict()
     saved["encoder"] |= first_layers(name, num_layers)
