@@ -235,9 +235,10 @@ def _numbers(values: object, where: str, dimensions: int, dtype: torch.dtype = t
     else:
         try:
             array = np.asarray(values)
-            if array.dtype.kind not in "biufO" or array.dtype.kind == "O" and not all(map(_is_number, array.flat)):
-                wrong = next((entry for entry in array.flat if not _is_number(entry)), array.dtype)
-                raise ValueError(f"got {wrong!r:.40}")
+            if array.dtype.kind not in "biuf":  # None among them, or what is no number
+                array = np.asarray(values, dtype=object)
+                if wrong := [entry for entry in array.flat if not _is_number(entry)]:
+                    raise ValueError(f"got {wrong[0]!r:.40}")
             with np.errstate(over="ignore"):  # infinity is told apart by the callers
                 tensor = torch.from_numpy(array.astype(np.float64)).to(dtype)
         except (TypeError, ValueError, OverflowError) as error:
