@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pile_fast.options import choice, number
+from pile_fast.students.features import no_loss_of_its_own
 
 POOLINGS = ("mean", "cls")
 SIMILARITIES = ("cosine", "dot")
@@ -176,14 +177,18 @@ class BiEncoder(PreTrainedModel):
         """Logits (D,) of embeddings (Q, hidden) and (D, hidden), `query_index` (D,) saying whose each document is."""
         return self.config.scale * (queries[query_index] * documents).sum(-1)
 
-    def forward(self, query_index: Tensor | None = None, **tokens: Tensor) -> SequenceClassifierOutput | Tensor:
+    def forward(
+        self, query_index: Tensor | None = None, labels: object | None = None, **tokens: Tensor
+    ) -> SequenceClassifierOutput | Tensor:
         """Logits (D,) of D documents for Q queries.
 
         Args:
             query_index: (D,) int64, the query of each document. None: embed the texts, nothing else.
+            labels: only named, see `FeatureRanker.forward`.
             **tokens: the tokenizer's tensors (D, length) for the documents and, with names that begin with "query_",
                 (Q, query length) for the queries.
         """
+        no_loss_of_its_own(labels)
         if query_index is None:
             return self.embed(**tokens)
         queries, documents = self.split_tokens(tokens)
