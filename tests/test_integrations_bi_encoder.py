@@ -15,6 +15,8 @@ pytest.importorskip(
 
 from sentence_transformers import (  # noqa: E402
     CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -160,7 +162,7 @@ def test_rows_that_are_not_what_the_loss_takes(model, tmp_path, caplog, rows, me
             run.evaluate()
 
 
-# C4: the class for one kind of model, given the other.
+# C4: the class for one kind of model, given the other; the class for tensors, given columns.
 def test_the_wrong_class_says_which_is_right(model, tmp_path, tiny_text_model, tiny_tokenizer):
     with pytest.raises(
         ValueError, match="expected a CrossEncoder, got a SentenceTransformer; for it there is BiEncoderPILELoss"
@@ -168,5 +170,14 @@ def test_the_wrong_class_says_which_is_right(model, tmp_path, tiny_text_model, t
         PILELoss(model)
     tiny_text_model("cross-encoder").save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
+    other = CrossEncoder(str(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="expected a SentenceTransformer, got a CrossEncoder; for it there is PILELoss"):
-        BiEncoderPILELoss(CrossEncoder(str(tmp_path), device="cpu"))
+        BiEncoderPILELoss(other)
+    wanted = r"expected tensors, got a batch's columns; .* has PILELoss\(model, ...\) and BiEncoderPILELoss\(model, ...\)"
+    with pytest.raises(TypeError, match=wanted):
+        trainer(model, tmp_path, TEXTS | {"label": [[1.0, 0.0, 0.0]] * 4}, pile_fast.PILELoss()).evaluate()
+    arguments = CrossEncoderTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    for rows in (TEXTS | {"label": [[1.0, 0.0, 0.0]] * 4}, TEXTS):
+        run = CrossEncoderTrainer(other, arguments, eval_dataset=Dataset.from_dict(rows), loss=pile_fast.PILELoss())
+        with pytest.raises(TypeError, match=wanted):
+            run.evaluate()
