@@ -49,6 +49,10 @@ class Names:
         return f"column {' or '.join(map(repr, names))}" if names else f"column {index + 1}"
 
     @property
+    def known(self) -> bool:
+        return all(self.inputs)
+
+    @property
     def labels(self) -> str:
         return f"column {' or '.join(map(repr, self.label))}" if self.label else "the labels"
 
@@ -67,14 +71,14 @@ class RankedBatch:
         teachers: (D, M) float32, NaN = did not score; None = there are none.
         labels: (D,), NaN = unlabelled; None = there are none.
         reading: which column was taken for what, in words.
-        certain: whether that was the only way to take them.
+        told: whether the user should see that: a trainer's columns, or a reading that was a choice.
     """
 
     lengths: list[int]
     teachers: Tensor | None
     labels: Tensor | None
     reading: str
-    certain: bool
+    told: bool
 
 
 def read_lists(inputs: Sequence[Sequence], labels, alpha: float, names: Names) -> tuple[list[list], RankedBatch]:
@@ -335,7 +339,7 @@ def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: flo
                 f"at alpha={alpha:g}. Taken were {reading}"
             )
         reading, certain = reading + ", no labels", False
-    return RankedBatch(lengths, teachers, flat, reading, certain)
+    return RankedBatch(lengths, teachers, flat, reading, names.known or not certain)
 
 
 def _per_query(labels, lengths: list[int], columns: bool, names: Names, texts: int) -> list[Tensor]:
@@ -346,7 +350,7 @@ def _per_query(labels, lengths: list[int], columns: bool, names: Names, texts: i
         wanted = "(n,) beside columns of teachers' logits"
     else:
         wanted = "(n,), or (n, 1 + M) with the teachers' logits"
-    given = [torch.as_tensor(own) for own in labels]
+    given = [torch.as_tensor(_fill(own, f"{names.labels}, query {row} of the batch")) for row, own in enumerate(labels)]
     if len(given) != len(lengths):
         raise ValueError(f"labels: expected an entry per query, {len(lengths)}, got {len(given)}")
     for row, (n, own) in enumerate(zip(lengths, given, strict=True)):

@@ -32,6 +32,10 @@ from pile_fast.options import number
 library = import_library("sentence_transformers", "sentence-transformers")
 util = import_library("sentence_transformers.util", "sentence-transformers")
 
+if int(library.__version__.split(".")[0]) < 6:
+    raise ImportError(
+        f"sentence_transformers: expected 6 or later, got {library.__version__}: pip install 'pile_fast[sentence-transformers]'"
+    )
 CrossEncoderTrainer, SentenceTransformerTrainer = library.CrossEncoderTrainer, library.SentenceTransformerTrainer
 logger = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ class _PILELoss(nn.Module):
         teachers = torch.full((documents, 1), torch.nan) if batch.teachers is None else batch.teachers
         if not self._told:
             self._told = True
-            logger.log(logging.INFO if batch.certain else logging.WARNING, "PILELoss: in the first batch, %s.", batch.reading)
+            logger.log(logging.WARNING if batch.told else logging.INFO, "PILELoss: in the first batch, %s.", batch.reading)
             if batch.teachers is not None:
                 _check_teachers(teachers.cpu().numpy(), batch.lengths)
         infinite = teachers.isinf()
@@ -131,7 +135,7 @@ class PILELoss(_PILELoss):
     teacher says of the n documents (not differences), and the labels then are 1 for the first document and 0 for the others.
     With columns of teachers' logits beside it, or at alpha = 0, ``label`` holds labels.
 
-    The first batch is told to the logger: which column was taken for what, a warning where that was a choice.
+    At the first batch a warning says which column was taken for what.
 
     The loss is `pile_fast.pile_loss` on the model's logits of all documents of the batch. With 0 < alpha < 1 it is returned as
     its two weighted terms, ``{"distillation": ..., "labels": ...}``, which the trainer adds up and logs each.
