@@ -426,7 +426,7 @@ def test_gradient_accumulation_takes_the_mean_of_the_batches(model_folder, tmp_p
 
 
 # C7: it predicts what it was trained on.
-def test_predicts_the_logits(model, tmp_path):
+def test_predicts_the_logits(model, tmp_path, caplog):
     train(model, tmp_path, Dataset.from_dict(ROWS), PILELoss(model), max_steps=2).save_model(tmp_path / "saved")
     pairs = [(ROWS["query"][0], document) for document in ROWS["docs"][0]]
     with torch.no_grad():
@@ -434,6 +434,15 @@ def test_predicts_the_logits(model, tmp_path):
     again = CrossEncoder(str(tmp_path / "saved"), device="cpu")
     assert isinstance(again.activation_fn, torch.nn.Identity)
     np.testing.assert_allclose(again.predict(pairs), logits, rtol=1e-4, atol=1e-5)
+    # A model that the trainer makes anew.
+    arguments = CrossEncoderTrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    trainer = CrossEncoderTrainer(
+        model_init=lambda: CrossEncoder(str(tmp_path / "saved"), device="cpu", activation_fn=torch.nn.Tanh()),
+        args=arguments, train_dataset=Dataset.from_dict(ROWS), loss=lambda model: PILELoss(model),
+    )  # fmt: skip
+    trainer.train()
+    assert "query: column 'query', documents: column 'docs'" in caplog.messages[-1]
+    assert trainer.model is trainer.loss.model and trainer.model.activation_fn is trainer.loss.activation_fn
     squeezed = PILELoss(model, activation_fn=torch.nn.Sigmoid())
     assert squeezed.model.activation_fn is squeezed.activation_fn
 

@@ -45,7 +45,7 @@ class _PILELoss(nn.Module):
 
     _model_class: str
 
-    def __init__(self, model, **options):
+    def __init__(self, model, activation_fn: nn.Module | None = None, **options):
         super().__init__()
         if not isinstance(model, getattr(library, self._model_class)):
             others = {loss._model_class: loss.__name__ for loss in (PILELoss, BiEncoderPILELoss)}
@@ -56,11 +56,19 @@ class _PILELoss(nn.Module):
             raise ValueError("reduction: expected 'mean' or 'sum', got 'none'; the trainer wants one number")
         if options.get("prior") is not None:
             options["prior"] = torch.as_tensor(options["prior"], dtype=torch.float32)
-        self.model = model  # the trainer puts the DDP or compiled model in its place, by this name
+        self.activation_fn = activation_fn
+        self._card = model.model_card_data  # in which a trainer notes its data sets when it is built
+        self.model = model
         self.loss = pile_fast.PILELoss(**options)
-        self._card = model.model_card_data
         self._told = self._told_of_infinity = False
-        model.pile_fast_labels = True  # for the collator
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The trainer puts another model in the model's place by this name: a new one of `model_init`, a DDP or compiled one.
+        if name == "model" and isinstance(value, getattr(library, self._model_class)):
+            value.pile_fast_labels = True  # for the collator
+            if self.activation_fn is not None:
+                value.activation_fn = self.activation_fn
+        super().__setattr__(name, value)
 
     def _names(self, inputs: int, labels: bool) -> Names:
         """The batch's columns' names, by the data sets that the trainer noted in the model card."""
@@ -159,12 +167,10 @@ class PILELoss(_PILELoss):
     _model_class = "CrossEncoder"
 
     def __init__(self, model, *, activation_fn: nn.Module | None = None, mini_batch_size: int | None = None, **options):
-        super().__init__(model, **options)
-        if model.num_labels != 1:
-            raise ValueError(f"model: expected a CrossEncoder with num_labels=1, got num_labels={model.num_labels}")
-        self.activation_fn = activation_fn or nn.Identity()
+        if (outputs := getattr(model, "num_labels", 1)) != 1:
+            raise ValueError(f"model: expected a CrossEncoder with num_labels=1, got num_labels={outputs}")
+        super().__init__(model, activation_fn or nn.Identity(), **options)
         self.mini_batch_size = mini_batch_size
-        model.activation_fn = self.activation_fn
 
     def forward(
         self, inputs: list[list], labels: list[Tensor] | None = None, prompt: str | None = None, task: str | None = None
@@ -278,13 +284,13 @@ class BiEncoderPILELoss(_PILELoss):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The loss () of columns of embeddings, (Q, hidden) each."""
-        queries, *documents = embeddings
+        queries, *documents = (own.float() for own in embeddings)
         if len(documents) < 2:
             raise ValueError(f"documents: expected at least two columns of them after the query's, got {len(documents)}")
         names = self._names(len(embeddings), labels is not None)
         batch = read_tuples(len(queries), len(documents), labels, self.loss.options["alpha"], names)
         teachers, labels, cu_seqlens = self._targets(batch, None, queries.device)
-        logits = torch.stack([self.similarity_fct(queries, own) for own in documents], 1).flatten().float()
+        logits = torch.stack([self.similarity_fct(queries, own) for own in documents], 1).flatten()
         return self.loss(self.scale * logits, teachers, labels, cu_seqlens=cu_seqlens)
 
     def get_config_dict(self) -> dict:
