@@ -8,26 +8,33 @@ so a build runs on any processor of its architecture.
 
 `pile_fast._cuda` is built where nvcc is found (PILE_FAST_NVCC, CUDA_HOME, PATH), whether there is a GPU or not, for the
 architectures of PILE_FAST_CUDA_ARCHS (default "80;86;89;90;100") and as PTX of the newest, for later ones. It takes a few
-minutes; its objects are kept in build/cuda and made again only when sources or flags change. PILE_FAST_CUDA=0 leaves it out.
+minutes. PILE_FAST_CUDA=0 leaves it out.
 
-PILE_FAST_REQUIRE_CPU=1 and PILE_FAST_CUDA=1 make a failure an error.
+Objects are kept in build/cpu and build/cuda, or below PILE_FAST_OBJECTS, and made again only when sources, flags or compiler
+change. PILE_FAST_REQUIRE_CPU=1 and PILE_FAST_CUDA=1 make a failure an error.
 PILE_FAST_SANITIZE=1 builds _cpu under the sanitizers, with poisoned scratch memory (`make sanitize`).
 """
 
 import importlib.util
 import os
 import platform
-import re
+import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "pile_fast/__init__.py").read_text()).group(1)
-PACKAGES = ["pile_fast", *(f"pile_fast.{name}" for name in ("backends", "cli", "data", "integrations", "kernels"))]
+OBJECTS = Path(os.environ.get("PILE_FAST_OBJECTS", ROOT / "build"))
+# The folder kernels/ is installed as pile_fast.kernels: a top-level `kernels` is Hugging Face's package.
+PACKAGES = [
+    *find_packages(include=["pile_fast", "pile_fast.*"]),
+    *("pile_fast.kernels" + (name and f".{name}") for name in ("", *find_packages("kernels"))),
+]
 
 COMMON = [
     "-std=c++17",
@@ -74,34 +81,56 @@ class BuildKernels(build_ext):
         except Exception as error:  # whatever the compiler's failure is called on this platform
             if required:
                 raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(
-                f"\nWARNING: {ext.name} was not built ({error}).\n"
-                f"The package works without it, on its other backends. For this one install {advice} and reinstall.\n",
+                f"WARNING: {ext.name} was not built ({reason}): pile_fast works without it, more slowly; to have it, install "
+                f"{advice} and reinstall with pip's --force-reinstall --no-cache-dir",
                 file=sys.stderr,
             )
             ext.optional = True
 
     def build_cpu(self, ext):
         common = COMMON + DEFINES
-        link = []
+        link = ["-pthread", "-ldl"]
         if os.environ.get("PILE_FAST_SANITIZE") == "1":
             sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
             common = [flag for flag in common if flag != "-O3"] + ["-O1", "-DPILE_POISON", *sanitize]
             link += sanitize
-        for name, flags in INSTRUCTION_SETS.items():
-            ext.extra_objects += self.compiler.compile(
-                [f"csrc/cpu/kernels_{name}.cpp"],
-                output_dir=self.build_temp,
-                extra_postargs=common + flags,
-                depends=ext.depends,
-            )
-        ext.extra_compile_args = common
-        ext.extra_link_args = link + ["-pthread", "-ldl"]
-        super().build_extension(ext)
+        compiler = self.compiler.compiler_so_cxx
+        made_from = [
+            subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout,
+            nvcc.contents(Path(header) for header in ext.depends),
+        ]
+        bindings = [sys.version.encode(), nvcc.contents(Path(ext.include_dirs[0]).rglob("*.h"))]
+
+        def compile_one(source):
+            flags = common + INSTRUCTION_SETS.get(Path(source).stem.removeprefix("kernels_"), [])
+            key = [*made_from, " ".join(compiler + flags).encode(), *(bindings if "/bindings/" in source else ())]
+
+            def make(target):
+                with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                    (made,) = self.compiler.compile(
+                        [source], output_dir=folder, include_dirs=ext.include_dirs, extra_postargs=flags
+                    )
+                    Path(made).replace(target)
+
+            return str(nvcc.kept_object(OBJECTS / "cpu", Path(source), key, make))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=self.get_libraries(ext),
+            extra_postargs=link,
+            export_symbols=self.get_export_symbols(ext),
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
 
     def build_cuda(self, ext):
         # Everything by nvcc, which knows where its headers and its runtime library are.
-        nvcc.build(Path(self.get_ext_fullpath(ext.name)), ext.include_dirs[0], ROOT / "build/cuda")
+        nvcc.build(Path(self.get_ext_fullpath(ext.name)), ext.include_dirs[0], OBJECTS / "cuda")
 
 
 def headers(*folders):
@@ -113,7 +142,12 @@ def cpu_extension():
 
     return Extension(
         "pile_fast._cpu",
-        sources=["csrc/bindings/cpu_module.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/team.cpp"],
+        sources=[
+            *(f"csrc/cpu/kernels_{name}.cpp" for name in INSTRUCTION_SETS),  # first: they take longest
+            "csrc/bindings/cpu_module.cpp",
+            "csrc/cpu/dispatch.cpp",
+            "csrc/cpu/team.cpp",
+        ],
         include_dirs=[pybind11.get_include(), "csrc/include"],
         depends=headers("bindings", "cpu", "include"),
         language="c++",
@@ -140,7 +174,6 @@ def extensions():
 
 
 setup(
-    version=VERSION,
     packages=PACKAGES,
     package_dir={"pile_fast.kernels": "kernels"},
     ext_modules=extensions(),

@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from pile_fast.extras import needs_extra
+
+with needs_extra("train"):
+    from accelerate.utils import extract_model_from_parallel
 
 
 def forward_in_passes(model: nn.Module, inputs: dict[str, Tensor], size: int | None) -> Tensor:

@@ -6,11 +6,14 @@ Where libraries differ (gain, score ties, queries without a relevant document) t
 - Documents whose label is NaN are left out, as if they were not in the list.
 - A query without a labelled document has no value: NaN in `reduction="none"`, left out of the mean and of the sum.
 - A NaN score of a document that counts is an error; ±inf scores rank first and last.
+- A document that `retrieved` says a system did not return earns nothing, while ideals and numbers of relevant documents
+  know it: what trec_eval does with the documents of its qrels. Its score may be NaN.
 - Everything is computed in float64 and costs O(n log n) per query; pairs are counted, never listed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,6 +23,8 @@ from torch import Tensor
 
 from pile_fast.batch import RankingBatch, check_cu_seqlens
 from pile_fast.options import REDUCTIONS, choice
+
+GAINS = ("exponential", "linear")
 
 
 class PairCounts(NamedTuple):
@@ -39,7 +44,14 @@ class _Lists:
     One row for both layouts, so that padding costs nothing and cannot change a result.
     """
 
-    def __init__(self, scores: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None):
+    def __init__(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        retrieved: Tensor | None = None,
+    ):
         for name, tensor in (("scores", scores), ("labels", labels)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -48,23 +60,33 @@ class _Lists:
             batch = RankingBatch(student_logits=scores, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
         except (TypeError, ValueError) as error:  # the losses' name for what is `scores` here
             raise type(error)(str(error).replace("student_logits", "scores")) from None
+        if retrieved is not None:
+            if not isinstance(retrieved, Tensor):
+                raise TypeError(f"retrieved: expected a torch.Tensor, got {type(retrieved).__name__}")
+            if retrieved.dtype is not torch.bool or retrieved.shape != labels.shape:
+                given = f"{retrieved.dtype} {tuple(retrieved.shape)}"
+                raise ValueError(f"retrieved: expected torch.bool {tuple(labels.shape)} like labels, got {given}")
+            scores = torch.where(retrieved, scores, -torch.inf)
         self.num_queries = batch.num_queries
         if batch.packed:
             check_cu_seqlens(cu_seqlens, scores.shape[0])
             lengths = cu_seqlens.diff().long()
             query = torch.arange(self.num_queries, device=scores.device).repeat_interleave(lengths)
             scores, labels = scores[: query.shape[0]], labels[: query.shape[0]]
+            retrieved = None if retrieved is None else retrieved[: query.shape[0]]
             used = ~labels.isnan()
             self.query = query[used]
         else:
             used = ~labels.isnan() if mask is None else mask & ~labels.isnan()
             self.query = used.nonzero()[:, 0]
+        self.used = used  # which of the slots given are documents here
         # + 0.0: -0.0 becomes 0.0, which not every sort takes for its equal.
         self.scores, self.labels = scores[used].double() + 0.0, labels[used].double() + 0.0
         if bool(self.scores.isnan().any()):
             raise ValueError("scores: expected numbers, got NaN for a labelled document")
         if bool(self.labels.isinf().any()):
             raise ValueError("labels: expected finite numbers (NaN = unlabelled), got inf")
+        self.retrieved = None if retrieved is None else retrieved[used]
         self.size = self.per_query(torch.ones_like(self.query))
         self.start = (self.size.cumsum(0) - self.size)[self.query]  # of each document's query
         self.position = torch.arange(self.query.shape[0], device=scores.device) - self.start
@@ -80,6 +102,19 @@ class _Lists:
         for key in keys:
             order = order[key[order].argsort(descending=descending, stable=True)]
         return order[self.query[order].argsort(stable=True)]
+
+    @functools.cached_property
+    def ranking(self) -> Tensor:
+        """Indices that put the documents of every query in the order of their scores; what was not returned is last."""
+        if self.retrieved is None:
+            return self.order(self.scores, descending=True)
+        return self.order(self.scores, self.retrieved.to(torch.uint8), descending=True)
+
+    def ranked(self, values: Tensor) -> Tensor:
+        """Values of the documents in the order of their ranks; 0 where the document was not returned."""
+        if self.retrieved is not None:
+            values = torch.where(self.retrieved, values, torch.zeros((), dtype=values.dtype))
+        return values[self.ranking]
 
     def run(self, *keys: Tensor) -> Tensor:
         """(documents,) number of the run of equal keys, within one query, that each document of sorted keys is in."""
@@ -101,6 +136,7 @@ def ndcg(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    retrieved: Tensor | None = None,
     k: int | None = None,
     gain: str = "exponential",
     ties: str = "stable",
@@ -113,15 +149,17 @@ def ndcg(
               \text{DCG@}k = \sum_{r=1}^{k} \frac{g(y_{\pi(r)})}{\log_2(1 + r)}
 
     with π(r) the document at rank r. ``gain="exponential", empty="one"`` is LightGBM's,
-    ``gain="linear", ties="average"`` scikit-learn's.
+    ``gain="linear", ties="average"`` scikit-learn's; ``gain="linear"`` trec_eval's, where documents with equal scores come
+    in descending order of their names. Gains are taken relative to the query's largest, so none overflows.
 
     Args:
         scores: (Q, N) or (D,), float; higher ranks first.
-        labels: (Q, N) or (D,), float or integer, >= 0; NaN = unlabelled (left out).
+        labels: (Q, N) or (D,), float or integer, of any size; NaN = unlabelled (left out).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
+        retrieved: (Q, N) or (D,), bool, False = the system did not return the document; None = it returned all.
         k: ranks that count; None = all.
-        gain: "exponential", g(y) = 2^y − 1, or "linear", g(y) = y.
+        gain: "exponential", g(y) = 2^y − 1, or "linear", g(y) = y as in trec_eval; a label below 0 gains 0 in both.
         ties: documents with equal scores keep their order ("stable") or share their mean gain ("average").
         empty: value of a query without a relevant document (label > 0): "zero", "one", or "skip" (no value).
         reduction: "mean" or "sum" over the queries that have a value, or "none" for (Q,) with NaN where there is none.
@@ -138,26 +176,38 @@ def ndcg(
     0.5869
     """
     _check_ranked(k, empty, reduction)
-    choice("gain", gain, ("exponential", "linear"))
+    choice("gain", gain, GAINS)
     choice("ties", ties, ("stable", "average"))
-    lists = _Lists(scores, labels, mask, cu_seqlens)
-    if bool((lists.labels < 0).any()):
-        raise ValueError("labels: ndcg needs labels >= 0, got a negative one")
-    gains = torch.exp2(lists.labels) - 1 if gain == "exponential" else lists.labels
+    lists = _Lists(scores, labels, mask, cu_seqlens, retrieved)
+    return _ranked(lists, *ndcg_values(lists, k, gain, ties), empty, reduction)
+
+
+def ndcg_values(lists: _Lists, k: int | None, gain: str, ties: str = "stable") -> tuple[Tensor, Tensor]:
+    """(Q,) NDCG@k, and whether the query has a document with a gain."""
+    gains = _gains(lists, gain)
     discount = 1 / torch.log2(lists.rank + 1)
     if k is not None:
         discount = torch.where(lists.rank <= k, discount, 0.0)
-    order = lists.order(lists.scores, descending=True)
-    ranked = gains[order]
+    ranked = lists.ranked(gains)
     if ties == "average":
-        run = lists.run(lists.scores[order])
+        keys = (lists.scores,) if lists.retrieved is None else (lists.scores, lists.retrieved)
+        run = lists.run(*(key[lists.ranking] for key in keys))
         sums = torch.zeros_like(ranked).index_add_(0, run, ranked)
         ranked = (sums / run.bincount(minlength=run.shape[0]).clamp(min=1))[run]
     dcg = lists.per_query(ranked * discount)
     ideal = lists.per_query(gains[lists.order(gains, descending=True)] * discount)
-    if bool(ideal.isinf().any()):
-        raise ValueError(f"labels: too large for gain={gain!r}, the ideal DCG overflows")
-    return _ranked(lists, dcg / ideal, ideal > 0, empty, reduction)
+    return dcg / ideal, ideal > 0
+
+
+def _gains(lists: _Lists, gain: str) -> Tensor:
+    """(documents,) gains, but for a power of two per query, which NDCG does not see: so no label is too large."""
+    labels = lists.labels.clamp(min=0)
+    largest = labels.new_zeros(lists.num_queries).scatter_reduce(0, lists.query, labels, "amax")
+    if gain == "linear":
+        return labels * torch.exp2(-largest.frexp().exponent.clamp(min=-1000).double())[lists.query]
+    shift = largest.floor()[lists.query]
+    small = torch.expm1(labels * math.log(2)) * torch.exp2(-shift)  # 2^y − 1 would lose the digits of a small y
+    return torch.where(labels < 0.5, small, torch.exp2(labels - shift) - torch.exp2(-shift))
 
 
 def mrr(
@@ -166,6 +216,7 @@ def mrr(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    retrieved: Tensor | None = None,
     k: int | None = None,
     relevant_at: float = 1,
     empty: str = "zero",
@@ -180,6 +231,7 @@ def mrr(
         labels: (Q, N) or (D,), float or integer; NaN = unlabelled (left out).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
+        retrieved: (Q, N) or (D,), bool, False = the system did not return the document; None = it returned all.
         k: ranks that count; None = all.
         relevant_at: a document is relevant if its label is at least this.
         empty: value of a query without a relevant document: "zero", "one", or "skip" (no value).
@@ -197,12 +249,18 @@ def mrr(
     0.5
     """
     _check_ranked(k, empty, reduction)
-    lists = _Lists(scores, labels, mask, cu_seqlens)
-    relevant = (lists.labels >= relevant_at)[lists.order(lists.scores, descending=True)]
-    counted = relevant if k is None else relevant & (lists.rank <= k)
-    reciprocal = torch.where(counted, 1 / lists.rank, 0.0)
+    lists = _Lists(scores, labels, mask, cu_seqlens, retrieved)
+    return _ranked(lists, *reciprocal_rank_values(lists, lists.labels >= relevant_at, k), empty, reduction)
+
+
+def reciprocal_rank_values(lists: _Lists, relevant: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """(Q,) reciprocal rank of the first of the relevant documents (documents,), and whether the query has one."""
+    found = lists.ranked(relevant)
+    if k is not None:
+        found = found & (lists.rank <= k)
+    reciprocal = torch.where(found, 1 / lists.rank, 0.0)
     best = reciprocal.new_zeros(lists.num_queries).scatter_reduce(0, lists.query, reciprocal, "amax")
-    return _ranked(lists, best, lists.per_query(relevant.long()) > 0, empty, reduction)
+    return best, lists.per_query(relevant.long()) > 0
 
 
 def average_precision(
@@ -211,6 +269,7 @@ def average_precision(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    retrieved: Tensor | None = None,
     k: int | None = None,
     relevant_at: float = 1,
     empty: str = "zero",
@@ -224,7 +283,7 @@ def average_precision(
     keep their order.
 
     Args:
-        scores, labels, mask, cu_seqlens, k, relevant_at, empty, reduction: see `mrr`.
+        scores, labels, mask, cu_seqlens, retrieved, k, relevant_at, empty, reduction: see `mrr`.
 
     Returns:
         () or (Q,), float64. The mean over no query is NaN.
@@ -238,14 +297,20 @@ def average_precision(
     0.75
     """
     _check_ranked(k, empty, reduction)
-    lists = _Lists(scores, labels, mask, cu_seqlens)
-    relevant = (lists.labels >= relevant_at)[lists.order(lists.scores, descending=True)].long()
-    total = lists.per_query(relevant)
-    found = relevant.cumsum(0) - (total.cumsum(0) - total)[lists.query]
-    precision = relevant * found / lists.rank
+    lists = _Lists(scores, labels, mask, cu_seqlens, retrieved)
+    return _ranked(lists, *average_precision_values(lists, lists.labels >= relevant_at, k), empty, reduction)
+
+
+def average_precision_values(lists: _Lists, relevant: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """(Q,) average precision with the relevant documents (documents,), and whether the query has one."""
+    ranked = lists.ranked(relevant).long()
+    returned = lists.per_query(ranked)
+    found = ranked.cumsum(0) - (returned.cumsum(0) - returned)[lists.query]
+    precision = ranked * found / lists.rank
     if k is not None:
         precision = torch.where(lists.rank <= k, precision, 0.0)
-    return _ranked(lists, lists.per_query(precision) / total, total > 0, empty, reduction)
+    total = lists.per_query(relevant.long())
+    return lists.per_query(precision) / total, total > 0
 
 
 def pair_counts(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> PairCounts:

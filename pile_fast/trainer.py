@@ -1,30 +1,43 @@
 """`PileTrainer`: `transformers.Trainer` on packed queries, and `pile_compute_loss_func` for a `Trainer` of your own.
 
 Everything the Trainer has is the Trainer's. Added are the packing of a batch of queries, the loss and what it logs, gradient
-caching, ranking metrics, and checkpoints that are known to be whole.
+caching, ranking metrics, checkpoints that are known to be whole, and a stop before numbers that are not finite do harm.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator, RankingTargets
+from pile_fast.data.collator import (
+    BiEncoderCollator,
+    CrossEncoderCollator,
+    FeatureCollator,
+    RankingTargets,
+    order_of_teachers,
+    queries_of,
+)
+from pile_fast.data.lists import RankedLists
+from pile_fast.extras import needs_extra
 from pile_fast.functional import pairwise_distillation_loss, pairwise_logistic_loss, pile_ensemble
 from pile_fast.gradient_cache import forward_in_passes, logits_of
 from pile_fast.loss import PILELoss
 from pile_fast.metrics import average_precision, mrr, ndcg, pnr
+from pile_fast.step_check import StepCheck, check_weights, shown
 from pile_fast.students import BiEncoderConfig
-from pile_fast.students.ranker import longest_text
+from pile_fast.students.ranker import longest_text, serve_logits
+from pile_fast.training_data import NamedLists, check_data
+
+with needs_extra("train"):
+    from transformers import EvalPrediction, Trainer
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 _ENSEMBLE_OPTIONS = (
     "iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "pairwise", "backend",
@@ -97,8 +110,14 @@ def query_losses(loss: Callable[..., Tensor], logits: Tensor, targets: RankingTa
         ValueError: there are no teachers to distil, or the loss is reduced over the queries already.
     """
     teachers, cu_seqlens = targets["teacher_logits"], targets["cu_seqlens"]
-    if teachers.shape[1] == 0 and isinstance(loss, PILELoss) and loss.options["alpha"] == 0:
-        teachers = torch.full_like(logits.detach(), torch.nan).unsqueeze(1)  # labels alone need none
+    if teachers.shape[1] == 0 and isinstance(loss, PILELoss):
+        if needs_teachers(loss):
+            raise ValueError(
+                f"teacher_logits: expected at least one teacher, as alpha is {loss.options['alpha']:g}, got none for "
+                f"query {queries_of(targets)[0]}; alpha=0 learns from the labels alone. A Trainer drops what the model's "
+                "forward does not name unless it is told TrainingArguments(remove_unused_columns=False)"
+            )
+        teachers = torch.full_like(logits.detach(), torch.nan).unsqueeze(1)
     losses = loss(logits, teachers, targets["labels"], cu_seqlens=cu_seqlens)
     if losses.shape != (len(cu_seqlens) - 1,):
         raise ValueError(
@@ -108,13 +127,36 @@ def query_losses(loss: Callable[..., Tensor], logits: Tensor, targets: RankingTa
     return losses
 
 
+def needs_teachers(loss: Callable[..., Tensor]) -> bool:
+    """Whether a loss is known to distil: it cannot be computed on rows without teachers."""
+    return isinstance(loss, PILELoss) and loss.options["alpha"] > 0
+
+
+def _packed(labels: object) -> Mapping:
+    """A batch's targets, if one of our collators made them.
+
+    Raises:
+        ValueError: it was another one.
+    """
+    if isinstance(labels, Mapping) and {"labels", "teacher_logits", "cu_seqlens"} <= labels.keys():
+        return labels
+    given = f"a tensor {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    raise ValueError(
+        f"labels: expected the RankingTargets that a collator of pile_fast.data.collator makes, got {given}; give the Trainer "
+        "data_collator=CrossEncoderCollator(tokenizer), BiEncoderCollator(tokenizer) or FeatureCollator()"
+    )
+
+
 def pile_compute_loss_func(**options) -> Callable[..., Tensor]:
     """A `compute_loss_func` for a `transformers.Trainer` of your own.
 
-    Give that Trainer one of the collators of `pile_fast.data.collator` and ``remove_unused_columns=False``. Its optimiser
-    steps are those of a `PileTrainer`: the mean over the step's queries, whatever the gradient accumulation and the number of
-    processes (with ``average_tokens_across_devices``, the default). Evaluate with ``prediction_loss_only=True``: a plain
-    Trainer cannot tell the queries of packed predictions.
+    Give that Trainer one of the collators of `pile_fast.data.collator`, ``remove_unused_columns=False`` and, for a model whose
+    forward does not name labels, ``label_names=["labels"]``. Its optimiser steps are those of a `PileTrainer`: the mean over
+    the step's queries, whatever the gradient accumulation and the number of processes (with ``average_tokens_across_devices``,
+    the default). Evaluate with ``prediction_loss_only=True``: a plain Trainer cannot tell the queries of packed predictions.
+
+    A loss that is not finite raises FloatingPointError, which names the queries. To know costs a reading of the device per
+    batch, which the Trainer's own filter (``logging_nan_inf_filter``) does anyway.
 
     Args:
         **options: of `PILELoss`, but for `reduction`.
@@ -127,13 +169,27 @@ def pile_compute_loss_func(**options) -> Callable[..., Tensor]:
     True
     """
     loss = PILELoss(reduction="none", **options)
+    warned = False
 
     def compute_loss(outputs, labels: RankingTargets, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        nonlocal warned
+        warned = warn_of_infinite(_packed(labels), warned)
         losses = query_losses(loss, logits_of(outputs), labels)
+        if not (finite := losses.detach().isfinite()).all():
+            bad = [name for name, good in zip(queries_of(labels), finite.tolist(), strict=True) if not good]
+            raise FloatingPointError(f"the loss is not finite for queries {shown(bad)}")
         # In training the Trainer counts the step's items, which are queries (RankingTargets.ne), and divides no further.
         return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
     return compute_loss
+
+
+def warn_of_infinite(targets: Mapping, warned: bool) -> bool:
+    """Say once that an infinite teacher logit counts as missing; returns whether it has been said."""
+    where = targets.get("infinite")
+    if where and not warned:
+        warnings.warn(f"teacher_logits: {where} an infinite logit; such count as missing, this is said once", stacklevel=2)
+    return warned or bool(where)
 
 
 def last_checkpoint(folder: str | os.PathLike, *, processes: int = 1) -> str | None:
@@ -166,11 +222,18 @@ class PileTrainer(Trainer):
     An optimiser step lowers the mean loss over all of its queries, whatever `gradient_accumulation_steps` and the
     number of processes: 1 × 32 queries and 4 × 8 take the same step. A query without a pair counts with a loss of 0.
 
+    Training stops with FloatingPointError, on all processes, before the first step whose losses or gradients are not finite
+    (`pile_fast.step_check`), and before a model that a step broke is evaluated or saved. The message names the step and its
+    queries; checkpoints stay. Data sets that do not fit the loss, the metrics or each other are an error of `train`, by their
+    first rows: before the first step.
+
     Args:
         model, args, data_collator, **kwargs: `Trainer`'s. The model is a `FeatureRanker`, a `BiEncoder`, or any model for
             sequence classification with one output; text models need their tokenizer as `processing_class`. A data set's
-            row is a query of the data schema (docs/data.md): a `datasets.Dataset`, a list of dicts, or `RankedLists`.
-            `data_collator` and `compute_metrics` (`ranking_quality`) follow from that.
+            row is a query of the data schema (docs/data.md): a `datasets.Dataset`, a list of dicts, `RankedLists`, or an
+            iterable data set of `datasets` or of PyTorch, which is read as it comes (`max_steps` says how far). Teachers are
+            matched by the names in the rows. `data_collator` and `compute_metrics` (`ranking_quality`) follow from that.
+            Evaluation needs no teachers: without them there is no loss.
         loss: called as ``loss(student_logits, teacher_logits, labels, cu_seqlens=cu_seqlens)`` on packed tensors,
             returns the queries' losses (Q,). Default: ``PILELoss(reduction="none")``; its ``alpha=0`` trains on the
             labels alone, its ``iterations=0`` on the mean ensemble.
@@ -202,8 +265,12 @@ class PileTrainer(Trainer):
     ):
         if max_documents_per_batch is not None and max_documents_per_batch < 1:
             raise ValueError(f"max_documents_per_batch: expected a whole number >= 1, got {max_documents_per_batch}")
-        kwargs.setdefault("compute_metrics", functools.partial(_compute_metrics, k=k))
+        kwargs.setdefault("compute_metrics", RankingMetrics(k))
+        for name in ("train_dataset", "eval_dataset"):
+            if isinstance(kwargs.get(name), RankedLists):
+                kwargs[name] = NamedLists(kwargs[name])
         super().__init__(model, args, data_collator, **kwargs)
+        serve_logits(self.model)
         if data_collator is None:
             self.data_collator = _collator_for(self.model, self.processing_class)
         self.loss = PILELoss(reduction="none") if loss is None else loss
@@ -214,6 +281,14 @@ class PileTrainer(Trainer):
             raise ValueError(f"expected one GPU per process, got {self.args.n_gpu}: start with torchrun --nproc-per-node=...")
         if max_documents_per_batch is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("max_documents_per_batch: works on one process or under DDP, not with FSDP or DeepSpeed")
+        if self.accelerator.dispatch_batches and self.args.world_size > 1:
+            raise ValueError(
+                "dispatch_batches: a batch of packed queries cannot be cut into the processes' shares, leave it off"
+            )
+        # What accelerate does with data sets that have no length, if it is not told: cut up batches by their first dimension.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        # The check of a step tells more, and reads the device less often.
+        self.args.logging_nan_inf_filter = False
         # The model's forward names neither labels nor teachers: without these two the Trainer would drop both.
         self.args.remove_unused_columns = False
         self.label_names = ["labels"]
@@ -221,32 +296,81 @@ class PileTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._log_components = log_components and isinstance(self.loss, PILELoss)
         self._last_batch: tuple[Tensor, RankingTargets] | None = None
+        self._check = StepCheck(self.accelerator)
+        self._teachers: Sequence[str] | None = None
+        self._said: set[str] = set()
+        self._lossless = False
 
-    def get_batch_samples(self, *args, **kwargs) -> tuple[list, Tensor]:
-        """The batches of one optimiser step and the number of their queries, over all processes."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)  # its own count depends on its arguments
-        queries = sum(len(batch["labels"]["cu_seqlens"]) - 1 for batch in batches)
+    def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs) -> tuple[list, Tensor]:
+        """The batches of one optimiser step and the number of their queries, over all processes.
+
+        None at the end of a data set without a length, where there are fewer than a step takes: the Trainer would leave their
+        gradients to the next step.
+
+        Raises:
+            ValueError: such a data set has fewer rows than the first step takes.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)  # its count depends on arguments
+        if len(batches) < num_batches and not has_length(self.train_dataset):
+            batches = []
+            if self.state.global_step == 0:
+                rows = self.get_total_train_batch_size(self.args)
+                raise ValueError(f"train_dataset: gave fewer rows than an optimiser step takes, which is {rows}")
+        queries = sum(len(_packed(batch.get("labels"))["cu_seqlens"]) - 1 for batch in batches)
         return batches, self.accelerator.gather(torch.tensor(queries, device=self.args.device)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one packed batch, as its share of the step's mean: Σ over its queries / queries of the step."""
         inputs = dict(inputs)
-        targets = inputs.pop("labels")
+        targets = self._matched(_packed(inputs.pop("labels", None)))
         logits = forward_in_passes(model, inputs, self.max_documents_per_batch)
-        losses = query_losses(self.loss, logits, targets)
+        if not model.training and targets["teacher_logits"].shape[1] == 0 and needs_teachers(self.loss):
+            self._lossless = True
+            self._say("no loss", "evaluation: the rows have no teachers, so there is no loss, only metrics")
+            losses = logits.new_full((len(targets["cu_seqlens"]) - 1,), torch.nan)
+        else:
+            losses = query_losses(self.loss, logits, targets)
         if model.training and num_items_in_batch is not None:
             self._last_batch = (logits.detach(), targets)
+            self._check.add(losses, logits, targets["cu_seqlens"], queries_of(targets))
             # Data-parallel training averages the processes' gradients; the sum is wanted.
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
         else:
             loss = losses.mean()
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def training_step(self, model, *args, **kwargs) -> Tensor:
+        """A batch's forward and backward; after the last of an optimiser step, whether it may be taken."""
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            step = self.state.global_step + 1
+            self._check.finish(model, step)
+            if self._check.idle:
+                queries = f"step {step}: the loss of all its queries is 0 ({shown(self._check.queries)})"
+                self._say("idle", f"{queries}: none has two documents to tell apart, nothing is learned from them")
+        return loss
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """What the Trainer logs and, with a training loss, the components of the last batch's."""
         if "loss" in logs and self._log_components and self._last_batch is not None:
-            logs = logs | loss_components(self.loss, *self._last_batch, self._teacher_names())
+            logs = logs | loss_components(self.loss, *self._last_batch, self._teachers)
         super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """The Trainer's, of a model that is whole; without the loss where the rows have no teachers to compute it with."""
+        if self.is_in_train:
+            check_weights(self.model, self.state.global_step, self._check.queries)
+        self._lossless = False
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._lossless:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.pop(f"{prefix}_loss", None)
+        return output
+
+    def save_model(self, *args, **kwargs) -> None:
+        """The Trainer's, of a model that is whole."""
+        check_weights(self.model, self.state.global_step, self._check.queries)
+        super().save_model(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss, logits (Q, N), and (labels (Q, N), lengths (Q,)).
@@ -259,8 +383,8 @@ class PileTrainer(Trainer):
             return loss, None, None
         lengths = targets["cu_seqlens"].diff()
         logits, labels = (
-            torch.nn.utils.rnn.pad_sequence(x.float().split(lengths.tolist()), batch_first=True)
-            for x in (logits, targets["labels"])
+            torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
+            for x in (logits.float(), targets["labels"].double())
         )
         return loss, logits, (labels, lengths)
 
@@ -269,18 +393,41 @@ class PileTrainer(Trainer):
         if resume_from_checkpoint is True:
             found = last_checkpoint(self.args.output_dir, processes=self.args.world_size)
             resume_from_checkpoint = True if found is None else found  # the Trainer says that there is none
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        choosing = isinstance(self.compute_metrics, RankingMetrics) and self.args.eval_strategy != "no"
+        check_data(
+            self.train_dataset, self.eval_dataset, self.data_collator, needs_teachers=needs_teachers(self.loss),
+            needs_labels=isinstance(self.loss, PILELoss) and self.loss.options["alpha"] == 0,
+            best_metric=self.args.metric_for_best_model if choosing else None,
+            metrics=self.compute_metrics.names() if choosing else None,
+        )  # fmt: skip
+        self._check, self._teachers, self._said = StepCheck(self.accelerator), None, set()
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        check_weights(self.model, self.state.global_step, self._check.queries)
+        return output
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The first process writes the checkpoint's last file next, and then removes older checkpoints.
         self.accelerator.wait_for_everyone()
 
-    def _teacher_names(self) -> Sequence[str] | None:
-        names = getattr(self.train_dataset, "teacher_names", None)
-        if names is None and hasattr(self.train_dataset, "__getitem__"):
-            names = self.train_dataset[0].get("teachers")
-        return names
+    def _matched(self, targets: RankingTargets) -> RankingTargets:
+        """The targets with the teachers in the order of the first batch's, by their names."""
+        self._said.add("infinite") if warn_of_infinite(targets, "infinite" in self._said) else None
+        names, count = targets.get("teachers"), targets["teacher_logits"].shape[1]
+        if names is None or not count:
+            return targets
+        if self._teachers is None:
+            self._teachers = names
+        if names == self._teachers:
+            return targets
+        order = order_of_teachers(names, self._teachers, f"query {queries_of(targets)[0]}", "the first batch")
+        return RankingTargets(targets, teacher_logits=targets["teacher_logits"][:, order], teachers=self._teachers)
+
+    def _say(self, what: str, text: str) -> None:
+        """A warning, once."""
+        if what not in self._said and self.is_world_process_zero():
+            warnings.warn(text, stacklevel=3)
+        self._said.add(what)
 
 
 def _collator_for(model, tokenizer) -> Callable[[Sequence[dict]], dict]:
@@ -290,11 +437,32 @@ def _collator_for(model, tokenizer) -> Callable[[Sequence[dict]], dict]:
             raise ValueError("processing_class: expected the text model's tokenizer, got None")
         return FeatureCollator()
     kind = BiEncoderCollator if config.model_type == BiEncoderConfig.model_type else CrossEncoderCollator
-    return kind(tokenizer, longest_text(tokenizer, config))
+    return kind(tokenizer, longest_text(tokenizer, model))
 
 
-def _compute_metrics(prediction: EvalPrediction, k: int) -> dict[str, float]:
-    logits, (labels, lengths) = prediction.predictions, prediction.label_ids
-    logits, labels, lengths = map(torch.as_tensor, (logits, labels, lengths))
-    mask = torch.arange(logits.shape[1]) < lengths[:, None]
-    return ranking_quality(logits, labels, mask=mask, k=k)
+class RankingMetrics:
+    """A `compute_metrics` of what `PileTrainer.prediction_step` gives: `ranking_quality`."""
+
+    def __init__(self, k: int):
+        self.k = k
+        self._batches: list[tuple] = []
+
+    def names(self) -> set[str]:
+        """What it computes."""
+        return set(ranking_quality(torch.zeros(1, 1), torch.zeros(1, 1), k=self.k))
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """The metrics of a whole evaluation, given at once, as a list of batches (``eval_do_concat_batches=False``) or batch
+        by batch (``batch_eval_metrics=True``), the last one with `compute_result`."""
+        logits, targets = prediction.predictions, prediction.label_ids
+        batches = zip(logits, targets, strict=True) if isinstance(logits, list) else [(logits, targets)]
+        for logits, (labels, lengths) in batches:
+            logits, labels, lengths = map(torch.as_tensor, (logits, labels, lengths))
+            mask = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
+            self._batches.append((logits[mask].cpu(), labels[mask].cpu(), lengths.cpu()))
+        if not compute_result:
+            return {}
+        logits, labels, lengths = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        self._batches = []
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return ranking_quality(logits, labels, cu_seqlens=cu_seqlens, k=self.k)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pile_fast.data import find_data
+from pile_fast.data import files, find_data
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +124,20 @@ def text_rows():
 
 
 @pytest.fixture
-def disk_full():
-    """Makes the next whole file that this process writes to a path, which goes to a temporary one first, meet a full disk."""
+def disk_full(monkeypatch):
+    """Makes the whole files that are written to a path from now on, which go to a temporary one first, meet a full disk."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    return lambda path: path.with_name(f".{os.getpid()}.{path.name}").symlink_to("/dev/full")
+    create = files.create_aside
+
+    def fill(path):
+        def create_on_full_disk(folder, name, mode):
+            temporary = create(folder, name, mode)
+            if name == path.name:
+                temporary.unlink()
+                temporary.symlink_to("/dev/full")
+            return temporary
+
+        monkeypatch.setattr(files, "create_aside", create_on_full_disk)
+
+    return fill

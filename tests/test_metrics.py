@@ -66,6 +66,63 @@ def test_ndcg_ties():
     assert ndcg(torch.tensor([[0.0, -0.0]]), labels, ties="average").item() == pytest.approx((1 + 1 / math.log2(3)) / 2)
 
 
+@pytest.mark.parametrize("gain", ["exponential", "linear"])
+def test_labels_below_zero_gain_nothing(gain):  # B2
+    scores, labels = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[-2, 2, 1]])
+    assert torch.equal(ndcg(scores, labels, gain=gain), ndcg(scores, labels.clamp(min=0), gain=gain))
+    assert ndcg(scores, torch.tensor([[-2, -1, 0]]), gain=gain).item() == 0  # as of a query without a relevant document
+    assert ndcg(scores, torch.tensor([[-2, -1, 0]]), gain=gain, empty="skip").isnan()
+
+
+@pytest.mark.parametrize("largest", [127, 300, 1023, 1024, 1e6, 1e300])
+def test_no_label_is_too_large(largest):  # B2
+    """A label that is a little smaller earns its share of the largest one's gain, however large the two are."""
+    scores = torch.tensor([[3.0, 2.0, 1.0]])
+    labels = torch.tensor([[largest - 1, 0, largest]], dtype=torch.float64)
+    share = 0.5 if largest < 1e9 else 1.0  # of the largest gain; beyond, a difference of 1 is lost in a float64
+    wanted = (share + 1 / 2) / (1 + share / math.log2(3))
+    assert ndcg(scores, labels).item() == pytest.approx(wanted, abs=1e-12)
+    wanted = (1 - 1 / largest + 1 / 2) / (1 + (1 - 1 / largest) / math.log2(3))
+    assert ndcg(scores, labels, gain="linear").item() == pytest.approx(wanted, abs=1e-12)
+    assert mrr(scores, labels).item() == 1 and average_precision(scores, labels).item() == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("gain", ["exponential", "linear"])
+@pytest.mark.parametrize("scale", [1e-300, 1e-20])
+def test_no_label_is_too_small(gain, scale):
+    scores, labels = torch.tensor([[3.0, 2.0]]), torch.tensor([[0, 1]], dtype=torch.float64) * scale
+    assert ndcg(scores, labels, gain=gain).item() == pytest.approx(1 / math.log2(3))
+
+
+def test_what_was_not_returned_earns_nothing_but_is_missed():  # A12
+    labels = torch.tensor([[0, 1, 2, 1, NAN]])
+    scores = torch.tensor([[3.0, 2.0, NAN, NAN, NAN]])
+    retrieved = torch.tensor([[True, True, False, False, True]])
+    options = {"retrieved": retrieved}
+    ideal = 2 + 1 / math.log2(3) + 1 / 2
+    assert ndcg(scores, labels, gain="linear", **options).item() == pytest.approx(1 / math.log2(3) / ideal)
+    assert ndcg(scores, labels, gain="linear", ties="average", **options).item() == pytest.approx(1 / math.log2(3) / ideal)
+    assert average_precision(scores, labels, **options).item() == pytest.approx(1 / 2 / 3)
+    assert mrr(scores, labels, **options).item() == 1 / 2 and mrr(scores, labels, relevant_at=2, **options).item() == 0
+    # It is last also where the others' scores are -inf.
+    lowest = torch.full((1, 5), -math.inf)
+    assert (
+        mrr(lowest, torch.tensor([[2, 0, 0, 0, 1]]), retrieved=torch.tensor([[False, True, True, True, True]])).item() == 1 / 4
+    )
+
+
+def test_not_returned_is_the_same_packed_and_padded():
+    scores, labels, mask = lists()
+    retrieved = torch.rand(scores.shape) < 0.6
+    flat = packed(scores, labels, mask)
+    for metric in RANKED.values():
+        a = metric(scores, labels, mask=mask, retrieved=retrieved, reduction="none")
+        b = metric(*flat[:2], cu_seqlens=flat[2], retrieved=retrieved[mask], reduction="none")
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) and not torch.equal(
+            a, metric(scores, labels, mask=mask, reduction="none")
+        )
+
+
 @pytest.mark.parametrize("k", [None, 1, 4, 100])
 def test_ndcg_is_sklearns(k):
     rng = np.random.default_rng(1)
@@ -270,8 +327,9 @@ def test_bad_tensors(metric):
         (lambda s, y: mrr(s, y, k=1.5), TypeError, "k: expected an int"),
         (lambda s, y: ndcg(s, y, gain="exp"), ValueError, "gain: expected one of 'exponential', 'linear', got 'exp'"),
         (lambda s, y: ndcg(s, y, ties="random"), ValueError, "ties: expected"),
-        (lambda s, y: ndcg(s, -y), ValueError, "labels: ndcg needs labels >= 0"),
-        (lambda s, y: ndcg(s, y * 2000), ValueError, "labels: too large for gain='exponential'"),
+        (lambda s, y: ndcg(s, y, retrieved=y), ValueError, "retrieved: expected torch.bool"),
+        (lambda s, y: mrr(s, y, retrieved=y[:, 1:] > 0), ValueError, r"retrieved: expected torch.bool \(1, 3\) like labels"),
+        (lambda s, y: average_precision(s, y, retrieved=True), TypeError, "retrieved: expected a torch.Tensor, got bool"),
         (lambda s, y: mrr(s, y, empty="nan"), ValueError, "empty: expected"),
         (lambda s, y: average_precision(s, y, reduction="median"), ValueError, "reduction: expected"),
         (lambda s, y: pnr(s, y, average="weighted"), ValueError, "average: expected"),

@@ -2,9 +2,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, PreTrainedModel
 
 from pile_fast.data.collator import BiEncoderCollator
-from pile_fast.students import KINDS, FeatureRanker, FeatureRankerConfig, load_ranker
+from pile_fast.students import KINDS, BiEncoder, FeatureRanker, FeatureRankerConfig, load_ranker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,6 +115,41 @@ def test_bi_encoder_round_trip(tmp_path, pooling, similarity, tiny_text_model, t
     inputs = BiEncoderCollator(tiny_tokenizer)(text_rows(3))
     del inputs["labels"]
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+# C7: a saved bi-encoder holds the encoder under its own names, so that other libraries read it.
+def test_bi_encoder_folder_is_the_encoders(tmp_path, tiny_text_model, tiny_tokenizer, text_rows):
+    model = tiny_text_model("bi-encoder", pooling="cls", scale=7.0)
+    save(model, tiny_tokenizer, tmp_path)
+    encoder = AutoModel.from_pretrained(tmp_path)
+    assert type(encoder) is type(model.encoder)
+    for name, weight in model.encoder.state_dict().items():
+        assert torch.equal(weight, encoder.state_dict()[name])
+    # What a Trainer does to resume, and to load the best checkpoint: it ignores names that the model does not have.
+    other = tiny_text_model("bi-encoder", seed=1)
+    unexpected = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not unexpected.missing_keys and not unexpected.unexpected_keys
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
+    model.load_state_dict(other.state_dict())  # its own names
+    again = BiEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.dtype is torch.bfloat16 and again.config.scale == 7.0 and not again.training
+    # Trained on by a tool that knows only the encoder: the scale is kept.
+    encoder.save_pretrained(tmp_path)
+    assert load_ranker(tmp_path).model.config.scale == 7.0
+    with pytest.raises(ValueError, match=r"call the model's push_to_hub\(repo_id\)"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_bi_encoder_folder_of_the_older_layout(tmp_path, tiny_text_model, tiny_tokenizer, text_rows):
+    model = tiny_text_model("bi-encoder", pooling="cls", similarity="dot", scale=7.0).eval()
+    PreTrainedModel.save_pretrained(model, tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "pile_fast_bi_encoder"
+    loaded = load_ranker(tmp_path).model
+    assert (loaded.config.pooling, loaded.config.similarity, loaded.config.scale) == ("cls", "dot", 7.0)
+    inputs = BiEncoderCollator(tiny_tokenizer)(text_rows(3))
+    del inputs["labels"]
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_plain_encoder_folder_scores_the_cosine_of_mean_pooling(tmp_path, tiny_text_model, tiny_tokenizer, text_rows):

@@ -1,4 +1,7 @@
-"""Compiles csrc/cuda with nvcc, for setup.py and benchmarks/gpu_check.py. Standard library only."""
+"""Compiles csrc/cuda with nvcc, for setup.py and benchmarks/gpu_check.py. Standard library only.
+
+`kept_object`, which keeps what was compiled, serves setup.py's C++ compiler as well.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +44,30 @@ def architectures(archs) -> list[str]:
     ]
 
 
+def contents(files: Iterable[Path]) -> bytes:
+    """A digest of the files' contents, whatever their folder is called."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.digest()
+
+
+def kept_object(folder: Path, source: Path, made_from: Iterable[bytes], make: Callable[[Path], None]) -> Path:
+    """The object of `source` in `folder`; made, by `make(path)`, unless one is there that was made from the same.
+
+    Args:
+        made_from: all that the object depends on besides the source itself: compiler, flags, headers.
+    """
+    key = hashlib.sha256(b"\0".join([*made_from, source.read_bytes()])).hexdigest()[:16]
+    kept = folder / f"{source.stem}-{key}.o"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        making = folder / f"{source.stem}-{key}.{os.getpid()}.o"  # another build may be at it too
+        make(making)
+        making.replace(kept)
+    return kept
+
+
 def build(target: Path, pybind11_include: str, objects: Path, archs=()) -> None:
     """The extension at `target`. Objects are kept in `objects` and made again only when sources, flags or nvcc change.
 
@@ -52,19 +81,14 @@ def build(target: Path, pybind11_include: str, objects: Path, archs=()) -> None:
     if nvcc is None:
         raise RuntimeError("nvcc was not found; install the CUDA toolkit, or name its nvcc in PILE_FAST_NVCC")
     wanted = [arch for arch in os.environ.get("PILE_FAST_CUDA_ARCHS", "").split(";") if arch]
-    flags = [*architectures(archs or wanted or ARCHS), *FLAGS, f"-I{pybind11_include}", f"-I{sysconfig.get_path('include')}"]
+    flags = [*architectures(archs or wanted or ARCHS), *FLAGS]
+    includes = [f"-I{pybind11_include}", f"-I{sysconfig.get_path('include')}"]  # under build isolation in new folders each time
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
-    shared = b"\0".join([version, " ".join(flags).encode(), *(path.read_bytes() for path in HEADERS)])
-    objects.mkdir(parents=True, exist_ok=True)
+    bindings = contents((Path(pybind11_include) / "pybind11").rglob("*.h")) + sys.version.encode()
+    made_from = [version, " ".join(flags).encode(), contents(HEADERS), bindings]
 
     def compile_one(source: Path) -> Path:
-        key = hashlib.sha256(shared + source.read_bytes()).hexdigest()[:16]
-        output = objects / f"{source.stem}-{key}.o"
-        if not output.exists():
-            making = objects / f"{source.stem}-{key}.{os.getpid()}.o"
-            run(nvcc, *flags, "-c", source, "-o", making)
-            making.replace(output)
-        return output
+        return kept_object(objects, source, made_from, lambda path: run(nvcc, *flags, *includes, "-c", source, "-o", path))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(compile_one, SOURCES))

@@ -5,6 +5,8 @@ Tensors cross the border as addresses and strides; nothing is copied on the way 
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,18 @@ from pile_fast.batch import RankingBatch, check_cu_seqlens, label_error
 from pile_fast.options import EnsembleOptions, LossOptions
 
 try:
-    from pile_fast import _cpu
-
+    # By its full name: `from pile_fast import _cpu` calls a library that is not there a circular import.
+    _cpu = importlib.import_module("pile_fast._cpu")
     _unavailable = ""
 except ImportError as error:
     _cpu = None
-    _unavailable = (
-        f"the extension pile_fast._cpu did not load ({error}); it is built when pile_fast is installed where a C++17 "
-        "compiler is found: install g++ or clang++ and reinstall pile_fast"
-    )
+    if error.name == "pile_fast._cpu" and isinstance(error, ModuleNotFoundError):
+        _unavailable = (
+            "the compiled library was not built: no C++17 compiler was found, or it failed, when pile_fast was installed; "
+            "install g++ or clang++, then reinstall pile_fast with pip's --force-reinstall --no-cache-dir"
+        )
+    else:
+        _unavailable = f"the compiled library did not load ({error}); reinstall pile_fast on this machine"
 
 DEVICES = ("cpu",)
 

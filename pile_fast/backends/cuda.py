@@ -40,8 +40,9 @@ def _module():
 def unavailable() -> str:
     if not _BUILT:
         return (
-            "the extension pile_fast._cuda was not built; it is where pile_fast is installed with nvcc at hand: install the "
-            "CUDA toolkit, or name its nvcc in PILE_FAST_NVCC, and reinstall pile_fast"
+            "the extension pile_fast._cuda was not built: nvcc was not found, or it failed, when pile_fast was installed; "
+            "install the CUDA toolkit, or name its nvcc in PILE_FAST_NVCC, then reinstall pile_fast with pip's "
+            "--force-reinstall --no-cache-dir"
         )
     driver = ""
     if not torch.compiler.is_compiling():  # a tracer cannot look into an import

@@ -1,46 +1,51 @@
 """The ``pile-fast`` command: one module per subcommand, each with `add_parser(commands)` and `run(args) -> exit code`.
 
-Building the parser imports no optional library; a command imports what it needs when it runs.
+Building the parser imports no optional library; a command imports what it needs when it runs. Whatever stops a command
+comes to `main`, and `pile_fast.cli.errors` says it in one line.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 import pile_fast
 from pile_fast.cli import convert, demo, ensemble, evaluate, info, inspect, score, train
-from pile_fast.cli.errors import UserError
+from pile_fast.cli.errors import any_characters, ended, printable, warnings_as_lines
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 1 for what the user can put right, 2 for a wrong command line."""
+    """Run a command line; returns the exit code.
+
+    0: done. 1: it could not be done; one line on stderr says why. 2: a command line that cannot be read. 130: interrupted.
+    141: the reader of its output left. A fault of the package itself raises.
+    """
+    args = argparse.Namespace()
+    try:
+        with any_characters(), warnings_as_lines():
+            args = _parser().parse_args(argv)
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+    except SystemExit as exit:  # after --help, --version or a wrong command line
+        return exit.code
+    except (Exception, KeyboardInterrupt) as error:
+        code = ended(error, getattr(args, "output", None) or getattr(args, "output_dir", None))
+        if code is None:
+            raise
+        return code
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="pile-fast", description="Distil several teacher rankers into one student (PILE).")
     parser.add_argument("--version", action="version", version=f"pile_fast {pile_fast.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     for command in (demo, convert, score, ensemble, inspect, train, evaluate, info):
         command.add_parser(commands)
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as exit:  # after --help, --version or a wrong command line
-        return exit.code
-    try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(f"pile-fast: error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of the output, `head` say, had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-        return 141
-    except KeyboardInterrupt:
-        print("pile-fast: interrupted", file=sys.stderr)
-        return 130
+    return parser

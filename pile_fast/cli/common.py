@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pile_fast.cli.errors import UserError
+from pile_fast.cli.errors import UserError, printable
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.data.formats import FORMATS
 from pile_fast.options import GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
@@ -99,7 +99,8 @@ def print_left_out(bad_rows: BadRows | None) -> None:
     """What --skip-bad-rows left out, on stderr."""
     if bad_rows is not None and bad_rows.count:
         shown = "" if bad_rows.count == len(bad_rows.reasons) else f", the first {len(bad_rows.reasons)}"
-        print(f"Left out {bad_rows.count:,} broken rows or lines{shown}:", *bad_rows.reasons, sep="\n  ", file=sys.stderr)
+        reasons = map(printable, bad_rows.reasons)
+        print(f"Left out {bad_rows.count:,} broken rows or lines{shown}:", *reasons, sep="\n  ", file=sys.stderr)
 
 
 def require(command: str, *modules: str, extra: str = "train") -> None:

@@ -1,27 +1,201 @@
-"""The one error that a command ends with."""
+"""What a command ends with when it cannot go on: the one place that turns exceptions into a line and an exit code.
+
+A line says what is wrong, where, and what to do, in the user's own words. An exception that no input explains is a fault of
+this package: it stays a traceback. ``PILE_FAST_DEBUG=1`` shows the traceback behind every line.
+"""
+
+from __future__ import annotations
 
 import contextlib
+import dis
+import json
+import lzma
+import os
+import pickle
+import re
+import sys
+import traceback
+import unicodedata
+import warnings
+import zlib
 from collections.abc import Iterator
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_LEFT = 0, 1, 2, 130, 141
+LONGEST_LINE = 2000
+# Which extra of this package brings a module.
+EXTRAS = {
+    **dict.fromkeys(
+        ("accelerate", "bm25s", "datasets", "huggingface_hub", "jinja2", "matplotlib", "pyarrow", "rich", "safetensors",
+         "sklearn", "tokenizers", "tqdm", "transformers", "yaml"),
+        "train",
+    ),
+    "ray": "ray",
+    "sentence_transformers": "sentence-transformers",
+    "lightning_ir": "lightning-ir",
+    "triton": "gpu",
+}  # fmt: skip
+_DAMAGED = (EOFError, lzma.LZMAError, zlib.error, pickle.UnpicklingError)
+# Scripts that join letters need these two; every other character of format can turn a terminal's text around or hide it.
+_JOINERS = "\u200c\u200d"
 
 
 class UserError(Exception):
     """Something the user can put right: ends the command with this one line and exit code 1."""
 
 
+def printable(text: object) -> str:
+    r"""Text from data as a terminal may show it: control characters, bidirectional ones among them, as escapes.
+
+    >>> printable("a\x1b[2Jb\tc \u202eevil é")
+    'a\\x1b[2Jb\\tc \\u202eevil é'
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS:
+        return character.encode("unicode_escape").decode()
+    return character
+
+
+def report(kind: str, message: object) -> None:
+    """Print "pile-fast: `kind`: message" on stderr: one line, nothing in it but what a terminal may show."""
+    line = printable(re.sub(r"\s*\n\s*", " ", str(message).strip()))
+    line = line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 4] + " ..."
+    print(f"pile-fast: {kind}: {line}", file=sys.stderr)
+
+
 @contextlib.contextmanager
-def user_errors(output: str) -> Iterator[None]:
-    """What goes wrong with files, options or missing libraries, as a `UserError`.
+def warnings_as_lines() -> Iterator[None]:
+    """Warnings of Python as lines of the command."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: report("warning", message)
+        yield
+
+
+def explain(error: BaseException, output: str | None = None) -> str | None:
+    """What the user reads of an exception; None where no input explains it.
 
     Args:
         output: what is being written, for errors of the system that do not say which file they are about.
     """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ImportError):
+        return _missing(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory; smaller batches or fewer documents to a query need less ({str(error) or 'no details'})"
+    if isinstance(error, UnicodeError):
+        return f"text that is not Unicode: {error}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    if isinstance(error, _DAMAGED):
+        return f"damaged file: {error}"
+    if isinstance(error, OSError):
+        return _system(error, output)
+    if _of_pyarrow(error) or isinstance(error, ValueError) and _was_said(error):
+        return str(error)
+    if isinstance(error, TypeError) and re.match(r"[\w.\[\]-]+: expected ", str(error)):  # an argument of this package's
+        return str(error)
+    return None
+
+
+def _missing(error: ImportError) -> str:
+    module = (error.name or "").partition(".")[0]
+    if not module or "pip install" in str(error):
+        return str(error)
+    if module == "pile_fast":
+        return f"this installation of pile_fast is not whole, install it again: {error}"
+    install = f"pip install 'pile_fast[{EXTRAS[module]}]'" if module in EXTRAS else f"install {module}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"this command needs {module}: {install}"
+    return f"the {module} that is installed does not fit ({error}): {install.replace('install', 'install --upgrade', 1)}"
+
+
+def _system(error: OSError, output: str | None) -> str:
+    if not error.strerror:
+        return str(error) or type(error).__name__
+    about = error.filename
+    if about is None:
+        about = "standard output" if _output_fails() else output
+    about = os.fsdecode(about) if isinstance(about, (bytes, os.PathLike)) else about
+    return error.strerror if about is None else f"{about}: {error.strerror}"
+
+
+def _of_pyarrow(error: BaseException) -> bool:
+    """It raises these about what a file holds."""
+    pyarrow = sys.modules.get("pyarrow")
+    return pyarrow is not None and isinstance(error, pyarrow.ArrowException)
+
+
+def _was_said(error: BaseException) -> bool:
+    """Whether somebody wrote the message, in a `raise`: the words of an operation that failed tell the user nothing."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True
+    code = trace.tb_frame.f_code.co_code
+    return trace.tb_lasti < len(code) and code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+@contextlib.contextmanager
+def user_errors(output: str) -> Iterator[None]:
+    """What the user can put right, as a `UserError`; for `output` see `explain`."""
     try:
         yield
-    except ImportError as error:
-        wanted = f"this command needs {error.name}: pip install 'pile_fast[train]'"
-        raise UserError(wanted if error.name else str(error)) from error
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error  # transformers' messages have several lines
-    except OSError as error:
-        about = f"{error.filename}: {error.strerror}" if error.filename else f"{output}: {error.strerror or error}"
-        raise UserError(about if error.strerror else str(error)) from error
+    except Exception as error:
+        if isinstance(error, UserError) or (line := explain(error, output)) is None:
+            raise
+        raise UserError(line) from error
+
+
+def ended(error: BaseException, output: str | None = None) -> int | None:
+    """Tell the user what ended a command; the exit code, or None for a fault of this package, which must not be hidden."""
+    if isinstance(error, KeyboardInterrupt):
+        print("pile-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # the reader of the output, `head` say, had enough
+        _no_more_output()
+        return READER_LEFT
+    line = explain(error, output)
+    if line is None:
+        return None
+    if os.environ.get("PILE_FAST_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    report("error", line)
+    return FAILED
+
+
+def _output_fails() -> bool:
+    """Whether what was printed cannot be written; then nothing more is tried."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # ValueError: it was closed
+        _no_more_output()
+        return True
+    return False
+
+
+def _no_more_output() -> None:
+    """Python flushes what is left at the end, and would complain once more."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def any_characters() -> Iterator[None]:
+    """Standard output takes every character: what its encoding lacks is written as an escape."""
+    if getattr(sys.stdout, "errors", None) != "strict" or not hasattr(sys.stdout, "reconfigure"):
+        yield
+        return
+    stdout = sys.stdout
+    stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):  # closed, or nobody reads any more
+            stdout.reconfigure(errors="strict")

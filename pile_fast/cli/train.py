@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import inspect
 import json
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -28,7 +31,7 @@ from pile_fast.cli.common import (
     whole_number,
     writable_folder,
 )
-from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.cli.errors import DONE, FAILED, UserError, report, user_errors
 from pile_fast.options import DISTILLATIONS
 
 _KINDS = ("features", "cross-encoder", "bi-encoder")
@@ -197,13 +200,66 @@ def run(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
     try:
-        with user_errors(args.output_dir):
+        with _no_empty_folder_left(args.output_dir), user_errors(args.output_dir):
             return _train(args)
+    except FloatingPointError as error:  # on all processes
+        line = _stopped(error, args.output_dir)
+        if not torch.distributed.is_initialized():
+            raise UserError(line) from error
+        if torch.distributed.get_rank() == 0:
+            report("error", line)
+        _leave(FAILED)
     except (SafetensorError, RuntimeError) as error:
         # What the two writers of a checkpoint say when the disk is full, each without the file's name.
         if isinstance(error, SafetensorError) or "inline_container" in str(error):
             raise UserError(f"--output-dir {args.output_dir}: cannot write a checkpoint: {error}") from error
         raise
+
+
+@contextlib.contextmanager
+def _no_empty_folder_left(path: str) -> Iterator[None]:
+    """After an error, the folders of the output that were not there before, as far as nothing is in them, go."""
+    folder = Path(path)
+    made = [folder for folder in (folder, *folder.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def _stopped(error: FloatingPointError, output: str) -> str:
+    """What is left of a training that came to numbers that are not finite."""
+    from pile_fast.trainer import last_checkpoint
+
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    checkpoint = last_checkpoint(output, processes=processes)
+    kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+    return f"{error}; training stopped there and {kept}. Look at these queries, or try a lower --learning-rate"
+
+
+def _settings(args: argparse.Namespace):
+    """transformers' TrainingArguments."""
+    import transformers
+
+    eval_strategy = args.eval_strategy or ("epoch" if args.validation else "no")
+    options = {name: getattr(args, name) for name in args.trainer_options} | {"eval_strategy": eval_strategy}
+    with _options_need_libraries():
+        return transformers.TrainingArguments(output_dir=args.output_dir, **options)
+
+
+@contextlib.contextmanager
+def _options_need_libraries() -> Iterator[None]:
+    """An option of the Trainer's whose library is not installed, as a `UserError`."""
+    try:
+        yield
+    except importlib.metadata.PackageNotFoundError as error:  # transformers' own, with a sentence for a name
+        library = error.name.split("'")[1] if "'" in error.name else error.name
+        raise UserError(f"an option of the Trainer needs {library}, which is not installed: pip install '{library}'") from error
+    except (ImportError, RuntimeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -215,9 +271,7 @@ def _train(args: argparse.Namespace) -> int:
     quiet_loading()
     warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
     loss = _loss(args)
-    eval_strategy = args.eval_strategy or ("epoch" if args.validation else "no")
-    options = {name: getattr(args, name) for name in args.trainer_options} | {"eval_strategy": eval_strategy}
-    settings = transformers.TrainingArguments(output_dir=args.output_dir, **options)
+    settings = _settings(args)
     if args.model:
         model_config(args.model)  # before anything that takes time
     output = _output_folder(args)
@@ -229,18 +283,17 @@ def _train(args: argparse.Namespace) -> int:
 
     with settings.main_process_first():
         train = _rows(args, args.data)
-        validation = _rows(args, args.validation) if args.validation else None
-    _check_teachers(args, train)
+        names = _teachers_of(train)
+        validation = _rows(args, args.validation, evaluated=names) if args.validation else None
+    _check_teachers(args, names)
     transformers.set_seed(settings.seed)
     model, tokenizer, collator = _student(args, train)
-    try:
+    with _options_need_libraries():
         trainer = PileTrainer(
             model, settings, data_collator=collator, processing_class=tokenizer, train_dataset=train,
             eval_dataset=validation, loss=loss, max_documents_per_batch=args.max_documents_per_batch, k=args.ndcg_k,
             log_components=not args.no_loss_components,
         )  # fmt: skip
-    except (ImportError, RuntimeError) as error:  # an option's library that is not installed
-        raise UserError(" ".join(str(error).split())) from error
     trainer.train(resume_from_checkpoint=checkpoint)
     if validation is not None:
         metrics = trainer.evaluate()
@@ -251,13 +304,20 @@ def _train(args: argparse.Namespace) -> int:
     if trainer.is_world_process_zero():
         print(f"Wrote {output}.")
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        # To free a process group is to join gloo's thread, while that may wait for the interpreter's lock to free what the
-        # barrier used: the process ends without.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    return 0
+        _leave(DONE)
+    return DONE
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes, together with the others.
+
+    To free a process group is to join gloo's thread, while that may wait for the interpreter's lock to free what the barrier
+    used: the process ends without.
+    """
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_quality(name: str) -> bool:
@@ -286,48 +346,61 @@ def _output_folder(args: argparse.Namespace) -> Path:
     return output
 
 
-def _rows(args: argparse.Namespace, paths: list[str]):
-    """The rows as a data set that holds what the student and the loss need."""
+def _rows(args: argparse.Namespace, paths: list[str], evaluated: Sequence[str] | None = None):
+    """The rows as a data set that holds what the student and the loss need.
+
+    Args:
+        evaluated: for rows of evaluation, the teachers of training. Theirs are the same or none.
+    """
     from pile_fast.data import BadRows, RankedLists, load_dataset, read_rows
 
     bad_rows = BadRows() if args.skip_bad_rows else None
     if args.student == "features":
         rows = read_rows(paths, format=args.source, bad_rows=bad_rows)
-        data = RankedLists.from_rows(_choose_teachers(row, args) for row in rows)
+        data = RankedLists.from_rows(_choose_teachers(row, args, evaluated) for row in rows)
     else:
         data = load_dataset(paths, format=args.source, bad_rows=bad_rows)
         for column in ("query", "documents"):
-            if data[0][column] is None:
-                raise UserError(f"{paths[0]}: query {data[0]['query_id']}: no {column!r}, which a {args.student} needs")
-        if args.teacher_columns or args.ensemble_logits:
-            data = data.with_transform(lambda columns: _each_row(columns, args))
+            if missing := data.data.column(column).is_null().index(True).as_py() + 1:
+                of = f"{', '.join(paths)}: query {data[missing - 1]['query_id']}"
+                raise UserError(f"{of}: no {column!r}, which a {args.student} needs")
+        if _choose_teachers(data[0], args, evaluated)["teachers"] != data[0]["teachers"]:
+            data = data.with_transform(lambda columns: _each_row(columns, lambda row: _choose_teachers(row, args, evaluated)))
     print_left_out(bad_rows)
     return data
 
 
-def _each_row(columns: dict[str, list], args: argparse.Namespace) -> dict[str, list]:
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    rows = [_choose_teachers(row, args) for row in rows]
+def _each_row(columns: dict[str, list], change: Callable[[dict], dict]) -> dict[str, list]:
+    rows = [change(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
     return {name: [row[name] for row in rows] for name in columns}
 
 
-def _choose_teachers(row: dict, args: argparse.Namespace) -> dict:
+def _choose_teachers(row: dict, args: argparse.Namespace, evaluated: Sequence[str] | None) -> dict:
+    """The row with the teachers to learn from; one of evaluation may have none, else it has those of training."""
     from pile_fast.data import ensemble_as_teacher
 
     if args.ensemble_logits:
-        return ensemble_as_teacher(row)
-    if not args.teacher_columns:
+        if evaluated is None or row["ensemble_logits"] is not None:
+            return ensemble_as_teacher(row)
+        return row | {"teacher_logits": [[] for _ in row["teacher_logits"]], "teachers": []}
+    names = args.teacher_columns if evaluated is None else evaluated
+    if not names or list(names) == row["teachers"] or (evaluated is not None and not row["teachers"]):
         return row
-    if unknown := [name for name in args.teacher_columns if name not in row["teachers"]]:
+    if unknown := [name for name in names if name not in row["teachers"]]:
         known = ", ".join(row["teachers"]) or "none"
-        raise UserError(f"--teacher-columns: no teacher {unknown[0]!r} in the data, there are: {known}")
-    columns = [row["teachers"].index(name) for name in args.teacher_columns]
+        flag = "--teacher-columns" if evaluated is None else "--validation"
+        there = "in the data" if evaluated is None else "in its rows, as in those of training"
+        raise UserError(f"{flag}: no teacher {unknown[0]!r} {there}, there are: {known}")
+    columns = [row["teachers"].index(name) for name in names]
     logits = [[scores[m] for m in columns] for scores in row["teacher_logits"]]
-    return row | {"teacher_logits": logits, "teachers": list(args.teacher_columns)}
+    return row | {"teacher_logits": logits, "teachers": list(names)}
 
 
-def _check_teachers(args: argparse.Namespace, train) -> None:
-    names = train.teacher_names if args.student == "features" else train[0]["teachers"]
+def _teachers_of(data) -> Sequence[str]:
+    return data.teacher_names if hasattr(data, "teacher_names") else data[0]["teachers"]
+
+
+def _check_teachers(args: argparse.Namespace, names: Sequence[str]) -> None:
     if not names and args.alpha != 0:
         raise UserError("the data has no teacher_logits: add teachers (pile-fast score), or train on the labels with --alpha 0")
     if args.prior is not None and len(args.prior) != len(names):
@@ -367,8 +440,11 @@ def _save(trainer, output: Path) -> None:
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == _LAST_FILE):
+        files = [path for path in aside.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path == aside / _LAST_FILE):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            path.replace(output / path.name)
-        aside.rmdir()
+            target = output / path.relative_to(aside)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(aside)

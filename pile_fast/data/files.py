@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
+import hashlib
 import io
 import lzma
 import os
+import secrets
+import stat
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +21,9 @@ from pile_fast.data.rows import BadRows, reject
 
 T = TypeVar("T")
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+# Errors of the system that writing alone meets: no space, no quota, too large, read-only.
+_ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_BLOCK, _BLOCKS = 2**20, 64  # of a file's fingerprint
 DAMAGED = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
@@ -72,14 +79,15 @@ def read_cells(path: Path, separator: str | None, count: int) -> list[list[str]]
 def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to; on success it replaces `path` in one step, on failure it is removed.
 
-    Whoever reads `path` sees the old file or the whole new one, also after a crash of the machine.
+    Whoever reads `path` sees the old file or the whole new one, also after a crash of the machine. Any number of threads,
+    processes and machines may write to one `path`: the last one's file is there in the end. An old file's mode is kept.
 
     Args:
         path: the file to be; may be there already.
         folder: where the temporary file lies, on the same file system; None = beside `path`.
 
     Raises:
-        OSError: not a regular file, or it cannot be written there.
+        OSError: not a regular file, or it cannot be written there; the error names `path`, not the temporary file.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "answer.txt"
@@ -88,24 +96,54 @@ def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Itera
     >>> target.read_text()
     '42'
     """
-    path = Path(os.path.realpath(path))  # a link keeps pointing at the file
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path}: not a regular file")
-    # The suffix stays the last: writers choose compression by it.
-    temporary = (folder or path.parent) / f".{os.getpid()}.{path.name}"
+    given, path = os.fspath(path), Path(os.path.realpath(path))  # a link keeps pointing at the file
+    with _named(given):
+        if path.exists() and not path.is_file():
+            raise OSError(f"{given}: not a regular file")
+        mode = stat.S_IMODE(path.stat().st_mode) & 0o777 if path.exists() else None
+        temporary = create_aside(folder or path.parent, path.name, 0o666 if mode is None else 0o600)
     try:
-        try:
-            open(temporary, "wb").close()
-        except OSError as error:  # about a name that the user has never heard of
-            raise OSError(error.errno, f"cannot write there: {error.strerror}", str(path)) from None
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _named(given, temporary):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            if mode is not None:
+                os.chmod(temporary, mode)
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong first is what matters
+            temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def create_aside(folder: Path, name: str, mode: int) -> Path:
+    """A new empty file in a folder, under a name that nobody can guess, so that nobody can have put a link there.
+
+    Its suffix is that of `name`: writers choose compression by it.
+    """
+    stem, suffix = os.path.splitext(name)
+    while True:
+        path = folder / f".{stem[:40]}.{secrets.token_hex(8)}{suffix}"
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), mode))
+            return path
+        except FileExistsError:
+            continue
+
+
+@contextlib.contextmanager
+def _named(path: str, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of writing are about `path`, not about a name that the user has never heard of."""
+    try:
+        yield
+    except OSError as error:
+        if temporary is None and error.errno is not None:
+            raise OSError(error.errno, f"cannot write there: {os.strerror(error.errno)}", path) from None
+        ours = temporary is not None and (str(error.filename) == str(temporary) or str(temporary) in str(error))
+        if error.errno is not None and (ours or (error.filename is None and error.errno in _ONLY_WRITING)):
+            raise OSError(error.errno, os.strerror(error.errno), path) from error
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -119,9 +157,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def fingerprint(*paths: str | os.PathLike) -> list[list]:
-    """[absolute path, bytes, time of change] of each file: what a job that goes on must find unchanged."""
-    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
-    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    """[absolute path, bytes, time of change, digest] of each file: what a job that goes on must find unchanged.
+
+    The digest is of the whole content up to 64 MiB, else of 64 blocks of 1 MiB from the first to the last.
+    """
+    return [_fingerprint(os.path.abspath(path)) for path in paths]
+
+
+def _fingerprint(path: str) -> list:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        last = status.st_size - _BLOCK
+        starts = range(0, status.st_size, _BLOCK)
+        for start in starts if len(starts) <= _BLOCKS else (last * i // (_BLOCKS - 1) for i in range(_BLOCKS)):
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return [path, status.st_size, status.st_mtime_ns, digest.hexdigest()]
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -31,7 +30,11 @@ from pile_fast.ensembles import (
     best_teacher_ensemble,
     shared_prior,
 )
+from pile_fast.extras import needs_extra
 from pile_fast.functional import pile_ensemble
+
+with needs_extra("train"):
+    import pyarrow as pa
 
 METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
 # Methods that work on padded lists get at most this many slots at a time.

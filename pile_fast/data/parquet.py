@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pile_fast.data.files import atomic_path
 from pile_fast.data.rows import COLUMNS, BadRows, RowChecker, reject
+from pile_fast.extras import needs_extra
+
+with needs_extra("train"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _LISTS = pa.list_(pa.list_(pa.float32()))
 SCHEMA = pa.schema(

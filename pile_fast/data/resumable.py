@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from pile_fast.data.files import ahead, atomic_path
@@ -13,6 +15,10 @@ try:
     import fcntl
 except ImportError:  # Windows: nothing keeps two processes off one output there
     fcntl = None
+
+_PART = re.compile(r"\d{8,}\.parquet")
+# What `atomic_path` leaves in the folder if the process is killed.
+_STALE = re.compile(r"\..*\.[0-9a-f]{16}(\.\w+)?")
 
 
 class ResumableOutput:
@@ -29,7 +35,8 @@ class ResumableOutput:
         done: numbers of the parts that are there.
 
     Raises:
-        ValueError: the parts there were written with other settings, or another process is writing them.
+        ValueError: the parts there were written with other settings, another process is writing them, or the folder of the
+            parts is something else.
         OSError: cannot write there.
 
     >>> import tempfile
@@ -46,15 +53,17 @@ class ResumableOutput:
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict):
+        self.name = os.fspath(path)
         self.path = Path(os.path.realpath(path))  # the parts go where the file will be, if it is a link
         if self.path.exists() and not self.path.is_file():
             raise OSError(f"{path}: not a regular file")
         self.folder = self.path.with_name(self.path.name + ".parts")
         self._lock = self._take_lock()
         try:
-            for stale in self.folder.glob(".*"):  # of a process that was killed while it wrote
-                stale.unlink()
-            self.done = {int(file.stem) for file in self.folder.glob("[0-9]*.parquet")}
+            for file in self.folder.iterdir():  # of a process that was killed while it wrote
+                if _STALE.fullmatch(file.name):
+                    file.unlink()
+            self.done = {int(file.stem) for file in self.folder.glob("*.parquet") if _PART.fullmatch(file.name)}
             self._check_settings(json.loads(json.dumps(settings)))
         except BaseException:
             self.close()
@@ -62,11 +71,15 @@ class ResumableOutput:
 
     def _take_lock(self) -> int:
         while True:
-            self.folder.mkdir(exist_ok=True)
-            try:
-                lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
-            except FileNotFoundError:  # another process finished between the two lines
-                continue
+            with self._named():
+                with contextlib.suppress(FileExistsError):
+                    self.folder.mkdir()
+                if self.folder.is_symlink() or not self.folder.is_dir():  # planted, or a mistake: not ours to change
+                    raise ValueError(f"{self.folder}: expected the folder of an unfinished output or nothing; move it away")
+                try:
+                    lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+                except FileNotFoundError:  # another process finished between the two lines
+                    continue
             if fcntl is None:
                 return lock
             try:
@@ -76,23 +89,37 @@ class ResumableOutput:
                     return lock
             except BlockingIOError:
                 os.close(lock)
-                raise ValueError(f"{self.path}: another process is writing this file") from None
+                raise ValueError(f"{self.name}: another process is writing this file") from None
             except FileNotFoundError:
                 pass
             os.close(lock)
 
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the system are about the file to be, not about the parts of it."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, f"cannot write there: {os.strerror(error.errno)}", self.name) from error
+
     def _check_settings(self, settings: dict) -> None:
         file = self.folder / "settings.json"
         if not self.done:
-            with atomic_path(file) as temporary:
+            with self._named(), atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
             return
-        old = json.loads(file.read_text())
+        again = "remove the folder to start again, or name another output"
+        try:
+            old = json.loads(file.read_text())
+        except (FileNotFoundError, ValueError):  # no JSON, no text
+            raise ValueError(f"{self.folder} is not the folder of an unfinished output, or it is damaged: {again}") from None
         if old != settings:
             names = sorted(name for name in old.keys() | settings.keys() if old.get(name) != settings.get(name))
             raise ValueError(
                 f"{self.folder} holds an unfinished output of other settings or another input "
-                f"({', '.join(names)} differ): remove the folder to start again, or name another output"
+                f"({', '.join(names)} differ): {again}"
             )
 
     def _part(self, number: int) -> Path:
@@ -106,7 +133,7 @@ class ResumableOutput:
         from pile_fast.data.parquet import rows_to_table
 
         table = part if isinstance(part, pa.Table) else rows_to_table(part)
-        with atomic_path(self._part(number)) as temporary:
+        with self._named(), atomic_path(self._part(number)) as temporary:
             # Read once more and removed: what is quick to encode.
             pq.write_table(table, temporary, compression="lz4", use_dictionary=False, write_statistics=False)
         self.done.add(number)
@@ -119,18 +146,21 @@ class ResumableOutput:
         """
         if self.done != set(range(len(self.done))):
             missing = min(set(range(len(self.done))) - self.done)
-            raise ValueError(f"{self.path}: part {missing} is missing")
+            raise ValueError(f"{self.name}: part {missing} is missing")
         if not self.done:
-            raise ValueError(f"{self.path}: no parts were written")
-        with atomic_path(self.path, folder=self.folder) as temporary:
+            raise ValueError(f"{self.name}: no parts were written")
+        with self._named(), atomic_path(self.path, folder=self.folder) as temporary:
             self._join(temporary)
-        self._remove()
+        self.discard()
         self.close()
 
-    def _remove(self) -> None:
+    def discard(self) -> None:
+        """Remove the parts; of use when what they were made from has changed in the meantime."""
         # Parts before what they belong to, should this be interrupted; the lock last: who takes a new one finds no part.
-        for file in [*sorted(self.folder.glob("*.parquet")), self.folder / "settings.json", self.folder / "lock"]:
+        parts = [self._part(number) for number in sorted(self.done)]
+        for file in [*parts, self.folder / "settings.json", self.folder / "lock"]:
             file.unlink(missing_ok=True)
+        self.done = set()
         with contextlib.suppress(OSError):  # another process has begun to write there
             self.folder.rmdir()
 
@@ -140,14 +170,15 @@ class ResumableOutput:
         from pile_fast.data.parquet import write_tables
 
         parts = [self._part(number) for number in range(len(self.done))]
-        write_tables(temporary, pq.read_schema(parts[0]), ahead(pq.read_table(part) for part in parts))
+        write_tables(temporary, pq.read_schema(parts[0]), ahead(map(_read_part, parts)))
 
     def close(self) -> None:
         """Let go of the lock; the parts, if there are any, stay."""
         if self._lock is None:
             return
-        if self.folder.exists() and not any(self.folder.glob("[0-9]*.parquet")):
-            self._remove()
+        if self.folder.exists() and not any(_PART.fullmatch(file.name) for file in self.folder.iterdir()):
+            self.done = set()
+            self.discard()
         os.close(self._lock)
         self._lock = None
 
@@ -156,3 +187,13 @@ class ResumableOutput:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+def _read_part(path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: damaged part: {error}; remove it and run the command again to make it anew") from error

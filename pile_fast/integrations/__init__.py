@@ -7,10 +7,10 @@ install.
 import importlib
 from types import ModuleType
 
+from pile_fast.extras import needs_extra
+
 
 def import_library(module: str, extra: str) -> ModuleType:
     """Import an optional library's module; an ImportError says which extra of this package brings it."""
-    try:
+    with needs_extra(extra):
         return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{error}; this integration needs it: pip install 'pile_fast[{extra}]'") from error

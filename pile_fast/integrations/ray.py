@@ -7,14 +7,16 @@ import re
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 
-from pile_fast.data.offline import OfflineEnsemble
-from pile_fast.integrations import import_library
+from pile_fast.extras import needs_extra
 
-ray = import_library("ray", "ray")
-import_library("ray.data", "ray")
+with needs_extra("ray"):  # before the module below, whose own need names another extra
+    import pyarrow as pa
+    import ray
+    import ray.data
+
+from pile_fast.data.offline import OfflineEnsemble
 
 
 class RayEnsemble:

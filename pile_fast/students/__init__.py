@@ -7,6 +7,11 @@
 `load_ranker` opens whichever a folder holds.
 """
 
+from pile_fast.extras import needs_extra
+
+with needs_extra("train"):  # each of the modules here imports it
+    import transformers  # noqa: F401
+
 from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig
 from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 from pile_fast.students.ranker import KINDS, Ranker, load_ranker

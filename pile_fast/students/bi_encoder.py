@@ -11,9 +11,13 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pile_fast.options import choice, number
+from pile_fast.students.features import no_loss_of_its_own
 
 POOLINGS = ("mean", "cls")
 SIMILARITIES = ("cosine", "dot")
+# The entry of a saved student's config.json, which otherwise is the encoder's own, that makes it a BiEncoder.
+_SETTINGS = "pile_fast"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class BiEncoderConfig(PretrainedConfig):
@@ -47,11 +51,20 @@ class BiEncoderConfig(PretrainedConfig):
         self.scale = number("scale", scale, low=0.0, open_low=True)
         super().__init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+        """The stored configuration, with the encoder's own and these settings apart."""
+        stored, kwargs = super().get_config_dict(*args, **kwargs)
+        if settings := stored.pop(_SETTINGS, None):
+            stored = {"model_type": cls.model_type, "encoder": stored, **settings}
+        return stored, kwargs
+
 
 class BiEncoder(PreTrainedModel):
     """A ranker that embeds queries and documents apart, so that a document's embedding can be stored.
 
-    `from_encoder` starts one from any `AutoModel`; `save_pretrained` and `from_pretrained` keep all of it.
+    `from_encoder` starts one from any `AutoModel`; `save_pretrained` and `from_pretrained` keep all of it. What is saved is a
+    sentence-transformers folder: ``SentenceTransformer(folder)`` gives the same embeddings, `AutoModel` the encoder.
 
     >>> from transformers import BertConfig
     >>> encoder = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -102,6 +115,54 @@ class BiEncoder(PreTrainedModel):
         model.encoder = encoder
         return model
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *args, config: BiEncoderConfig | None = None, **kwargs) -> BiEncoder:
+        """Load a saved `BiEncoder`; further arguments are those of `AutoModel.from_pretrained`."""
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        stored, _ = PretrainedConfig.get_config_dict(name_or_path, **hub)
+        if _SETTINGS not in stored:  # the layout of before, under names of its own
+            return super().from_pretrained(name_or_path, *args, config=config, **kwargs)
+        config = config or BiEncoderConfig.from_pretrained(name_or_path, **hub)
+        model = cls(config)
+        model.encoder = AutoModel.from_pretrained(name_or_path, *args, config=config.encoder, **kwargs)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save as a sentence-transformers folder, the scale in its config.json.
+
+        Raises:
+            ValueError: `push_to_hub` is set; the method of that name uploads all of the folder.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub: expected False, got True; call the model's push_to_hub(repo_id)")
+        weights = self.state_dict() if state_dict is None else state_dict
+        weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+        config = self.encoder.config
+        settings = {name: getattr(self.config, name) for name in ("pooling", "similarity", "scale")}
+        setattr(config, _SETTINGS, settings)
+        try:
+            self.encoder.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=weights, **kwargs)
+        finally:
+            delattr(config, _SETTINGS)
+        if is_main_process:
+            for name, content in _sentence_transformers_files(self.config, config.hidden_size).items():
+                path = Path(save_directory) / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(content, indent=2) + "\n")
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+        """Takes the names of `save_pretrained` too, which are the encoder's: a Trainer resumes from such a file."""
+        if state_dict.keys() <= self.encoder.state_dict().keys():
+            state_dict = {f"encoder.{name}": tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)
+
     def embed(self, input_ids: Tensor, attention_mask: Tensor, **tokens: Tensor) -> Tensor:
         """Embeddings (texts, hidden), float32, of tokenised texts (texts, length)."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **tokens).last_hidden_state.float()
@@ -116,14 +177,18 @@ class BiEncoder(PreTrainedModel):
         """Logits (D,) of embeddings (Q, hidden) and (D, hidden), `query_index` (D,) saying whose each document is."""
         return self.config.scale * (queries[query_index] * documents).sum(-1)
 
-    def forward(self, query_index: Tensor | None = None, **tokens: Tensor) -> SequenceClassifierOutput | Tensor:
+    def forward(
+        self, query_index: Tensor | None = None, labels: object | None = None, **tokens: Tensor
+    ) -> SequenceClassifierOutput | Tensor:
         """Logits (D,) of D documents for Q queries.
 
         Args:
             query_index: (D,) int64, the query of each document. None: embed the texts, nothing else.
+            labels: only named, see `FeatureRanker.forward`.
             **tokens: the tokenizer's tensors (D, length) for the documents and, with names that begin with "query_",
                 (Q, query length) for the queries.
         """
+        no_loss_of_its_own(labels)
         if query_index is None:
             return self.embed(**tokens)
         queries, documents = self.split_tokens(tokens)
@@ -153,6 +218,37 @@ def first_layers(name_or_path: str | Path, num_layers: int | None) -> dict[str, 
 
 AutoConfig.register(BiEncoderConfig.model_type, BiEncoderConfig, exist_ok=True)
 AutoModel.register(BiEncoderConfig, BiEncoder, exist_ok=True)
+
+
+def is_bi_encoder(config: dict) -> bool:
+    """Whether a stored configuration is a saved `BiEncoder`'s."""
+    return _SETTINGS in config or config["model_type"] == BiEncoderConfig.model_type
+
+
+def _sentence_transformers_files(config: BiEncoderConfig, hidden_size: int) -> dict[str, object]:
+    """What makes an encoder's folder one of sentence-transformers: names and content, as all its versions read them."""
+    modules = ["Transformer", "Pooling"] + ["Normalize"] * (config.similarity == "cosine")
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+            for i, kind in enumerate(modules)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": hidden_size,
+            "pooling_mode_cls_token": config.pooling == "cls",
+            "pooling_mode_mean_tokens": config.pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+        # The tokenizer's files say how long a text may be.
+        "sentence_bert_config.json": {"max_seq_length": None, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": config.similarity,
+        },
+    }
 
 
 def _sentence_transformers_pooling(folder: Path) -> str | None:

@@ -27,6 +27,15 @@ class FeatureRankerConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+def no_loss_of_its_own(labels: object | None) -> None:
+    """Raises ValueError if a student's forward is given labels: it would ignore them without a word."""
+    if labels is not None:
+        raise ValueError(
+            "labels: a student gives logits and has no loss of its own; use pile_fast.trainer.PileTrainer, or give your "
+            "Trainer compute_loss_func=pile_fast.trainer.pile_compute_loss_func(...)"
+        )
+
+
 class FeatureRanker(PreTrainedModel):
     """A multi-layer perceptron on a document's features, standardised by statistics that are saved with the weights.
 
@@ -60,6 +69,9 @@ class FeatureRanker(PreTrainedModel):
         if features.dim() != 2 or features.shape[1] != self.config.num_features or features.shape[0] == 0:
             raise ValueError(f"features: expected (D, F) = (D, {self.config.num_features}), D > 0, got {tuple(features.shape)}")
         features = features.to(torch.float64)
+        if not features.isfinite().all():
+            document, feature = (~features.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"features[{document}, {feature}]: expected a finite number, got {features[document, feature]}")
         deviation = features.std(0, correction=0)
         # By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
         varies = features.amax(0) > features.amin(0)
@@ -67,8 +79,15 @@ class FeatureRanker(PreTrainedModel):
         self.scale.copy_(torch.where(varies, 1 / torch.where(varies, deviation, 1.0), 0.0))
         return self
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits (D,) of documents' features (D, F)."""
+    def forward(self, features: Tensor, labels: object | None = None) -> Tensor:
+        """Logits (D,) of documents' features (D, F).
+
+        Args:
+            features: (D, F).
+            labels: only named, so that a `Trainer` with a `compute_loss_func` knows what to hand to it: it evaluates the
+                loss of those models alone whose forward names labels.
+        """
+        no_loss_of_its_own(labels)
         if features.dim() != 2 or features.shape[1] != self.config.num_features:
             raise ValueError(f"features: expected (D, F) = (D, {self.config.num_features}), got {tuple(features.shape)}")
         return self.layers((features - self.mean) * self.scale).squeeze(-1)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,14 +26,17 @@ from transformers import (
 from transformers.utils import cached_file
 
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator
-from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig, first_layers
+from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig, first_layers, is_bi_encoder
 from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 
 KINDS = ("features", "cross-encoder", "bi-encoder")
 # Texts are sorted by length within this many passes: enough to waste little padding, few enough to keep in memory.
 _PASSES_AT_ONCE = 32
+# What transformers' models call a table of positions.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "char_position_embeddings")
 # A tokenizer that knows no limit says 10^30.
 _NO_LIMIT = 10**9
+_SECONDS_TO_REACH_HUB = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,8 @@ def load_ranker(
         name_or_path: folder or hub name.
         kind: "features", "cross-encoder" or "bi-encoder"; None = what the model's configuration says: a model for
             sequence classification is a cross-encoder, any other text model a bi-encoder.
-        max_length: tokens per text (pair of texts for a cross-encoder), more are cut off; None = what the model allows.
+        max_length: tokens per text (pair of texts for a cross-encoder), more are cut off; None = what the model, its tokenizer
+            and a sentence-transformers folder allow.
         device: None = the GPU if there is one.
 
     Raises:
@@ -116,8 +126,7 @@ def load_ranker(
         model = load_cross_encoder(name, trained=True)
         collator = CrossEncoderCollator(*load_tokenizer(name, model, max_length))
     else:
-        trained = config["model_type"] == BiEncoderConfig.model_type
-        model = load_bi_encoder(name, scale=None if trained else 1.0)
+        model = load_bi_encoder(name, scale=None if is_bi_encoder(config) else 1.0)
         collator = BiEncoderCollator(*load_tokenizer(name, model, max_length))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Ranker(kind, name, model.eval().to(device), collator)
@@ -132,6 +141,7 @@ def model_config(name: str) -> dict[str, Any]:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no model in this folder, it has no config.json")
     try:
+        _reach_hub(name)
         config = json.loads(Path(cached_file(name, "config.json")).read_text())
     except OSError as error:
         reason = str(error).split("\n")[0]
@@ -139,6 +149,30 @@ def model_config(name: str) -> dict[str, Any]:
     if "model_type" not in config:
         raise ValueError(f"{name}: its config.json names no model_type")
     return config
+
+
+def _reach_hub(name: str) -> None:
+    """Ask once whether the hub can be reached for a model that is not here yet: its library would ask for half a minute.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        request = urllib.request.Request(hf_hub_url(name, "config.json"), method="HEAD")
+    except HFValidationError:  # `cached_file` says it better
+        return
+    try:
+        urllib.request.urlopen(request, timeout=_SECONDS_TO_REACH_HUB).close()
+    except urllib.error.HTTPError:  # it answered
+        return
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):  # the library may know other certificates
+            raise OSError(f"cannot reach {urllib.parse.urlsplit(request.full_url).netloc} ({reason})") from error
 
 
 def _kind(config: dict[str, Any]) -> str:
@@ -160,7 +194,7 @@ def load_cross_encoder(name: str, *, trained: bool, num_layers: int | None = Non
         ValueError: it has several outputs, or no trained head where one is needed.
     """
     config = model_config(name)
-    if config["model_type"] == BiEncoderConfig.model_type:
+    if is_bi_encoder(config):
         raise ValueError(f"{name}: this is a bi-encoder, which cannot be loaded as a cross-encoder")
     if _kind(config) == "cross-encoder" and (outputs := _outputs(config)) != 1:
         raise ValueError(f"{name}: a ranker needs a cross-encoder with one output, this one has {outputs}")
@@ -169,7 +203,17 @@ def load_cross_encoder(name: str, *, trained: bool, num_layers: int | None = Non
     if trained and report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise ValueError(f"{name}: not a trained cross-encoder, the weights lack {missing}")
+    serve_logits(model)
     return model
+
+
+def serve_logits(model: torch.nn.Module) -> None:
+    """Have sentence-transformers' `CrossEncoder` predict a saved cross-encoder's logits, on which it was trained, not their
+    sigmoid. Other models are left alone."""
+    config = getattr(model, "config", None)
+    own = (BiEncoderConfig.model_type, FeatureRankerConfig.model_type)
+    if isinstance(config, PretrainedConfig) and config.model_type not in own:
+        config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def _outputs(config: dict[str, Any]) -> int:
@@ -186,7 +230,7 @@ def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> B
         **options: pooling, similarity and scale; None = as saved, or `BiEncoder.from_encoder`'s.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    if model_config(name)["model_type"] != BiEncoderConfig.model_type:
+    if not is_bi_encoder(model_config(name)):
         return BiEncoder.from_encoder(name, num_layers=num_layers, **options)
     saved = BiEncoderConfig.from_pretrained(name).to_dict()
     saved["encoder"] |= first_layers(name, num_layers)
@@ -194,23 +238,59 @@ def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> B
 
 
 def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """(tokenizer, tokens that the model takes at most, or `max_length` if that is fewer; None if nobody knows)."""
+    """(tokenizer, tokens per text: `max_length`, or else what the model takes at most; None if nobody knows).
+
+    Raises:
+        ValueError: the model has fewer positions than `max_length`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(name)
-    limits = [max_length, longest_text(tokenizer, model.config)]
+    limits = [longest_text(tokenizer, model)]
     settings = Path(name) / "sentence_bert_config.json"
     if settings.is_file():
         limits.append(json.loads(settings.read_text()).get("max_seq_length"))
     length = min((limit for limit in limits if limit is not None), default=None)
+    if max_length is not None:
+        positions = positions_of(model)
+        if positions is not None and max_length > positions:
+            raise ValueError(f"max_length: expected at most {positions}, the positions that {name} has, got {max_length}")
+        length = max_length
     if length is not None:
         tokenizer.model_max_length = length  # saved with it, so that the next to load the model cuts texts there too
     return tokenizer, length
 
 
-def longest_text(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+def longest_text(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:
     """Tokens that a tokenizer and its model take at most; None if neither knows a limit."""
-    positions = getattr(getattr(config, "encoder", config), "max_position_embeddings", None) or _NO_LIMIT
-    length = min(tokenizer.model_max_length, positions)
+    positions = positions_of(model)
+    if positions is None:  # relative or rotary ones: it could take more than it was trained for
+        positions = _positive(getattr(_config_of(model), "max_position_embeddings", None))
+    length = min(tokenizer.model_max_length, positions or _NO_LIMIT)
     return length if length < _NO_LIMIT else None
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Tokens that a model has positions for, where it looks each up in a table; None = it has no such table.
+
+    RoBERTa and its family (XLM-R, CamemBERT, MPNet, Longformer, ...) number positions from the padding's index + 1 on, so the
+    first rows of their table stand for no token: 512 of 514.
+    """
+    limits = []
+    for name, module in model.named_modules():
+        table = getattr(module, "weight", None)
+        if name.rsplit(".", 1)[-1] in _POSITION_TABLES and isinstance(table, Tensor):
+            padding = getattr(module, "padding_idx", None)
+            limits.append(table.shape[0] - (0 if padding is None else padding + 1))
+    if limits and (stated := _positive(getattr(_config_of(model), "max_position_embeddings", None))):
+        limits.append(stated)  # BART and others have rows to spare
+    return min(limits, default=None)
+
+
+def _config_of(model: PreTrainedModel) -> PretrainedConfig:
+    return getattr(model.config, "encoder", model.config)
+
+
+def _positive(limit: int | None) -> int | None:
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _groups(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
@@ -218,7 +298,8 @@ def _groups(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[dict[str
     group, documents = [], 0
     for row in rows:
         group.append(row)
-        documents += len(row.get("documents") or row.get("features") or ())
+        given = row.get("features") if row.get("documents") is None else row["documents"]
+        documents += 0 if given is None else len(given)
         if documents >= size:
             yield group
             group, documents = [], 0

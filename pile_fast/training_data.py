@@ -1,0 +1,128 @@
+"""What `PileTrainer` can know of its data sets before the first step: by their first rows, for those that have a length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pile_fast.data.collator import RankingTargets, order_of_teachers, queries_of
+from pile_fast.data.lists import RankedLists
+
+# Beside the metrics, of every evaluation.
+_MEASURED = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
+
+
+class NamedLists(torch.utils.data.Dataset):
+    """`RankedLists` whose rows also hold the names of the query and of the teachers."""
+
+    def __init__(self, lists: RankedLists):
+        self.lists = lists
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def __getitem__(self, query: int) -> dict[str, Any]:
+        names = {"query_id": self.lists.query_ids[query], "teachers": self.lists.teacher_names}
+        return {**self.lists[query], **names}
+
+
+def check_data(
+    train: Any, evaluation: Any, collator: Any, *, needs_teachers: bool, needs_labels: bool, best_metric: str | None,
+    metrics: set[str] | None,
+) -> None:  # fmt: skip
+    """Find what does not fit, before anything is computed.
+
+    Args:
+        train: the training set; of one without a length nothing is known before it is read.
+        evaluation: None, a data set, or a dict of them by name.
+        collator: from rows to a batch; what a foreign one makes is not looked at.
+        needs_teachers, needs_labels: whether the loss cannot be without them.
+        best_metric: the name of the metric that chooses the best model, if it is used.
+        metrics: the names that an evaluation computes; None = not known.
+
+    Raises:
+        ValueError: an empty set; a first row that the collator refuses; no teachers or no labels to learn from; rows of
+            evaluation that differ from those of training in their features or teachers; a `best_metric` that nobody computes.
+    """
+    sets = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    trained = _first_batch(train, collator, "train_dataset")
+    if trained is not None:
+        targets = trained["labels"]
+        if needs_teachers and not targets["teacher_logits"].shape[1]:
+            raise ValueError(
+                f"teacher_logits: expected at least one teacher in the training rows, got none for query {_query(targets)}; "
+                "alpha=0 learns from the labels alone"
+            )
+        if needs_labels and not _has_labels(train):
+            raise ValueError("labels: with alpha=0 they are all there is to learn from, and no training row has any")
+    with_loss = True
+    for name, dataset in sets.items():
+        evaluated = _first_batch(dataset, collator, f"eval_dataset{f' {name!r}' if name else ''}")
+        if evaluated is None:
+            continue
+        with_loss = with_loss and bool(not needs_teachers or evaluated["labels"]["teacher_logits"].shape[1])
+        if trained is not None:
+            _check_alike(trained, evaluated)
+    if best_metric is None or metrics is None or not any(dataset is not None for dataset in sets.values()):
+        return
+    known = {f"{name}_{metric}" if name else metric for name in sets for metric in metrics | _MEASURED}
+    if best_metric.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model: expected one of {', '.join(sorted(metrics | {'loss'}))}, got {best_metric!r}")
+    if not with_loss and best_metric.endswith("loss"):
+        raise ValueError(
+            f"metric_for_best_model: {best_metric!r} needs teachers in the rows of evaluation, which have none; choose one of "
+            f"{', '.join(sorted(metrics))}"
+        )
+
+
+def _first_batch(dataset: Any, collator: Any, called: str) -> dict[str, Any] | None:
+    """The first row of a data set with a length as a batch of `RankingTargets`; None where that cannot be had."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        return None
+    if len(dataset) == 0:
+        raise ValueError(f"{called}: no rows")
+    batch = collator([dataset[0]])
+    return batch if isinstance(batch, Mapping) and isinstance(batch.get("labels"), RankingTargets) else None
+
+
+def _check_alike(trained: dict[str, Any], evaluated: dict[str, Any]) -> None:
+    of = f"query {_query(evaluated['labels'])} of the evaluation rows"
+    if isinstance(trained.get("features"), Tensor):
+        wanted, given = trained["features"].shape[1], evaluated["features"].shape[1]
+        if wanted != given:
+            raise ValueError(f"{of}: features: expected {wanted} per document as in the training rows, got {given}")
+    wanted, given = (batch["labels"]["teacher_logits"].shape[1] for batch in (trained, evaluated))
+    if not given:
+        return
+    wanted_names, given_names = (batch["labels"].get("teachers") for batch in (trained, evaluated))
+    if wanted_names and given_names:
+        order_of_teachers(given_names, wanted_names, of, "the training data")
+    elif wanted != given:
+        raise ValueError(f"{of}: teacher_logits: expected {wanted} teachers as in the training rows, got {given}")
+
+
+def _query(targets: RankingTargets) -> str:
+    return queries_of(targets)[0]
+
+
+def _has_labels(dataset: Any) -> bool:
+    """Whether some row is labelled; True where only reading it all could tell."""
+    if isinstance(dataset, NamedLists):
+        return not bool(dataset.lists.labels.isnan().all())
+    if isinstance(dataset, list):
+        columns = [row.get("labels") for row in dataset if isinstance(row, Mapping)]
+        return any(_is_label(label) for labels in columns if labels is not None for label in labels)
+    table = getattr(dataset, "data", None)
+    if not hasattr(table, "column"):  # not a datasets.Dataset
+        return True
+    if "labels" not in table.column_names:
+        return False
+    chunks = table.column("labels").chunks
+    return any(_is_label(label.as_py()) for chunk in chunks for label in chunk.flatten())
+
+
+def _is_label(value: Any) -> bool:
+    return value is not None and value == value
