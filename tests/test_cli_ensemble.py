@@ -83,7 +83,7 @@ def test_what_the_user_can_put_right_is_one_line(capsys, tmp_path):
     assert error_of(capsys, "a.parquet", "--output", "a.parquet") == "a.parquet: the output would replace the input"
     assert error_of(capsys, "a.parquet", "--output", "b.csv").startswith("b.csv: the name does not tell the format")
     assert error_of(capsys, "a.parquet", "--output", "none/b.parquet").endswith(
-        "none/b.parquet.parts: No such file or directory"
+        "none/b.parquet: cannot write there: No such file or directory"
     )
     reason = error_of(capsys, "a.parquet", "--output", "b.parquet", "--method", "mean", "--margin", "1", "--step-size", "2")
     assert reason == "--margin, --step-size: not an option of --method mean"

@@ -195,7 +195,7 @@ def test_it_pickles_with_what_it_learnt(table, fit):
         ({"method": "median"}, "method: expected one of mean, best, rrf, ca_mkd, ebkd, pile, stacking, got 'median'"),
         ({"method": "stacking"}, "fit: stacking needs data with labels"),
         ({"method": "mean", "fit": pa.table({})}, "fit: mean learns nothing from data"),
-        ({"method": "best", "fit": pa.table({"labels": [[1]]})}, "missing column teacher_logits, there are labels"),
+        ({"method": "best", "fit": pa.table({"labels": [[1]]})}, "fit: missing column teacher_logits, there are labels"),
         ({"iterations": -1}, "iterations: expected an int >= 0, got -1"),
         ({"method": "rrf", "k": -1}, "k: expected"),
     ],
