@@ -70,7 +70,7 @@ def test_what_the_user_can_put_right_is_one_line(ray, folder, capsys):
     assert error_of("data", "--output", "data").endswith("data: it is there already, name a new folder")
     table = pq.read_table("data/a.parquet")
     pq.write_table(table.drop_columns("labels"), "unlabelled.parquet")
-    assert "unlabelled.parquet: in a block of it: missing column labels" in error_of("unlabelled.parquet", "--output", "out")
+    assert "unlabelled.parquet: missing column labels, there are query_id" in error_of("unlabelled.parquet", "--output", "out")
     assert {path.name for path in folder.iterdir()} == {"data", "unlabelled.parquet"}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -162,7 +161,7 @@ class OfflineEnsemble:
             raise ValueError(f"teacher_logits: expected {len(self.teachers)} teachers as in fit, got {len(teachers)}")
         if any(unnamed):
             one, other = ("the rows", "fit") if unnamed[0] else ("fit", "the rows")
-            raise ValueError(f"teachers: {one} has no names for them, {other} has; name the teachers in both, or in neither")
+            raise ValueError(f"teachers: no names in {one}, but in {other}; name the teachers in both, or in neither")
         for name in self.teachers:
             if name not in teachers:
                 raise ValueError(f"teachers: {name!r} of fit is missing, the rows have {', '.join(teachers)}")
@@ -314,7 +313,7 @@ def ensemble_file(
     data = DataSet(paths, format=format, **options)
     refuse_same_file(output, data.files)
     target = format_of(output)
-    check_labels(data, ensemble)
+    check_data(data, ensemble)
     settings = {"input": data.fingerprint(), "format": data.format, "ensemble": ensemble.settings}
     if target != "parquet":
         tables = ensemble_tables(data, ensemble)
@@ -329,21 +328,27 @@ def ensemble_file(
 
         write_rows(output, rows(), format=target)
         return
-    with ResumableOutput(output, settings) as out, ThreadPoolExecutor(1) as writer:
+    with ResumableOutput(output, settings) as out:
+        try:
+            _write_parts(out, ensemble_tables(data, ensemble, frozenset(out.done)), progress)
+            _check_unchanged(data, settings)
+        except ValueError:
+            out.discard()  # only another input can mend it, with which nothing goes on here
+            raise
+        out.finish()
+
+
+def _write_parts(out: ResumableOutput, tables: Iterator[tuple[Part, pa.Table]], progress: Callable[[int], None]) -> None:
+    """One part is written while the next is made."""
+    with ThreadPoolExecutor(1) as writer:
         writing = None
-        for part, table in ensemble_tables(data, ensemble, frozenset(out.done)):
+        for part, table in tables:
             if writing is not None:
                 writing.result()
             writing = writer.submit(out.write, part.number, table)
             progress(table.num_rows)
         if writing is not None:
             writing.result()
-        try:
-            _check_unchanged(data, settings)
-        except ValueError:
-            out.discard()  # it is of two inputs
-            raise
-        out.finish()
 
 
 def refuse_same_file(output: Path, inputs: Sequence[str | os.PathLike]) -> None:
@@ -352,10 +357,22 @@ def refuse_same_file(output: Path, inputs: Sequence[str | os.PathLike]) -> None:
         raise ValueError(f"{output}: the output would replace the input")
 
 
-def check_labels(data: DataSet, ensemble: OfflineEnsemble) -> None:
-    """Warn if labels that the ensemble needs order no pair of documents; raises ValueError if there are none."""
-    if not ensemble.needs_labels or ensemble.learnt is not None:  # learnt weights mean something without labels, too
-        return
+def check_data(data: DataSet, ensemble: OfflineEnsemble) -> None:
+    """What can be known before the work: whether a data set has the columns, teachers and labels that an ensemble needs.
+
+    Warns, Raises: see `ensemble_file`.
+    """
+    for name in ensemble.columns:
+        if data.columns is not None and name not in data.columns and not (name == "labels" and ensemble.learnt):
+            raise ValueError(f"{data.name}: missing column {name}, there are {', '.join(data.columns)}")
+    if ensemble.teachers is not None and (teachers := first_teachers(data)) is not None:
+        with _located(data.name):
+            ensemble.order(teachers)
+    if ensemble.needs_labels and not ensemble.learnt:  # learnt weights mean something without labels, too
+        _check_labels(data, ensemble)
+
+
+def _check_labels(data: DataSet, ensemble: OfflineEnsemble) -> None:
     labelled = False
     for part in data.parts(columns=("teacher_logits", "labels")):
         with _located(part.path):
@@ -363,22 +380,20 @@ def check_labels(data: DataSet, ensemble: OfflineEnsemble) -> None:
         if orders_pairs(*packed).any():
             return
         labelled = labelled or not packed[1].isnan().all()
-    where = ", ".join(map(str, data.files))
     if not labelled:
         raise ValueError(
-            f"{where}: no document has a label, and the method {ensemble.method} goes by labels"
+            f"{data.name}: no document has a label, and the method {ensemble.method} goes by labels"
             f"{' (of runs: by qrels)' if data.format == 'trec' else ''}; mean, rrf and ebkd need none"
         )
     warnings.warn(
-        f"{where}: in no query two documents have labels that differ, and the method {ensemble.method} goes by such pairs",
-        stacklevel=3,
+        f"{data.name}: in no query two documents have labels that differ, and the method {ensemble.method} goes by such pairs",
+        stacklevel=4,
     )
 
 
 def _check_unchanged(data: DataSet, settings: dict) -> None:
-    if json.loads(json.dumps(data.fingerprint())) != json.loads(json.dumps(settings["input"])):
-        where = ", ".join(map(str, data.files))
-        raise ValueError(f"{where}: changed while it was read, so nothing was written; run it again")
+    if data.fingerprint() != settings["input"]:
+        raise ValueError(f"{data.name}: changed while it was read, so nothing was written; run it again")
 
 
 def ensemble_tables(

@@ -40,7 +40,9 @@ class DataSet:
 
     Attributes:
         files: all of them.
+        name: theirs, for error messages.
         format: theirs.
+        columns: the columns of Parquet files; None for other formats, whose rows have those of the schema.
 
     Raises:
         ValueError: the formats differ or are not known, or a folder has no Parquet files.
@@ -62,6 +64,8 @@ class DataSet:
             raise ValueError(f"expected files of one format, got {', '.join(sorted(formats)) or 'no files'}")
         self.format = formats.pop()
         self._options = {name: value for name, value in options.items() if value is not None}
+        self.name = ", ".join(map(str, self.files))
+        self.columns: list[str] | None = None
         for path in self.files:
             with open(path, "rb"):  # whose error names the file
                 pass
@@ -69,6 +73,7 @@ class DataSet:
             if self._options:
                 raise ValueError(f"{', '.join(self._options)}: not an option of the format parquet")
             self._schema = self._common_schema()
+            self.columns = self._schema.names
         else:
             read_rows(self.files, format=self.format, **self._options)  # checks them
 
@@ -90,12 +95,11 @@ class DataSet:
         if self.format == "parquet":
             yield from self._parquet_parts(done, columns)
             return
-        where = ", ".join(map(str, self.files))
         rows = read_rows(self.files, format=self.format, **self._options)
         for number, table in enumerate(parquet.tables(rows)):
             if number not in done and table.num_rows:
                 table = table if columns is None else table.select([name for name in columns if name in table.column_names])
-                yield Part(number, where, number * parquet.ROWS_PER_TABLE, table)
+                yield Part(number, self.name, number * parquet.ROWS_PER_TABLE, table)
 
     def _parquet_parts(self, done: frozenset[int], columns: Sequence[str] | None) -> Iterator[Part]:
         before = 0  # parts of the files before
@@ -117,7 +121,7 @@ class DataSet:
                     todo = todo[run:]
             before += count
         if not before:
-            raise ValueError(f"{', '.join(map(str, self.files))}: no rows")
+            raise ValueError(f"{self.name}: no rows")
 
     def _common_schema(self) -> pa.Schema:
         schemas = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from pile_fast.data.offline import OfflineEnsemble, check_labels, ensemble_tables, first_teachers
+from pile_fast.data.offline import OfflineEnsemble, check_data, ensemble_tables, first_teachers
 from pile_fast.data.parts import DataSet
 from pile_fast.integrations import import_library
 
@@ -73,10 +73,8 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
         raise ValueError(f"{output}: it is there already, name a new folder")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{output}: cannot write there: no such folder as {output.absolute().parent}")
-    check_labels(data, ensemble)
+    check_data(data, ensemble)
     teachers = first_teachers(data)
-    if teachers is not None:
-        ensemble.order(teachers)
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="error")
     with _whole_folder(output.absolute()) as unfinished:
