@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pile_fast
 from pile_fast.cli import convert, demo, ensemble, evaluate, info, inspect, score, train
-from pile_fast.cli.errors import any_characters, ended, printable, warnings_as_lines
+from pile_fast.cli.errors import INTERRUPTED, any_characters, ended, leave, printable, warnings_as_lines
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: it could not be done; one line on stderr says why. 2: a command line that cannot be read. 130: interrupted.
     141: the reader of its output left. A fault of the package itself raises.
+
+    Args:
+        argv: the command line; None = the process's own, which this is all of: an interrupt then ends it here.
     """
     args = argparse.Namespace()
     try:
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = ended(error, getattr(args, "output", None) or getattr(args, "output_dir", None))
         if code is None:
             raise
+        if argv is None and code == INTERRUPTED:
+            leave(code)
         return code
 
 

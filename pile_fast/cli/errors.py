@@ -6,6 +6,7 @@ this package: it stays a traceback. ``PILE_FAST_DEBUG=1`` shows the traceback be
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dis
 import json
@@ -19,6 +20,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_LEFT = 0, 1, 2, 130, 141
 LONGEST_LINE = 2000
@@ -168,6 +170,15 @@ def ended(error: BaseException, output: str | None = None) -> int | None:
         traceback.print_exception(error)
     report("error", line)
     return FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: Python takes a second and more to take PyTorch apart, and who interrupts is waiting."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _output_fails() -> bool:
