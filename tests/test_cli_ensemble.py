@@ -81,7 +81,7 @@ def test_json_lines_in_and_out_and_replaced_teachers(capsys):
 
 def test_what_the_user_can_put_right_is_one_line(capsys, tmp_path):
     write_rows("a.parquet", make_rows(3))
-    assert error_of(capsys, "none.parquet", "--output", "b.parquet").startswith("none.parquet: No such file")
+    assert error_of(capsys, "none.parquet", "--output", "b.parquet").startswith("none.parquet: no such file")
     assert error_of(capsys, "a.parquet", "--output", "a.parquet") == "a.parquet: the output would replace the input"
     assert error_of(capsys, "a.parquet", "--output", "b.csv").startswith("b.csv: the name does not tell the format")
     assert error_of(capsys, "a.parquet", "--output", "none/b.parquet").endswith(

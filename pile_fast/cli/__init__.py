@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import pile_fast
 from pile_fast.cli import convert, demo, ensemble, evaluate, info, inspect, score, train
+from pile_fast.cli.common import made_folders
 from pile_fast.cli.errors import INTERRUPTED, any_characters, ended, leave, printable, warnings_as_lines
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = argparse.Namespace()
     try:
-        with any_characters(), warnings_as_lines():
+        with any_characters(), warnings_as_lines(), made_folders():
             args = _parser().parse_args(argv)
             code = args.run(args)
             sys.stdout.flush()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pile_fast.cli.errors import UserError, printable
@@ -112,9 +113,14 @@ def require(command: str, *modules: str, extra: str = "train") -> None:
             raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{extra}]'") from error
 
 
+# Folders that this command made, in this order.
+_made: list[Path] = []
+
+
 def writable_folder(path: str | Path, flag: str = "--output") -> Path:
-    """The folder of --output, or of another flag, there and fit to be written to."""
+    """The folder of --output, or of another flag, there and fit to be written to; for its end see `made_folders`."""
     output = Path(path)
+    _made.extend(folder for folder in (*reversed(output.parents), output) if not folder.exists())
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -122,6 +128,19 @@ def writable_folder(path: str | Path, flag: str = "--output") -> Path:
     except OSError as error:
         raise UserError(f"{flag} {output}: cannot write there: {error.strerror}") from error
     return output
+
+
+@contextlib.contextmanager
+def made_folders() -> Iterator[None]:
+    """If the command fails inside, the folders that it made by `writable_folder` go again, as far as they are empty."""
+    _made.clear()
+    try:
+        yield
+    except BaseException:
+        for folder in reversed(_made):
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
+        raise
 
 
 def quiet_loading() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given
 from pile_fast.cli.errors import UserError
+from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
 from pile_fast.functional import pile_ensemble
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if unknown := sorted(name for name in options if not _takes(args.method, name)):
         flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise UserError(f"{flags}: not an option of --method {args.method}")
-    from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_fit, refuse_same_file
+    from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_fit
 
     fit = None
     if args.fit:

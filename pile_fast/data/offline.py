@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import pile_fast
-from pile_fast.data.files import ahead
+from pile_fast.data.files import ahead, refuse_same_file
 from pile_fast.data.formats import format_of, write_rows
 from pile_fast.data.packed import default_names, orders_pairs, pack, teacher_names
 from pile_fast.data.parts import DataSet, Part
@@ -349,12 +349,6 @@ def _write_parts(out: ResumableOutput, tables: Iterator[tuple[Part, pa.Table]], 
             progress(table.num_rows)
         if writing is not None:
             writing.result()
-
-
-def refuse_same_file(output: Path, inputs: Sequence[str | os.PathLike]) -> None:
-    """Raises ValueError if the output is one of the files that are read."""
-    if output.exists() and any(os.path.samefile(path, output) for path in inputs):
-        raise ValueError(f"{output}: the output would replace the input")
 
 
 def check_data(data: DataSet, ensemble: OfflineEnsemble) -> None:

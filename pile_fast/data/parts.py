@@ -143,8 +143,8 @@ class DataSet:
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
-        if path.exists() and not path.is_file():
-            raise OSError(f"{path}: not a file")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         return [path]
     files = [file for file in sorted(path.iterdir()) if file.suffix in (".parquet", ".pq") and file.name[0] not in "._"]
     if not files:
