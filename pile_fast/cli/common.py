@@ -7,6 +7,8 @@ import contextlib
 import importlib
 import json
 import math
+import pickle
+import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -164,7 +166,24 @@ def load_ranker(model: str, *, device: str | None, **options):
     except (RuntimeError, AssertionError) as error:  # no such device; not built for it
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     quiet_loading()
-    return students.load_ranker(model, device=device, **options)
+    with loading(model):
+        return students.load_ranker(model, device=device, **options)
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """What the readers of a model's files raise about damaged ones, each its own, as one line that names the model."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, EOFError, UnicodeError, struct.error, pickle.UnpicklingError, ValueError) as error:
+        if isinstance(error, ValueError) and not isinstance(error, (UnicodeError, json.JSONDecodeError)):
+            raise  # words of a reader that knew what it read
+        raise UserError(f"{model}: a file of the model is damaged or of another model: {error}") from error
 
 
 def percent(share: float | None) -> str:
