@@ -46,7 +46,7 @@ def raised(error):
         (OSError("the hub said no\nmore"), "the hub said no more"),
         (missing("pyarrow.parquet"), "this command needs pyarrow: pip install 'pile_fast[train]'"),
         (missing("ray"), "this command needs ray: pip install 'pile_fast[ray]'"),
-        (missing("abacus"), "this command needs abacus: install abacus"),
+        (missing("abacus"), "this command needs abacus: pip install abacus"),
         (missing("pile_fast.students"), "this installation of pile_fast is not whole, install it again: No module named"),
         (
             ImportError("cannot import name 'X' from 'transformers'", name="transformers"),

@@ -66,11 +66,12 @@ def test_other_formats_are_one_data_set(tmp_path, monkeypatch):
 def test_columns_and_their_types_are_brought_together(folder):
     one = pa.table({"query_id": ["q"], "labels": pa.array([[None]], pa.list_(pa.null())), "x": pa.nulls(1)})
     two = pa.table({"x": [1], "labels": [[1.5]], "query_id": ["p"]})
-    pq.write_table(one, "one.parquet")
-    pq.write_table(two, "two.parquet")
-    for paths in (["one.parquet", "two.parquet"], ["two.parquet", "one.parquet"]):
+    three = pa.table({"x": [1.5], "labels": [[2]], "query_id": ["r"]})
+    for name, table in (("one", one), ("two", two), ("three", three)):
+        pq.write_table(table, f"{name}.parquet")
+    for paths in (["one.parquet", "two.parquet", "three.parquet"], ["three.parquet", "two.parquet", "one.parquet"]):
         tables = [part.table for part in DataSet(paths).parts()]
-        assert tables[0].schema == tables[1].schema
+        assert tables[0].schema == tables[1].schema == tables[2].schema
         assert pa.concat_tables(tables)["labels"].type == pa.list_(pa.float64())
     only = [part.table.column_names for part in DataSet("one.parquet").parts(columns=("labels", "none", "query_id"))]
     assert only == [["labels", "query_id"]]
@@ -84,13 +85,13 @@ def test_what_cannot_be_one_data_set(folder, tmp_path):
 
     os.mkdir("none")
     pq.write_table(pa.table({"query_id": ["q"], "x": [1]}), "more.parquet")
-    pq.write_table(pa.table({"query_id": [1]}), "whole.parquet")
+    pq.write_table(pa.table({"query_id": [[1]]}), "lists.parquet")
     pq.write_table(pa.table([["q"], ["p"]], names=["query_id", "query_id"]), "twice.parquet")
     write_rows("a.jsonl", [{"query_id": "q", "labels": [1.0]}])
     assert error_of("none") == "none: a folder without Parquet files; give a file, or a folder of Parquet files"
     assert error_of(["data", "more.parquet"]) == ("more.parquet: expected the columns of data/a.parquet; they differ in x")
-    assert error_of(["data", "whole.parquet"]).startswith(
-        "whole.parquet: expected columns of the same types as in data/a.parquet"
+    assert error_of(["data", "lists.parquet"]).startswith(
+        "lists.parquet: expected columns of the same types as in data/a.parquet"
     )
     assert error_of("twice.parquet") == "twice.parquet: two columns are called query_id"
     assert error_of(["data", "a.jsonl"]) == "expected files of one format, got jsonl, parquet"

@@ -111,10 +111,10 @@ def _missing(error: ImportError) -> str:
         return str(error)
     if module == "pile_fast":
         return f"this installation of pile_fast is not whole, install it again: {error}"
-    install = f"pip install 'pile_fast[{EXTRAS[module]}]'" if module in EXTRAS else f"install {module}"
+    extra = f"'pile_fast[{EXTRAS[module]}]'" if module in EXTRAS else module
     if isinstance(error, ModuleNotFoundError):
-        return f"this command needs {module}: {install}"
-    return f"the {module} that is installed does not fit ({error}): {install.replace('install', 'install --upgrade', 1)}"
+        return f"this command needs {module}: pip install {extra}"
+    return f"the {module} that is installed does not fit ({error}): pip install --upgrade {extra}"
 
 
 def _system(error: OSError, output: str | None) -> str:

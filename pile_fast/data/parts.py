@@ -134,8 +134,8 @@ class DataSet:
             if set(schemas[-1].names) != set(schemas[0].names):
                 others = set(schemas[-1].names) ^ set(schemas[0].names)
                 raise ValueError(f"{path}: expected the columns of {self.files[0]}; they differ in {', '.join(sorted(others))}")
-            try:  # a column without a value has no type of its own
-                common = pa.unify_schemas(schemas)
+            try:  # a column without a value has no type of its own, one without a null is whole numbers to pandas
+                common = pa.unify_schemas(schemas, promote_options="permissive")
             except pa.ArrowException as error:
                 raise ValueError(f"{path}: expected columns of the same types as in {self.files[0]}: {error}") from error
         return common if len(schemas) > 1 else schemas[0]

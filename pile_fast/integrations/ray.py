@@ -78,7 +78,7 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="error")
     with _whole_folder(output.absolute()) as unfinished:
-        rows = ray.data.read_parquet([str(file.absolute()) for file in data.files])
+        rows = ray.data.read_parquet(_paths(path.absolute(), data))
         try:
             # Whole blocks: the packed layout has no use for batches of one size.
             rows.map_batches(RayEnsemble(ensemble, teachers=teachers), batch_format="pyarrow", batch_size=None).write_parquet(
@@ -91,6 +91,13 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
                     pass
                 raise ValueError(f"{path}: in a block of it: {broken[1]}") from None
             raise
+
+
+def _paths(path: Path, data: DataSet) -> str | list[str]:
+    """What Ray is to read: the path itself if Ray takes the same files for its own, which it would also look for below."""
+    if path.is_file() or set(path.rglob("*.parquet")) == {file.absolute() for file in data.files}:
+        return str(path)
+    return [str(file.absolute()) for file in data.files]
 
 
 @contextlib.contextmanager
