@@ -7,7 +7,6 @@ comes to `main`, and `pile_fast.cli.errors` says it in one line.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import pile_fast
@@ -33,12 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = argparse.Namespace()
     try:
         with any_characters(), warnings_as_lines(), made_folders():
-            args = _parser().parse_args(argv)
-            code = args.run(args)
-            sys.stdout.flush()
+            try:
+                args = _parser().parse_args(argv)
+                code = args.run(args)
+            except SystemExit as exit:  # after --help, --version or a wrong command line
+                code = exit.code
+            print(end="", flush=True)
             return code
-    except SystemExit as exit:  # after --help, --version or a wrong command line
-        return exit.code
     except (Exception, KeyboardInterrupt) as error:
         code = ended(error, getattr(args, "output", None) or getattr(args, "output_dir", None))
         if code is None:

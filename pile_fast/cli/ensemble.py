@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import math
 import os
 from pathlib import Path
 
-from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given
-from pile_fast.cli.errors import UserError
+from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given, real_number
+from pile_fast.cli.errors import UserError, printable
 from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
 from pile_fast.functional import pile_ensemble
@@ -39,7 +40,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help=".parquet or .jsonl; with --ray a new folder")
     add_format(parser, "the input")
     parser.add_argument("--qrels", metavar="FILE", help="of runs: judgements, the labels")
-    parser.add_argument("--unjudged", type=float, metavar="LABEL", help="of what the qrels do not list (default: unlabelled)")
+    parser.add_argument(
+        "--unjudged", type=real_number(-math.inf), metavar="LABEL", help="of what the qrels do not list (default: unlabelled)"
+    )
     parser.add_argument("--method", choices=_METHODS, default="pile", help="(default: %(default)s)")
     parser.add_argument(
         "--fit",
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         runs = {"qrels": args.qrels, "unjudged": args.unjudged}
         with tqdm(unit=" queries", disable=None) as progress:  # None: only on a terminal
             ensemble_file(args.inputs, args.output, ensemble, format=args.source, progress=progress.update, **runs)
-    print(f"Wrote {args.output}.")
+    print(f"Wrote {printable(args.output)}.")
     return 0
 
 

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{totals.empty:,} empty documents were not scored: their logits are null.")
     print_left_out(bad_rows)
     names = printable(", ".join(totals.teachers))
-    print(f"Wrote {args.output}: {totals.rows:,} queries, {totals.documents:,} documents, {names}.")
+    print(f"Wrote {printable(args.output)}: {totals.rows:,} queries, {totals.documents:,} documents, {names}.")
     return 0
 
 

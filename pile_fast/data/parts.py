@@ -58,7 +58,10 @@ class DataSet:
     """
 
     def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike], *, format: str | None = None, **options):
-        self.files = [file for path in as_paths(paths) for file in _files(path)]
+        paths = as_paths(paths)
+        self.files = [file for path in paths for file in _files(path)]
+        if format not in (None, "parquet") and (folder := next((path for path in paths if path.is_dir()), None)):
+            raise ValueError(f"{folder}: a folder is one of Parquet files, not of {format}; name the files")
         formats = {format} if format else {format_of(path) for path in self.files}
         if len(formats) != 1 or not self.files:
             raise ValueError(f"expected files of one format, got {', '.join(sorted(formats)) or 'no files'}")
