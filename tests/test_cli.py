@@ -34,11 +34,10 @@ def test_python_m_tells_versions_and_backends():
         assert name in line and ("works" in line if status.available else status.reason in line)
 
 
-@pytest.mark.parametrize("arguments", [["info"], ["ensemble", "--help"]])
-def test_a_reader_that_leaves_early_is_no_error(arguments):
+def test_a_reader_that_leaves_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run([sys.executable, "-m", "pile_fast", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run([sys.executable, "-m", "pile_fast", "info"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
 
