@@ -169,7 +169,7 @@ def test_a_folder_and_several_files(capsys, tmp_path):
     write_rows("data/2.parquet", turned)
     capsys.readouterr()
     for output in ("c.parquet", "c.jsonl"):
-        assert error_of(capsys, "data", "--output", output).startswith("data/2.parquet:row 1: teachers: expected ['teacher 1'")
+        assert error_of(capsys, "data", "--output", output).startswith("data/2.parquet: row 1: teachers: expected ['teacher 1'")
     assert error_of(capsys, "data", "--output", "data/2.parquet") == "data/2.parquet: the output would replace the input"
     write_rows("fit.jsonl", rows)
     assert error_of(capsys, "all.parquet", "--output", "fit.jsonl", "--method", "best", "--fit", "fit.jsonl") == (
@@ -210,7 +210,11 @@ def test_parquet_rows_as_other_formats_are_checked_rows(capsys, tmp_path):
     capsys.readouterr()
     pq.write_table(table.append_column("doc_ids", pa.array([["d", "e"], ["d", "d"]])), "a.parquet")
     assert error_of(capsys, "a.parquet", "--output", "c.run", "--method", "mean") == (
-        "a.parquet:row 2: doc_ids: document d appears twice"
+        "a.parquet: row 2: doc_ids: document d appears twice"
+    )
+    pq.write_table(table.set_column(0, "query_id", pa.array(["q", "q"])), "a.parquet")
+    assert error_of(capsys, "a.parquet", "--output", "c.run", "--method", "mean") == (
+        "a.parquet: row 2: query q appeared before; the documents of a query must be one row"
     )
     assert not os.path.exists("c.run")
 

@@ -423,7 +423,7 @@ def test_any_column_passes_through_a_file(tmp_path, table, small_parts):
 def test_a_broken_row_is_named_by_file_and_row_in_the_file(tmp_path, rows, small_parts):
     broken = [*rows[:25], rows[25] | {"labels": [1.0]}, *rows[26:]]
     pq.write_table(parquet.rows_to_table(broken), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet:row 26: labels: expected \d+ entries like teacher_logits, got 1"):
+    with pytest.raises(ValueError, match=r"a\.parquet: row 26: labels: expected \d+ entries like teacher_logits, got 1"):
         ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
     assert not (tmp_path / "b.parquet").exists()
 
@@ -443,7 +443,7 @@ def test_a_broken_row_is_named_by_file_and_row_in_the_file(tmp_path, rows, small
 )
 def test_teachers_are_the_same_in_every_part(tmp_path, rows, small_parts, change, reason):
     pq.write_table(parquet.rows_to_table([*rows[:35], *map(change, rows[35:])]), tmp_path / "a.parquet", row_group_size=35)
-    with pytest.raises(ValueError, match=rf"a\.parquet:{reason}"):
+    with pytest.raises(ValueError, match=rf"a\.parquet: {reason}"):
         ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
 
 
@@ -496,7 +496,7 @@ def test_teachers_that_change_within_a_file_are_refused_by_file_and_row(tmp_path
         pq.write_table(parquet.rows_to_table(content), tmp_path / source, row_group_size=10)
     else:
         (tmp_path / source).write_text("".join(json.dumps(row) + "\n" for row in content))
-    where = "row 36" if source == "a.parquet" else "36"
+    where = " row 36" if source == "a.parquet" else "36"
     with pytest.raises(ValueError, match=rf"{source}:{where}: teachers: expected \['teacher 1', .*got \['{names[0]}'"):
         ensemble_file(tmp_path / source, tmp_path / target, OfflineEnsemble("mean"))
     assert [path.name for path in tmp_path.iterdir()] == [source]
@@ -508,7 +508,7 @@ def test_teachers_that_change_from_no_names_to_others_are_refused(tmp_path, rows
         row | {"teachers": None if q < 3 else list("abcdef") if q < 20 else list("fedcba")} for q, row in enumerate(rows)
     ]
     pq.write_table(parquet.rows_to_table(content), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a.parquet:row 4: teachers: expected \['teacher 1', .*, got \['a', 'b'"):
+    with pytest.raises(ValueError, match=r"a.parquet: row 4: teachers: expected \['teacher 1', .*, got \['a', 'b'"):
         ensemble_file(tmp_path / "a.parquet", tmp_path / target, OfflineEnsemble("mean"))
 
 
@@ -521,7 +521,7 @@ def test_a_score_that_is_not_finite_is_named_by_file_and_row(tmp_path, rows, sma
     logits[29][0][2] = np.float16(value)
     table = table.set_column(table.column_names.index("teacher_logits"), "teacher_logits", pa.array(logits, _lists(type)))
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=8)
-    with pytest.raises(ValueError, match=rf"a.parquet:row 30: teacher_logits\[0\]\[2\]: expected a finite .*, got {value}"):
+    with pytest.raises(ValueError, match=rf"a.parquet: row 30: teacher_logits\[0\]\[2\]: expected a finite .*, got {value}"):
         ensemble_file(tmp_path / "a.parquet", tmp_path / target, OfflineEnsemble("mean"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 

@@ -96,6 +96,7 @@ def test_what_cannot_be_one_data_set(folder, tmp_path):
     assert error_of("twice.parquet") == "twice.parquet: two columns are called query_id"
     assert error_of(["data", "a.jsonl"]) == "expected files of one format, got jsonl, parquet"
     assert error_of("data", format="jsonl") == "data: a folder is one of Parquet files, not of jsonl; name the files"
+    assert error_of(["data", "data/a.parquet"]) == "data/a.parquet: given twice"
     assert error_of([]) == "expected files of one format, got no files"
     assert error_of("data/empty.parquet") == "data/empty.parquet: no rows"
     assert error_of("a.parquet") == "a.parquet: no such file"

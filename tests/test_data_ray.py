@@ -103,9 +103,9 @@ def test_teachers_are_matched_by_name_and_the_same_in_all_files(ray, folder, cap
         return [line for line in capsys.readouterr().err.splitlines() if line.startswith("pile-fast")][-1]
 
     pq.write_table(named(tables["b"], ["other", *names[1:]]), "fit.parquet")
-    assert "data/a.parquet, data/b.parquet: teachers: 'other' of fit is missing" in error_of(*arguments)
+    assert "data: teachers: 'other' of fit is missing" in error_of(*arguments)
     pq.write_table(named(tables["b"], names[::-1]), "data/b.parquet")
-    assert "data/b.parquet:row 1: teachers: expected ['t0', 't1'" in error_of("--method", "mean")
+    assert "data/b.parquet: row 1: teachers: expected ['t0', 't1'" in error_of("--method", "mean")
     assert {path.name for path in folder.iterdir()} == {"data", "fit.parquet", "out", "out.parquet"}
 
 

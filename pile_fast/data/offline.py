@@ -25,7 +25,7 @@ from pile_fast.data.formats import format_of, write_rows
 from pile_fast.data.packed import default_names, orders_pairs, pack, teacher_names
 from pile_fast.data.parts import DataSet, Part
 from pile_fast.data.resumable import ResumableOutput
-from pile_fast.data.rows import check_row
+from pile_fast.data.rows import RowChecker
 from pile_fast.ensembles import (
     ENSEMBLES,
     NEEDS_LABELS,
@@ -266,7 +266,7 @@ def read_fit(paths: str | os.PathLike | Sequence[str | os.PathLike], **options) 
         paths, options: see `pile_fast.data.parts.DataSet`.
 
     Raises:
-        ValueError: a row is broken: "file:row 7: reason", or the teachers are not the same in all rows.
+        ValueError: a row is broken: "file: row 7: reason", or the teachers are not the same in all rows.
         OSError: a file cannot be read.
     """
     tables, names = [], None
@@ -304,7 +304,7 @@ def ensemble_file(
         UserWarning: the method needs labels, and in no query two documents have labels that differ.
 
     Raises:
-        ValueError: a row is broken ("file:row 7: reason"), its teachers are not those of the first row or of what the
+        ValueError: a row is broken ("file: row 7: reason"), its teachers are not those of the first row or of what the
             ensemble was fitted to, the method needs labels and there are none, the output was begun with other settings, or
             an input changed while it was read.
         OSError: a file cannot be read or written.
@@ -318,11 +318,15 @@ def ensemble_file(
     if target != "parquet":
         tables = ensemble_tables(data, ensemble)
 
+        # JSON lines take any column; other formats have room for what the schema has, so for its rows alone.
+        checked = (lambda row: row) if target == "jsonl" else RowChecker()
+
         def rows() -> Iterator[dict]:
             for part, table in tables:
                 for number, row in enumerate(table.to_pylist(), part.first_row + 1):
-                    with _located(f"{part.path}:row {number}: "):
-                        yield row if target == "jsonl" else check_row(row)
+                    with _located(f"{part.path}: row {number}"):
+                        row = checked(row)
+                    yield row
                 progress(table.num_rows)
             _check_unchanged(data, settings)
 
@@ -429,5 +433,4 @@ def _located(where: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        separator = "" if where.endswith(" ") else ":" if str(error).startswith("row ") else ": "
-        raise ValueError(f"{where}{separator}{error}") from None
+        raise ValueError(f"{where}: {error}") from None

@@ -40,7 +40,7 @@ class DataSet:
 
     Attributes:
         files: all of them.
-        name: theirs, for error messages.
+        name: the paths, for error messages.
         format: theirs.
         columns: the columns of Parquet files; None for other formats, whose rows have those of the schema.
 
@@ -58,16 +58,18 @@ class DataSet:
     """
 
     def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike], *, format: str | None = None, **options):
+        self.name = ", ".join(map(str, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
         paths = as_paths(paths)
         self.files = [file for path in paths for file in _files(path)]
         if format not in (None, "parquet") and (folder := next((path for path in paths if path.is_dir()), None)):
             raise ValueError(f"{folder}: a folder is one of Parquet files, not of {format}; name the files")
+        if twice := _twice(self.files):
+            raise ValueError(f"{twice}: given twice")
         formats = {format} if format else {format_of(path) for path in self.files}
         if len(formats) != 1 or not self.files:
             raise ValueError(f"expected files of one format, got {', '.join(sorted(formats)) or 'no files'}")
         self.format = formats.pop()
         self._options = {name: value for name, value in options.items() if value is not None}
-        self.name = ", ".join(map(str, self.files))
         self.columns: list[str] | None = None
         for path in self.files:
             with open(path, "rb"):  # whose error names the file
@@ -131,9 +133,8 @@ class DataSet:
         for path in self.files:
             with parquet.open_parquet(path) as file:
                 schemas.append(file.schema_arrow)
-            names = schemas[-1].names
-            if twice := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"{path}: two columns are called {min(twice)}")
+            if twice := _twice(schemas[-1].names):
+                raise ValueError(f"{path}: two columns are called {twice}")
             if set(schemas[-1].names) != set(schemas[0].names):
                 others = set(schemas[-1].names) ^ set(schemas[0].names)
                 raise ValueError(f"{path}: expected the columns of {self.files[0]}; they differ in {', '.join(sorted(others))}")
@@ -142,6 +143,12 @@ class DataSet:
             except pa.ArrowException as error:
                 raise ValueError(f"{path}: expected columns of the same types as in {self.files[0]}: {error}") from error
         return common if len(schemas) > 1 else schemas[0]
+
+
+def _twice(values: Sequence):
+    """The first that appeared before, or None."""
+    seen = set()
+    return next((value for value in values if value in seen or seen.add(value)), None)
 
 
 def _files(path: Path) -> list[Path]:
