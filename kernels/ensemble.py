@@ -33,8 +33,8 @@ U = tl.constexpr(6)  # e^{c − u}, or u where wide; u = s / temperature. Two of
 ROW = tl.constexpr(8)  # two, for sums over a query's rows; long lists keep e^{c − u} here, too, and u itself in U
 FIELDS = tl.constexpr(10)  # the calibrated teachers follow, M per document
 
-# Per query: MEAN, its correction, the square root of SCALE (the scale itself may be beyond float32), ENERGY (log weight but for a
-# constant) and WEIGHT of each teacher, then scalars.
+# Per query: MEAN, its correction, the square root of SCALE (the scale itself may be beyond float32), ENERGY (log weight but for
+# a constant) and WEIGHT of each teacher, then scalars.
 MIDDLE = tl.constexpr(0)
 WIDE = tl.constexpr(1)
 PAIRS = tl.constexpr(2)  # Σ_P ω

@@ -5,4 +5,5 @@ import sys
 from pile_fast.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["info"]))
+    sys.argv[1:] = sys.argv[1:] or ["info"]
+    sys.exit(main())

@@ -105,8 +105,8 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"pile_fast::{_name}", _fake, lib=_library)
 
 
-# Calls on tensors that hold values go to the backend directly, past the dispatcher; what stands in for others (tracers' tensors,
-# fake ones, subclasses) must go through the op, which knows what to do with each of them.
+# Calls on tensors that hold values go to the backend directly, past the dispatcher; what stands in for others (in tracers, fake
+# modes, subclasses) must go through the op, which knows what to do with each of them.
 
 
 def ensemble(

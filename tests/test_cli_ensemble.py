@@ -1,7 +1,9 @@
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,11 +81,11 @@ def test_json_lines_in_and_out_and_replaced_teachers(capsys):
 
 def test_what_the_user_can_put_right_is_one_line(capsys, tmp_path):
     write_rows("a.parquet", make_rows(3))
-    assert error_of(capsys, "none.parquet", "--output", "b.parquet").startswith("none.parquet: No such file")
+    assert error_of(capsys, "none.parquet", "--output", "b.parquet").startswith("none.parquet: no such file")
     assert error_of(capsys, "a.parquet", "--output", "a.parquet") == "a.parquet: the output would replace the input"
     assert error_of(capsys, "a.parquet", "--output", "b.csv").startswith("b.csv: the name does not tell the format")
     assert error_of(capsys, "a.parquet", "--output", "none/b.parquet").endswith(
-        "none/b.parquet.parts: No such file or directory"
+        "none/b.parquet: cannot write there: No such file or directory"
     )
     reason = error_of(capsys, "a.parquet", "--output", "b.parquet", "--method", "mean", "--margin", "1", "--step-size", "2")
     assert reason == "--margin, --step-size: not an option of --method mean"
@@ -98,6 +100,160 @@ def test_what_the_user_can_put_right_is_one_line(capsys, tmp_path):
     pq.write_table(pq.read_table("a.parquet").drop_columns("labels"), "unlabelled.parquet")
     assert "missing column labels" in error_of(capsys, "unlabelled.parquet", "--output", "b.parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "junk.parquet", "unlabelled.parquet"]
+
+
+# A2: the right teacher, wherever it stands
+@pytest.mark.parametrize("method", ["best", "stacking", "pile"])
+@pytest.mark.parametrize("test", ["test.jsonl", "test.parquet"])
+@pytest.mark.parametrize("dev", ["dev.jsonl", "dev.parquet"])
+def test_fit_and_input_are_matched_by_name(capsys, method, test, dev):
+    def rows(names):
+        for q in range(8):
+            labels = [2, 0, 1] if q % 3 else [1, 2, 0]
+            scores = {"good": labels, "bad": [-label for label in labels]}
+            logits = [list(x) for x in zip(*(scores[name] for name in names), strict=True)]
+            yield check_row({"query_id": f"q{q}", "labels": labels, "teacher_logits": logits, "teachers": names})
+
+    write_rows(dev, rows(["good", "bad"]))
+    logits = []
+    for names in (["good", "bad"], ["bad", "good"]):
+        write_rows(test, rows(names))
+        assert main(["ensemble", test, "--output", "out.jsonl", "--method", method, "--fit", dev]) == 0
+        logits.append([row["ensemble_logits"] for row in read_rows("out.jsonl")])
+    assert logits[0] == [pytest.approx(values, abs=1e-6) for values in logits[1]]
+    for row in read_rows("out.jsonl"):
+        order = sorted(range(3), key=lambda i: row["ensemble_logits"][i])
+        assert [row["labels"][i] for i in order] == [0, 1, 2]
+    capsys.readouterr()
+    for names, reason in (
+        (["other", "good"], "'bad' of fit is missing, the rows have other, good"),
+        (["good", "bad", "third"], "nothing is known of 'third', fit has good, bad"),
+    ):
+        write_rows(test, ({**row, "teachers": names, "teacher_logits": [[0.0] * len(names)] * 3} for row in rows(["good"])))
+        for output in ("b.parquet", "b.jsonl"):
+            line = error_of(capsys, test, "--output", output, "--method", method, "--fit", dev)
+            assert line == f"{test}: teachers: {reason}"
+    assert not os.path.exists("b.parquet") and not os.path.exists("b.parquet.parts")
+
+
+# A11
+def test_nothing_to_learn_from_and_no_labels_to_go_by(capsys, tmp_path):
+    write_rows("a.jsonl", make_rows(5))
+    write_rows("none.jsonl", (row | {"labels": [None] * len(row["labels"])} for row in make_rows(5)))
+    write_rows("all.jsonl", (row | {"labels": [1.0] * len(row["labels"])} for row in make_rows(5)))
+    for method in ("best", "pile", "stacking"):
+        for fit in ("none.jsonl", "all.jsonl"):
+            line = error_of(capsys, "a.jsonl", "--output", "b.jsonl", "--method", method, "--fit", fit)
+            assert line.startswith(f"{fit}: nothing to learn from, in no query two documents have labels that differ")
+    line = error_of(capsys, "none.jsonl", "--output", "b.jsonl")
+    assert line == ("none.jsonl: no document has a label, and the method pile goes by labels; mean, rrf and ebkd need none")
+    assert main(["ensemble", "all.jsonl", "--output", "b.jsonl"]) == 0
+    assert capsys.readouterr().err == (
+        "pile-fast: warning: all.jsonl: in no query two documents have labels that differ, and the method pile goes by such "
+        "pairs\n"
+    )
+
+
+# C8, and a folder without --ray
+def test_a_folder_and_several_files(capsys, tmp_path):
+    os.mkdir("data")
+    rows = list(make_rows(30))
+    write_rows("data/2.parquet", rows[20:])
+    write_rows("data/1.parquet", rows[:20])
+    write_rows("all.parquet", rows)
+    for inputs in (["data"], ["data/1.parquet", "data/2.parquet"]):
+        assert main(["ensemble", *inputs, "--output", "b.parquet"]) == 0
+        assert main(["ensemble", "all.parquet", "--output", "whole.parquet"]) == 0
+        assert list(read_rows("b.parquet")) == list(read_rows("whole.parquet"))
+    turned = [row | {"teachers": row["teachers"][::-1]} for row in rows[20:]]
+    write_rows("data/2.parquet", turned)
+    capsys.readouterr()
+    for output in ("c.parquet", "c.jsonl"):
+        assert error_of(capsys, "data", "--output", output).startswith("data/2.parquet: row 1: teachers: expected ['teacher 1'")
+    assert error_of(capsys, "data", "--output", "data/2.parquet") == "data/2.parquet: the output would replace the input"
+    write_rows("fit.jsonl", rows)
+    assert error_of(capsys, "all.parquet", "--output", "fit.jsonl", "--method", "best", "--fit", "fit.jsonl") == (
+        "fit.jsonl: the output would replace the input"
+    )
+    os.mkdir("empty")
+    assert error_of(capsys, "empty", "--output", "c.parquet").startswith("empty: a folder without Parquet files")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "all.parquet", "b.parquet", "data", "empty", "fit.jsonl", "whole.parquet"
+    ]  # fmt: skip
+
+
+def test_runs_as_they_come(capsys, tmp_path):
+    (tmp_path / "a.run").write_text("q Q0 d1 1 2.0 a\nq Q0 d2 2 1.0 a\n")
+    (tmp_path / "b.run").write_text("q Q0 d2 1 9.0 b\nq Q0 d1 2 3.0 b\n")
+    (tmp_path / "qrels").write_text("q 0 d1 1\n")
+    assert main(["ensemble", "a.run", "b.run", "--output", "c.jsonl", "--method", "mean", "--normalize", "none"]) == 0
+    row = next(read_rows("c.jsonl"))
+    assert row["teachers"] == ["a", "b"]
+    assert dict(zip(row["doc_ids"], row["ensemble_logits"], strict=True)) == {"d1": 2.5, "d2": 5.0}
+    assert main(["ensemble", "a.run", "b.run", "--output", "c.run", "--qrels", "qrels", "--unjudged", "0"]) == 0
+    best = (tmp_path / "c.run").read_text().split()[2]
+    assert best == "d1"
+    capsys.readouterr()
+    assert "no document has a label, and the method pile goes by labels (of runs: by qrels)" in error_of(
+        capsys, "a.run", "b.run", "--output", "d.run"
+    )
+    assert not os.path.exists("d.run")
+
+
+def test_parquet_rows_as_other_formats_are_checked_rows(capsys, tmp_path):
+    table = pa.table({"query_id": ["q", "p"], "teacher_logits": [[[1.0], [2.0]]] * 2, "extra": ["x", "y"]})
+    pq.write_table(table, "a.parquet")
+    assert main(["ensemble", "a.parquet", "--output", "b.run", "--method", "mean"]) == 0
+    assert (tmp_path / "b.run").read_text().split()[:3] == ["q", "Q0", "q.2"]
+    assert main(["ensemble", "a.parquet", "--output", "b.jsonl", "--method", "mean"]) == 0
+    assert '"extra": "x"' in (tmp_path / "b.jsonl").read_text()
+    capsys.readouterr()
+    pq.write_table(table.append_column("doc_ids", pa.array([["d", "e"], ["d", "d"]])), "a.parquet")
+    assert error_of(capsys, "a.parquet", "--output", "c.run", "--method", "mean") == (
+        "a.parquet: row 2: doc_ids: document d appears twice"
+    )
+    pq.write_table(table.set_column(0, "query_id", pa.array(["q", "q"])), "a.parquet")
+    assert error_of(capsys, "a.parquet", "--output", "c.run", "--method", "mean") == (
+        "a.parquet: row 2: query q appeared before; the documents of a query must be one row"
+    )
+    assert not os.path.exists("c.run")
+
+
+def test_control_characters_of_names_are_shown(capsys):
+    evil = "\x1b[31m\u202e\r"
+    write_rows("a.jsonl", (row | {"teachers": [f"t{m}" for m in range(6)]} for row in make_rows(3)))
+    write_rows("fit.jsonl", (row | {"teachers": [*(f"t{m}" for m in range(5)), evil]} for row in make_rows(3)))
+    line = error_of(capsys, "a.jsonl", "--output", "b.jsonl", "--method", "best", "--fit", "fit.jsonl")
+    assert "\\x1b[31m\\u202e\\r" in line and not {"\x1b", "\u202e", "\r"} & set(line)
+
+
+# B15: threads read and write ahead meanwhile
+INTERRUPTED = """
+import sys, time
+from pile_fast.cli import main
+from pile_fast.data import parquet
+parquet.BATCH_VALUES = 2600
+read = parquet.read_tables
+def slowly(*arguments):
+    for part in read(*arguments):
+        time.sleep(0.2)
+        yield part
+parquet.read_tables = slowly
+sys.argv[1:] = ["ensemble", "a.parquet", "--output", "b.parquet", "--method", "mean"]
+sys.exit(main())
+"""
+
+
+def test_an_interrupt_ends_it_within_a_second_or_so(tmp_path):
+    write_rows("a.parquet", make_rows(1200))
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "b.parquet.parts/00000001.parquet").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    assert process.communicate(timeout=10)[1] == "pile-fast: interrupted\n"
+    assert process.returncode == 130 and time.monotonic() - start < 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.parquet.parts"]
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_old_file(capsys, tmp_path, disk_full):

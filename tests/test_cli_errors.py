@@ -1,9 +1,9 @@
 """What a command ends with: one line and an exit code for what the user can put right, a traceback for a fault of ours."""
 
+import io
 import json
 import lzma
 import os
-import subprocess
 import sys
 import warnings
 import zlib
@@ -46,7 +46,7 @@ def raised(error):
         (OSError("the hub said no\nmore"), "the hub said no more"),
         (missing("pyarrow.parquet"), "this command needs pyarrow: pip install 'pile_fast[train]'"),
         (missing("ray"), "this command needs ray: pip install 'pile_fast[ray]'"),
-        (missing("abacus"), "this command needs abacus: install abacus"),
+        (missing("abacus"), "this command needs abacus: pip install abacus"),
         (missing("pile_fast.students"), "this installation of pile_fast is not whole, install it again: No module named"),
         (
             ImportError("cannot import name 'X' from 'transformers'", name="transformers"),
@@ -166,24 +166,45 @@ def test_a_line_has_an_end(command, capsys):
     assert len(capsys.readouterr().err) < 2100
 
 
-def python(code, **options):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
+def test_standard_output_that_lacks_a_character(command, monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    command(lambda: print("é ∞") or 0)
+    assert main(["info"]) == 0
+    assert out.getvalue() == b"\\xe9 \\u221e\n" and sys.stdout.errors == "strict"
 
 
-COMMAND = "import sys; from pile_fast.cli import info, main; info.run = lambda args: {}; sys.exit(main(['info']))"
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_standard_output_on_a_full_disk(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    command(lambda: print("é") or 0)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "pile-fast: error: standard output: No space left on device\n"
+    sys.stdout.close()  # which flushes it once more
 
 
-def test_standard_output_that_lacks_a_character_or_is_full():
-    result = python(COMMAND.format("print('é ∞')"), env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert (result.returncode, result.stdout.split(), result.stderr) == (0, [b"\\xe9", b"\\u221e"], b"")
-    if os.path.exists("/dev/full"):
-        command = [sys.executable, "-c", COMMAND.format("print('é')")]
-        with open("/dev/full", "w") as full:
-            environment = os.environ | {"PYTHONUNBUFFERED": ""}
-            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
-        assert (result.returncode, result.stderr) == (
-            1, "pile-fast: error: standard output: No space left on device\n",
-        )  # fmt: skip
+# C8: empty folders left behind after an error
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "none.jsonl", "--teachers", "--output", "new/deep/out"],
+        ["inspect", "none.jsonl", "--output", "new/deep/out"],
+        ["score", "data.jsonl", "--teacher", "bm25", "--output", "new/deep/out.parquet"],
+    ],
+)
+def test_folders_made_for_nothing_go_again(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"query_id": "q", "labels": [1]}\n')
+    assert main(arguments) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    (tmp_path / "new").mkdir()
+    assert main(arguments) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "new"]  # which was there
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "new" / "deep").mkdir()
+    (tmp_path / "new" / "deep" / "mine").touch()
+    assert main(arguments) == 1
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["mine"]
 
 
 def test_every_extra_that_is_named_is_there():

@@ -195,6 +195,74 @@ def test_model_errors_are_one_line(text_file, models, capsys, monkeypatch):
     assert os.listdir("hollow") == [] and not os.path.exists("out.parquet")
 
 
+def write_features():
+    rows = [{"query_id": f"q{q}", "features": [[q, 1.0], [2.0, q]], "labels": [1, None]} for q in range(3)]
+    write_rows("features.jsonl", rows)
+    FeatureRanker(FeatureRankerConfig(num_features=2, hidden_sizes=(4,))).save_pretrained("mlp")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda: os.truncate("mlp/model.safetensors", os.path.getsize("mlp/model.safetensors") // 2),
+        lambda: open("mlp/model.safetensors", "wb").write(b"junk"),
+        lambda: open("mlp/config.json", "w").write("{"),
+        lambda: open("mlp/config.json", "wb").write(b"\xff\xfe"),
+        lambda: open("mlp/config.json", "w").write(
+            open("mlp/config.json").read().replace('"num_features": 2', '"num_features": 3')
+        ),
+        lambda: (os.remove("mlp/model.safetensors"), open("mlp/pytorch_model.bin", "wb").write(b"junk")),
+    ],
+)
+def test_a_damaged_model_is_one_line_that_names_it(capfd, damage):
+    write_features()
+    damage()
+    line = error_of(capfd, "features.jsonl", "--teacher", "m=mlp", "--output", "new/out.parquet")
+    assert line.startswith("mlp: a file of the model is damaged or of another model: ")
+    assert not os.path.exists("new")
+
+
+def test_a_file_is_not_scored_into_itself(capsys):
+    write_features()
+    assert main(["score", "features.jsonl", "--teacher", "m=mlp", "--output", "data.parquet"]) == 0
+    before = open("data.parquet", "rb").read()
+    for name in ("data.parquet", "link.parquet"):
+        if name == "link.parquet":
+            os.symlink("data.parquet", name)
+        arguments = ["data.parquet", "--teacher", "n=mlp", "--output", name]
+        assert error_of(capsys, *arguments) == f"{name}: the output would replace the input"
+    assert open("data.parquet", "rb").read() == before
+
+
+# A13
+def test_a_file_that_changes_while_it_is_scored_gives_no_output(text_file, capsys, monkeypatch):
+    real, status, content = score._score, os.stat(text_file), open(text_file).read()
+
+    def change(rows, teachers):
+        with open(text_file, "w") as file:
+            file.write(content.replace("1.0", "2.0"))
+        os.utime(text_file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return real(rows, teachers)
+
+    monkeypatch.setattr(score, "_score", change)
+    line = error_of(capsys, text_file, "--teacher", "bm25", "--output", "out.parquet")
+    assert line == "data.jsonl: changed while it was read, so nothing was written; run it again"
+    assert os.listdir() == ["data.jsonl"] and os.stat(text_file).st_size == status.st_size
+
+
+def test_a_folder_is_scored_and_names_are_shown(text_rows, capsys):
+    os.mkdir("data")
+    rows = text_rows(9)
+    write_rows("data/1.parquet", rows[:4])
+    write_rows("data/2.parquet", rows[4:])
+    assert main(["score", "data", "--teacher", "\x1b[31mred\u202e=bm25", "--output", "out.parquet"]) == 0
+    assert "9 queries" in (out := capsys.readouterr().out) and "\\x1b[31mred\\u202e" in out and "\x1b" not in out
+    assert [row["query_id"] for row in read_rows("out.parquet")] == [f"q{i}" for i in range(9)]
+    assert error_of(capsys, "data", "--teacher", "bm25", "--output", "data/1.parquet") == (
+        "data/1.parquet: the output would replace the input"
+    )
+
+
 def test_broken_rows_stop_it_before_the_work_or_are_counted(text_rows, capsys, monkeypatch):
     lines = [json.dumps(row) for row in text_rows(4)]
     lines[2] = json.dumps({"query_id": "late", "documents": ["red"], "teachers": ["t0", "t1"], "teacher_logits": [[0, 1]]})

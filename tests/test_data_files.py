@@ -95,6 +95,7 @@ def test_an_old_files_mode_is_kept_and_a_new_ones_is_the_umasks(tmp_path, name):
             assert mode() == wanted
         path.chmod(0o600)
         with ResumableOutput(path, {}) as output:
+            assert stat.S_IMODE(output.folder.stat().st_mode) == 0o700
             output.write(0, rows(1))
             output.finish()
         assert mode() == 0o600
@@ -308,6 +309,19 @@ def test_one_process_at_a_time(tmp_path):
             ResumableOutput(tmp_path / "a.parquet", {})
         ResumableOutput(tmp_path / "b.parquet", {}).close()
     ResumableOutput(tmp_path / "a.parquet", {}).close()
+
+
+def test_a_file_system_without_locks_is_written_to_as_well(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with ResumableOutput(tmp_path / "a.parquet", {}) as output:
+        output.write(0, rows(1))
+        output.finish()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_nothing_written_and_nowhere_to_write(tmp_path):

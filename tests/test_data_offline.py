@@ -1,8 +1,11 @@
 """Ensembles over Arrow tables and files: the same numbers as the functions give, whatever the layout of the columns."""
 
+import json
+import os
 import pickle
 import subprocess
 import sys
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -185,6 +188,73 @@ def test_it_pickles_with_what_it_learnt(table, fit):
         assert copy(table).equals(ensemble(table)) and copy.settings == ensemble.settings
 
 
+# -- teachers by name (A2)
+
+
+def two_teachers(names, good, *, queries=6, name="q"):
+    """Rows of three documents in which the teacher called `good` is right and the other one wrong, and both unlike."""
+    rows = []
+    for q in range(queries):
+        labels = [2.0, 1.0, 0.0] if q % 2 else [0.0, 1.0, 2.0]
+        right, wrong = [3.0 * label + q for label in labels], [5.0 - label * label for label in labels]
+        columns = [right if teacher == good else wrong for teacher in names]
+        logits = [list(scores) for scores in zip(*columns, strict=True)]
+        rows.append(check_row({"query_id": f"{name}{q}", "labels": labels, "teacher_logits": logits, "teachers": list(names)}))
+    return rows
+
+
+def nameless(rows):
+    return parquet.rows_to_table(rows).drop_columns("teachers")
+
+
+@pytest.mark.parametrize("method", ["best", "pile", "stacking"])
+def test_learnt_weights_go_to_the_teachers_of_their_names(method):
+    fit = parquet.rows_to_table(two_teachers(["good", "bad", "worse"], "good"))
+    same, turned = (
+        parquet.rows_to_table(two_teachers(names, "good")) for names in (["good", "bad", "worse"], ["worse", "good", "bad"])
+    )
+    ensemble = OfflineEnsemble(method, fit=fit, keep_weights=True)
+    assert ensemble.teachers == ["good", "bad", "worse"] and ensemble.settings["teachers"] == ensemble.teachers
+    wanted, got = ensemble(same), ensemble(turned)
+    torch.testing.assert_close(flat(got["ensemble_logits"]), flat(wanted["ensemble_logits"]))
+    assert got["teacher_logits"].equals(turned["teacher_logits"])  # only looked at in another order
+    weights = flat(got["ensemble_weights"]).view(-1, 3)[:, [1, 2, 0]]
+    torch.testing.assert_close(weights, flat(wanted["ensemble_weights"]).view(-1, 3))
+    assert (weights[:, 0] > weights[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "fit, rows, reason",
+    [
+        (["a", "b"], ["a", "c"], "row 1: teachers: 'b' of fit is missing, the rows have a, c"),
+        (["a", "b"], ["x", "y"], "row 1: teachers: 'a' of fit is missing, the rows have x, y"),
+        (["a", "b"], ["a"], "row 1: teachers: 'b' of fit is missing, the rows have a"),
+        (["a", "b"], ["b", "c", "a"], "row 1: teachers: nothing is known of 'c', fit has a, b"),
+        (["a", "b"], None, "row 1: teachers: no names in the rows, but in fit; name the teachers"),
+        (None, ["a", "b"], "row 1: teachers: no names in fit, but in the rows; name the teachers"),
+    ],
+)
+def test_teachers_that_fit_does_not_know_are_refused(fit, rows, reason):
+    one, two = (
+        nameless(two_teachers(["a", "b"], "a")) if names is None else parquet.rows_to_table(two_teachers(names, "a"))
+        for names in (fit, rows)
+    )
+    with pytest.raises(ValueError) as caught:
+        OfflineEnsemble("best", fit=one)(two)
+    assert str(caught.value).startswith(reason)
+
+
+def test_teachers_without_names_are_matched_by_position():
+    rows = two_teachers(["a", "b"], "a")
+    ensemble = OfflineEnsemble("best", fit=nameless(rows))
+    wanted = OfflineEnsemble("best", fit=parquet.rows_to_table(rows))(parquet.rows_to_table(rows))["ensemble_logits"]
+    assert ensemble(nameless(rows))["ensemble_logits"].equals(wanted)
+    called = [row | {"teachers": ["teacher 1", "teacher 2"]} for row in rows]  # what readers call them
+    assert ensemble(parquet.rows_to_table(called))["ensemble_logits"].equals(wanted)
+    with pytest.raises(ValueError, match="row 1: teacher_logits: expected 2 teachers as in fit, got 3"):
+        ensemble(nameless(two_teachers(["a", "b", "c"], "a")))
+
+
 # -- what is refused
 
 
@@ -195,7 +265,7 @@ def test_it_pickles_with_what_it_learnt(table, fit):
         ({"method": "median"}, "method: expected one of mean, best, rrf, ca_mkd, ebkd, pile, stacking, got 'median'"),
         ({"method": "stacking"}, "fit: stacking needs data with labels"),
         ({"method": "mean", "fit": pa.table({})}, "fit: mean learns nothing from data"),
-        ({"method": "best", "fit": pa.table({"labels": [[1]]})}, "missing column teacher_logits, there are labels"),
+        ({"method": "best", "fit": pa.table({"labels": [[1]]})}, "fit: missing column teacher_logits, there are labels"),
         ({"iterations": -1}, "iterations: expected an int >= 0, got -1"),
         ({"method": "rrf", "k": -1}, "k: expected"),
     ],
@@ -353,7 +423,7 @@ def test_any_column_passes_through_a_file(tmp_path, table, small_parts):
 def test_a_broken_row_is_named_by_file_and_row_in_the_file(tmp_path, rows, small_parts):
     broken = [*rows[:25], rows[25] | {"labels": [1.0]}, *rows[26:]]
     pq.write_table(parquet.rows_to_table(broken), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet:row 26: labels: expected \d+ entries like teacher_logits, got 1"):
+    with pytest.raises(ValueError, match=r"a\.parquet: row 26: labels: expected \d+ entries like teacher_logits, got 1"):
         ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
     assert not (tmp_path / "b.parquet").exists()
 
@@ -373,8 +443,202 @@ def test_a_broken_row_is_named_by_file_and_row_in_the_file(tmp_path, rows, small
 )
 def test_teachers_are_the_same_in_every_part(tmp_path, rows, small_parts, change, reason):
     pq.write_table(parquet.rows_to_table([*rows[:35], *map(change, rows[35:])]), tmp_path / "a.parquet", row_group_size=35)
-    with pytest.raises(ValueError, match=rf"a\.parquet:{reason}"):
+    with pytest.raises(ValueError, match=rf"a\.parquet: {reason}"):
         ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
+
+
+def change_in_place(path):
+    """Another content of equal size and time, as `cp -p` leaves it."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+# A13
+@pytest.mark.parametrize("source", ["a.parquet", "a.jsonl"])
+@pytest.mark.parametrize("target", ["b.parquet", "b.jsonl"])
+def test_an_input_that_changes_while_it_is_read_gives_no_output(tmp_path, rows, small_parts, source, target):
+    write_rows(tmp_path / source, rows)
+    (tmp_path / "b.jsonl").write_text("old")
+    done = []
+
+    def change_at_the_end(count):
+        done.append(count)
+        if sum(done) == len(rows):
+            change_in_place(tmp_path / source)
+
+    with pytest.raises(ValueError, match=rf"{source}: changed while it was read, so nothing was written; run it again"):
+        ensemble_file(tmp_path / source, tmp_path / target, OfflineEnsemble(), progress=change_at_the_end)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source, "b.jsonl"])
+    assert (tmp_path / "b.jsonl").read_text() == "old"
+
+
+def test_an_input_that_changed_since_is_not_gone_on_with(tmp_path, rows, small_parts, monkeypatch):
+    write_rows(tmp_path / "a.parquet", rows)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ResumableOutput, "finish", lambda output: (_ for _ in ()).throw(KeyboardInterrupt))
+        ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
+    content = (tmp_path / "a.parquet").read_bytes()
+    change_in_place(tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size == len(content)
+    with pytest.raises(ValueError, match=r"another input \(input differ\)"):
+        ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
+
+
+# A3: one check for every output
+@pytest.mark.parametrize("source", ["a.parquet", "a.jsonl"])
+@pytest.mark.parametrize("target", ["b.parquet", "b.jsonl"])
+@pytest.mark.parametrize("names", [["teacher 6", *[f"teacher {m}" for m in range(1, 6)]], ["x", *[f"y{m}" for m in range(5)]]])
+def test_teachers_that_change_within_a_file_are_refused_by_file_and_row(tmp_path, rows, small_parts, source, target, names):
+    content = [*rows[:35], *(row | {"teachers": names} for row in rows[35:])]
+    if source == "a.parquet":
+        pq.write_table(parquet.rows_to_table(content), tmp_path / source, row_group_size=10)
+    else:
+        (tmp_path / source).write_text("".join(json.dumps(row) + "\n" for row in content))
+    where = " row 36" if source == "a.parquet" else "36"
+    with pytest.raises(ValueError, match=rf"{source}:{where}: teachers: expected \['teacher 1', .*got \['{names[0]}'"):
+        ensemble_file(tmp_path / source, tmp_path / target, OfflineEnsemble("mean"))
+    assert [path.name for path in tmp_path.iterdir()] == [source]
+
+
+@pytest.mark.parametrize("target", ["b.parquet", "b.jsonl"])
+def test_teachers_that_change_from_no_names_to_others_are_refused(tmp_path, rows, small_parts, target):
+    content = [
+        row | {"teachers": None if q < 3 else list("abcdef") if q < 20 else list("fedcba")} for q, row in enumerate(rows)
+    ]
+    pq.write_table(parquet.rows_to_table(content), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: row 4: teachers: expected \['teacher 1', .*, got \['a', 'b'"):
+        ensemble_file(tmp_path / "a.parquet", tmp_path / target, OfflineEnsemble("mean"))
+
+
+@pytest.mark.parametrize("target", ["b.parquet", "b.jsonl"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("type", [pa.float16(), pa.float32(), pa.float64()])
+def test_a_score_that_is_not_finite_is_named_by_file_and_row(tmp_path, rows, small_parts, target, value, type):
+    table = parquet.rows_to_table(rows)
+    logits = [[[None if x is None else np.float16(x) for x in xs] for xs in row["teacher_logits"]] for row in rows]
+    logits[29][0][2] = np.float16(value)
+    table = table.set_column(table.column_names.index("teacher_logits"), "teacher_logits", pa.array(logits, _lists(type)))
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=8)
+    with pytest.raises(ValueError, match=rf"a.parquet: row 30: teacher_logits\[0\]\[2\]: expected a finite .*, got {value}"):
+        ensemble_file(tmp_path / "a.parquet", tmp_path / target, OfflineEnsemble("mean"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def _lists(type):
+    return pa.list_(pa.list_(type))
+
+
+# A11
+@pytest.mark.parametrize("target", ["b.parquet", "b.jsonl"])
+@pytest.mark.parametrize("source", ["a.parquet", "a.jsonl"])
+def test_a_file_without_labels_is_refused_by_a_method_that_goes_by_them(tmp_path, rows, fit, small_parts, source, target):
+    unlabelled = [row | {"labels": [None] * len(row["labels"])} for row in rows]
+    write_rows(tmp_path / source, unlabelled)
+    for method in ("pile", "best", "ca_mkd"):
+        with pytest.raises(ValueError, match=rf"{source}: no document has a label, and the method {method} goes by labels"):
+            ensemble_file(tmp_path / source, tmp_path / target, OfflineEnsemble(method))
+    assert [path.name for path in tmp_path.iterdir()] == [source]
+    for ensemble in (OfflineEnsemble("mean"), OfflineEnsemble("pile", fit=fit), OfflineEnsemble("best", fit=fit)):
+        ensemble_file(tmp_path / source, tmp_path / target, ensemble)
+        assert len(list(read_rows(tmp_path / target))) == len(rows)
+
+
+def test_labels_that_order_nothing_are_warned_of(tmp_path, rows, small_parts):
+    write_rows(tmp_path / "a.parquet", [row | {"labels": [1.0] * len(row["labels"])} for row in rows])
+    with pytest.warns(UserWarning, match="a.parquet: in no query two documents have labels that differ, and the method pile"):
+        ensemble_file(tmp_path / "a.parquet", tmp_path / "b.parquet", OfflineEnsemble())
+
+
+def test_pile_that_learnt_needs_no_column_of_labels(table, fit):
+    ensemble = OfflineEnsemble("pile", fit=fit)
+    unlabelled = table.set_column(
+        table.column_names.index("labels"), "labels", pa.nulls(table.num_rows, pa.list_(pa.float32()))
+    )
+    wanted = ensemble(unlabelled)["ensemble_logits"]
+    assert ensemble(table.drop_columns("labels"))["ensemble_logits"].equals(wanted)
+
+
+@pytest.mark.parametrize("method", ["best", "pile", "stacking"])
+@pytest.mark.parametrize("labels", [lambda n: [None] * n, lambda n: [1.0] * n, lambda n: None])
+def test_fit_without_a_pair_is_refused(tmp_path, rows, method, labels):
+    content = parquet.rows_to_table([row | {"labels": labels(len(row["labels"]))} for row in rows])
+    with pytest.raises(ValueError, match="fit: nothing to learn from, in no query two documents have labels that differ"):
+        OfflineEnsemble(method, fit=content)
+
+
+def test_a_pair_that_no_teacher_scored_is_none(rows):
+    row = {"query_id": "q", "labels": [1.0, 0.0], "teacher_logits": [[None, None], [1.0, 2.0]], "teachers": ["a", "b"]}
+    with pytest.raises(ValueError, match="fit: nothing to learn from"):
+        OfflineEnsemble("best", fit=parquet.rows_to_table([row]))
+
+
+# B6: labels that float32 would tie
+@pytest.mark.parametrize("type", [pa.int64(), pa.uint32(), pa.float64(), pa.decimal128(12, 2)])
+def test_large_labels_do_not_tie(type):
+    logits = pa.array([[[1.0, 0.0], [0.0, 2.0], [0.5, 0.1]]])
+    number = Decimal if pa.types.is_decimal(type) else int
+    first, second = (
+        OfflineEnsemble()(pa.table({"teacher_logits": logits, "labels": pa.array([list(map(number, labels))], pa.list_(type))}))
+        for labels in ([20000001, 20000000, 0], [2, 1, 0])
+    )
+    assert first["ensemble_logits"].equals(second["ensemble_logits"])
+
+
+def test_whole_numbers_that_nothing_holds_are_refused_as_labels():
+    table = pa.table({"teacher_logits": [[[1.0]], [[1.0], [2.0]]], "labels": [None, [1, 2**53 + 1]]})
+    with pytest.raises(
+        ValueError, match=r"row 2: labels\[1\]: expected a whole number up to 2\^53 or null .*, got 9007199254740993"
+    ):
+        OfflineEnsemble()(table)
+
+
+@pytest.mark.parametrize("type", [pa.int64(), pa.uint8(), pa.float16(), pa.float64(), pa.decimal128(12, 2), pa.bool_()])
+def test_scores_of_other_types(type):
+    values = [[[1, 0], [0, None], [1, 1]]]
+    numbers = [[[None if x is None else np.float16(x) for x in xs] for xs in row] for row in values]
+    logits = pa.array(numbers, _lists(pa.float16())).cast(_lists(pa.float32())).cast(_lists(type))
+    wanted = OfflineEnsemble("mean")(pa.table({"teacher_logits": pa.array(values, _lists(pa.float32()))}))
+    assert OfflineEnsemble("mean")(pa.table({"teacher_logits": logits}))["ensemble_logits"].equals(wanted["ensemble_logits"])
+
+
+def test_scores_beyond_2_to_the_24_are_rounded_not_refused():
+    logits = pa.array([[[20000001, 0], [5, 2**60]]])
+    assert OfflineEnsemble("mean")(pa.table({"teacher_logits": logits}))["ensemble_logits"].null_count == 0
+
+
+@pytest.mark.parametrize(
+    "teachers, reason",
+    [
+        (pa.array([[1, 2]]), "column teachers: expected lists of names, got list<"),
+        (pa.array(["a"]), "column teachers: expected lists of names, got string"),
+        (pa.array([["a", "a"]]), "row 1: teachers: expected 2 different names, got ['a', 'a']"),
+        (pa.array([["a", None]]), "row 1: teachers: expected 2 different names, got ['a', None]"),
+        (pa.array([["a", ""]]), "row 1: teachers: expected 2 different names, got ['a', '']"),
+        (pa.array([[]], pa.list_(pa.string())), "row 1: teachers: expected 2 names, got []"),
+    ],
+)
+def test_names_that_are_none(teachers, reason):
+    with pytest.raises(ValueError) as caught:
+        OfflineEnsemble("mean")(pa.table({"teacher_logits": [[[1.0, 2.0]]], "teachers": teachers}))
+    assert str(caught.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "type",
+    [
+        pa.list_(pa.string_view()),
+        pa.large_list(pa.large_string()),
+        pa.list_(pa.string(), 6),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    ],
+)
+def test_names_of_other_types(rows, table, fit, type):
+    names = pa.array([row["teachers"] for row in rows], type)
+    other = table.set_column(table.column_names.index("teachers"), "teachers", names)
+    ensemble = OfflineEnsemble("best", fit=fit)
+    assert ensemble(other)["ensemble_logits"].equals(ensemble(table)["ensemble_logits"])
 
 
 def test_other_options_do_not_go_on_with_the_parts(tmp_path, rows, small_parts, monkeypatch):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -70,8 +71,42 @@ def test_what_the_user_can_put_right_is_one_line(ray, folder, capsys):
     assert error_of("data", "--output", "data").endswith("data: it is there already, name a new folder")
     table = pq.read_table("data/a.parquet")
     pq.write_table(table.drop_columns("labels"), "unlabelled.parquet")
-    assert "unlabelled.parquet: in a block of it: missing column labels" in error_of("unlabelled.parquet", "--output", "out")
+    assert "unlabelled.parquet: missing column labels, there are query_id" in error_of("unlabelled.parquet", "--output", "out")
     assert {path.name for path in folder.iterdir()} == {"data", "unlabelled.parquet"}
+
+
+# A2, A3 on Ray: the same checks, by file and row
+def test_teachers_are_matched_by_name_and_the_same_in_all_files(ray, folder, capsys):
+    def named(table, names):
+        return table.append_column("teachers", pa.array([names] * table.num_rows))
+
+    tables = {name: pq.read_table(f"data/{name}.parquet").select(["query_id", "labels", "teacher_logits"]) for name in "ab"}
+    names = [f"t{m}" for m in range(6)]
+    for name, table in tables.items():
+        pq.write_table(named(table, names), f"data/{name}.parquet")
+    turned = [[scores[::-1] for scores in row] for row in tables["a"]["teacher_logits"].to_pylist()]
+    turned = tables["a"].set_column(2, "teacher_logits", pa.array(turned, tables["a"]["teacher_logits"].type))
+    pq.write_table(named(turned, names[::-1]), "fit.parquet")
+    arguments = ["--method", "best", "--fit", "fit.parquet"]
+    assert main(["ensemble", "data", "--output", "out", "--ray", *arguments]) == 0
+    assert main(["ensemble", "data", "--output", "out.parquet", *arguments]) == 0
+    wanted = by_query(OfflineEnsemble("best", fit=pq.read_table("data/a.parquet"))(pq.read_table("data")))
+    for name in ("out", "out.parquet"):
+        got = by_query(pq.read_table(name))
+        assert [row["query_id"] for row in got] == [row["query_id"] for row in wanted]
+        for one, two in zip(got, wanted, strict=True):
+            assert one["ensemble_logits"] == pytest.approx(two["ensemble_logits"], abs=1e-5)
+
+    def error_of(*arguments):
+        capsys.readouterr()
+        assert main(["ensemble", "data", "--output", "none", "--ray", *arguments]) == 1
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("pile-fast")][-1]
+
+    pq.write_table(named(tables["b"], ["other", *names[1:]]), "fit.parquet")
+    assert "data: teachers: 'other' of fit is missing" in error_of(*arguments)
+    pq.write_table(named(tables["b"], names[::-1]), "data/b.parquet")
+    assert "data/b.parquet: row 1: teachers: expected ['t0', 't1'" in error_of("--method", "mean")
+    assert {path.name for path in folder.iterdir()} == {"data", "fit.parquet", "out", "out.parquet"}
 
 
 def test_without_ray_the_command_says_what_to_install(folder, capsys, monkeypatch):

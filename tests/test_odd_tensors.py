@@ -1,7 +1,7 @@
-"""Every odd tensor on every public function: a right value, or an error that names the argument. Never a wrong number or a crash.
+"""Every odd tensor on every public function: a right value, or an error that names the argument.
 
 A call is a function, one of its tensor arguments, and an oddity done to that argument alone. What keeps the values has to give
-the plain call's result; what cannot be read has to be refused by name.
+the plain call's result; what cannot be read has to be refused by name. Nothing gives a wrong number or ends the process.
 """
 
 import signal

@@ -7,12 +7,12 @@ comes to `main`, and `pile_fast.cli.errors` says it in one line.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import pile_fast
 from pile_fast.cli import convert, demo, ensemble, evaluate, info, inspect, score, train
-from pile_fast.cli.errors import any_characters, ended, printable, warnings_as_lines
+from pile_fast.cli.common import made_folders
+from pile_fast.cli.errors import INTERRUPTED, any_characters, ended, leave, printable, warnings_as_lines
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,20 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done. 1: it could not be done; one line on stderr says why. 2: a command line that cannot be read. 130: interrupted.
     141: the reader of its output left. A fault of the package itself raises.
+
+    Args:
+        argv: the command line; None = the process's own, which this is all of: an interrupt then ends it here.
     """
     args = argparse.Namespace()
     try:
-        with any_characters(), warnings_as_lines():
-            args = _parser().parse_args(argv)
-            code = args.run(args)
-            sys.stdout.flush()
+        with any_characters(), warnings_as_lines(), made_folders():
+            try:
+                args = _parser().parse_args(argv)
+                code = args.run(args)
+            except SystemExit as exit:  # after --help, --version or a wrong command line
+                code = exit.code
+            print(end="", flush=True)
             return code
-    except SystemExit as exit:  # after --help, --version or a wrong command line
-        return exit.code
     except (Exception, KeyboardInterrupt) as error:
         code = ended(error, getattr(args, "output", None) or getattr(args, "output_dir", None))
         if code is None:
             raise
+        if argv is None and code == INTERRUPTED:
+            leave(code)
         return code
 
 

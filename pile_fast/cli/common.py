@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
+import pickle
+import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pile_fast.cli.errors import UserError, printable
@@ -112,9 +115,14 @@ def require(command: str, *modules: str, extra: str = "train") -> None:
             raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{extra}]'") from error
 
 
+# Folders that this command made, in this order.
+_made: list[Path] = []
+
+
 def writable_folder(path: str | Path, flag: str = "--output") -> Path:
-    """The folder of --output, or of another flag, there and fit to be written to."""
+    """The folder of --output, or of another flag, there and fit to be written to; for its end see `made_folders`."""
     output = Path(path)
+    _made.extend(folder for folder in (*reversed(output.parents), output) if not folder.exists())
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -122,6 +130,19 @@ def writable_folder(path: str | Path, flag: str = "--output") -> Path:
     except OSError as error:
         raise UserError(f"{flag} {output}: cannot write there: {error.strerror}") from error
     return output
+
+
+@contextlib.contextmanager
+def made_folders() -> Iterator[None]:
+    """If the command fails inside, the folders that it made by `writable_folder` go again, as far as they are empty."""
+    _made.clear()
+    try:
+        yield
+    except BaseException:
+        for folder in reversed(_made):
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
+        raise
 
 
 def quiet_loading() -> None:
@@ -145,7 +166,24 @@ def load_ranker(model: str, *, device: str | None, **options):
     except (RuntimeError, AssertionError) as error:  # no such device; not built for it
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     quiet_loading()
-    return students.load_ranker(model, device=device, **options)
+    with loading(model):
+        return students.load_ranker(model, device=device, **options)
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """What the readers of a model's files raise about damaged ones, each its own, as one line that names the model."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, EOFError, UnicodeError, struct.error, pickle.UnpicklingError, ValueError) as error:
+        if isinstance(error, ValueError) and not isinstance(error, (UnicodeError, json.JSONDecodeError)):
+            raise  # words of a reader that knew what it read
+        raise UserError(f"{model}: a file of the model is damaged or of another model: {error}") from error
 
 
 def percent(share: float | None) -> str:

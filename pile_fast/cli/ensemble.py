@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import math
 import os
+from pathlib import Path
 
-from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given
-from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given, real_number
+from pile_fast.cli.errors import UserError, printable
+from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
 from pile_fast.functional import pile_ensemble
 
@@ -30,9 +33,16 @@ def add_parser(commands) -> None:
         "ensemble_logits, a number per document, null where no teacher scored it. From Parquet to Parquet the memory does not "
         "grow with the file, and a command that was killed goes on where it was when it is run again.",
     )
-    parser.add_argument("input", metavar="INPUT", help="a file of rows; with --ray also a folder of Parquet files")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="a file of rows, several of one format (TREC: a run per teacher), or a folder of Parquet files",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FILE", help=".parquet or .jsonl; with --ray a new folder")
     add_format(parser, "the input")
+    parser.add_argument("--qrels", metavar="FILE", help="of runs: judgements, the labels")
+    parser.add_argument(
+        "--unjudged", type=real_number(-math.inf), metavar="LABEL", help="of what the qrels do not list (default: unlabelled)"
+    )
     parser.add_argument("--method", choices=_METHODS, default="pile", help="(default: %(default)s)")
     parser.add_argument(
         "--fit",
@@ -59,27 +69,38 @@ def run(args: argparse.Namespace) -> int:
     if unknown := sorted(name for name in options if not _takes(args.method, name)):
         flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise UserError(f"{flags}: not an option of --method {args.method}")
-    with user_errors(args.output):
-        from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_columns
+    from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_fit
 
-        fit = read_columns(args.fit, ("teacher_logits", "labels")) if args.fit else None
+    fit = None
+    if args.fit:
+        refuse_same_file(Path(args.output), [args.fit])
+        fit = read_fit(args.fit)
+    try:
         ensemble = OfflineEnsemble(args.method, keep_weights=args.weights, replace=args.replace, fit=fit, **options)
-        if args.ray:
-            from pile_fast.integrations.ray import ensemble_folder
-
-            logging.disable(logging.ERROR)  # Ray tells every step, and every error once more
-            try:
-                ensemble_folder(args.input, args.output, ensemble)
-            finally:
-                logging.disable(logging.NOTSET)
-            print(f"Wrote {args.output}.")
-            return 0
+    except ValueError as error:
+        raise UserError(str(error).replace("fit:", f"{args.fit}:", 1) if args.fit else str(error)) from error
+    if args.ray:
+        _on_ray(args, ensemble)
+    else:
         import torch
         from tqdm import tqdm
 
         # A core reads, one writes: more threads than the others only take time from them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 2))
+        runs = {"qrels": args.qrels, "unjudged": args.unjudged}
         with tqdm(unit=" queries", disable=None) as progress:  # None: only on a terminal
-            ensemble_file(args.input, args.output, ensemble, format=args.source, progress=progress.update)
-        print(f"Wrote {args.output}.")
+            ensemble_file(args.inputs, args.output, ensemble, format=args.source, progress=progress.update, **runs)
+    print(f"Wrote {printable(args.output)}.")
     return 0
+
+
+def _on_ray(args: argparse.Namespace, ensemble) -> None:
+    if len(args.inputs) > 1 or args.source not in (None, "parquet") or args.qrels or args.unjudged is not None:
+        raise UserError("--ray: expected one INPUT, a Parquet file or a folder of them, and no --qrels and --unjudged")
+    from pile_fast.integrations.ray import ensemble_folder
+
+    logging.disable(logging.ERROR)  # Ray tells every step, and every error once more
+    try:
+        ensemble_folder(args.inputs[0], args.output, ensemble)
+    finally:
+        logging.disable(logging.NOTSET)

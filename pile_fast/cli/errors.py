@@ -6,6 +6,7 @@ this package: it stays a traceback. ``PILE_FAST_DEBUG=1`` shows the traceback be
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dis
 import json
@@ -19,6 +20,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_LEFT = 0, 1, 2, 130, 141
 LONGEST_LINE = 2000
@@ -109,10 +111,10 @@ def _missing(error: ImportError) -> str:
         return str(error)
     if module == "pile_fast":
         return f"this installation of pile_fast is not whole, install it again: {error}"
-    install = f"pip install 'pile_fast[{EXTRAS[module]}]'" if module in EXTRAS else f"install {module}"
+    extra = f"'pile_fast[{EXTRAS[module]}]'" if module in EXTRAS else module
     if isinstance(error, ModuleNotFoundError):
-        return f"this command needs {module}: {install}"
-    return f"the {module} that is installed does not fit ({error}): {install.replace('install', 'install --upgrade', 1)}"
+        return f"this command needs {module}: pip install {extra}"
+    return f"the {module} that is installed does not fit ({error}): pip install --upgrade {extra}"
 
 
 def _system(error: OSError, output: str | None) -> str:
@@ -168,6 +170,15 @@ def ended(error: BaseException, output: str | None = None) -> int | None:
         traceback.print_exception(error)
     report("error", line)
     return FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: Python takes a second and more to take PyTorch apart, and who interrupts is waiting."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def _output_fails() -> bool:

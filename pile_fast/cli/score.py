@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pile_fast
 from pile_fast.cli.common import add_input, load_ranker, print_left_out, real_number, require, whole_number, writable_folder
-from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.cli.errors import UserError, printable
 from pile_fast.data import BadRows, ResumableOutput, fingerprint, read_rows
+from pile_fast.data.files import refuse_same_file
 from pile_fast.data.rows import reject
 from pile_fast.scoring import BM25
 
@@ -101,19 +102,27 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--teacher: two are called {twice.pop()!r}")
     if Path(args.output).suffix != ".parquet":
         raise UserError(f"--output {args.output}: expected a name that ends in .parquet")
+    from pile_fast.data.parts import DataSet
+
+    data = DataSet(args.data, format=args.source)  # a missing file shows before models are loaded
+    refuse_same_file(Path(args.output), data.files)
+    args.files, args.source = data.files, data.format
     writable_folder(Path(args.output).parent)
     bad_rows = BadRows() if args.skip_bad_rows else None
-    with user_errors(args.output):
-        read_rows(args.data, format=args.source)  # a missing file shows before models are loaded
-        _load_models(args)
-        totals = _look_through(args, bad_rows)
-        with ResumableOutput(args.output, _settings(args)) as output:
-            _write_parts(output, args, totals)
-            output.finish()
+    _load_models(args)
+    settings = _settings(args)
+    totals = _look_through(args, bad_rows)
+    with ResumableOutput(args.output, settings) as output:
+        _write_parts(output, args, totals)
+        if fingerprint(*args.files) != settings["data"]:
+            output.discard()
+            raise UserError(f"{args.data}: changed while it was read, so nothing was written; run it again")
+        output.finish()
     if totals.empty:
         print(f"{totals.empty:,} empty documents were not scored: their logits are null.")
     print_left_out(bad_rows)
-    print(f"Wrote {args.output}: {totals.rows:,} queries, {totals.documents:,} documents, {', '.join(totals.teachers)}.")
+    names = printable(", ".join(totals.teachers))
+    print(f"Wrote {printable(args.output)}: {totals.rows:,} queries, {totals.documents:,} documents, {names}.")
     return 0
 
 
@@ -157,7 +166,7 @@ def _rows(args: argparse.Namespace, bad_rows=None) -> Iterator[dict]:
     """The rows that the teachers can score."""
     if args.skip_bad_rows and bad_rows is None:
         bad_rows = BadRows()
-    for row in read_rows(args.data, format=args.source, bad_rows=bad_rows):
+    for row in read_rows(args.files, format=args.source, bad_rows=bad_rows):
         try:
             for teacher in args.teachers:
                 teacher.check(row)
@@ -176,7 +185,7 @@ def _settings(args: argparse.Namespace) -> dict:
         return fingerprint(*sorted(path for path in inside if path.is_file()))
 
     return {
-        "data": fingerprint(args.data),
+        "data": fingerprint(*args.files),
         "teachers": [[teacher.name, teacher.model, teacher.kind, files(teacher)] for teacher in args.teachers],
         **{name: getattr(args, name) for name in ("source", "batch_size", "max_length", "device", "k1", "b", "skip_bad_rows")},
         "documents_per_part": DOCUMENTS_PER_PART,

@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TypeVar
@@ -154,6 +154,12 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def refuse_same_file(output: Path, inputs: Sequence[str | os.PathLike]) -> None:
+    """Raises ValueError if the output is one of the files that are read."""
+    if output.exists() and any(os.path.samefile(path, output) for path in inputs):
+        raise ValueError(f"{output}: the output would replace the input")
 
 
 def fingerprint(*paths: str | os.PathLike) -> list[list]:

@@ -1,15 +1,16 @@
 """Ensembles over tables of rows, column by column, and over files of any size.
 
-Columns stay in Arrow: what an ensemble does not need passes through as it is, and logits and labels reach the kernels as
-the arrays they were decoded to, packed, with the lists' offsets as `cu_seqlens`.
+Columns stay in Arrow: what an ensemble does not need passes through as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 import pile_fast
-from pile_fast.data import parquet
-from pile_fast.data.files import ahead, fingerprint
-from pile_fast.data.formats import format_of, read_rows, write_rows
+from pile_fast.data.files import ahead, refuse_same_file
+from pile_fast.data.formats import format_of, write_rows
+from pile_fast.data.packed import default_names, orders_pairs, pack, teacher_names
+from pile_fast.data.parts import DataSet, Part
 from pile_fast.data.resumable import ResumableOutput
+from pile_fast.data.rows import RowChecker
 from pile_fast.ensembles import (
     ENSEMBLES,
     NEEDS_LABELS,
@@ -39,8 +42,6 @@ with needs_extra("train"):
 METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
 # Methods that work on padded lists get at most this many slots at a time.
 _PADDED_SLOTS = 2**20
-_NUMBERS = pa.list_(pa.float32())
-_TABLES = pa.list_(_NUMBERS)
 
 
 class OfflineEnsemble:
@@ -56,11 +57,17 @@ class OfflineEnsemble:
         replace: put the ensemble in the place of the teachers, as the one teacher "ensemble", instead of adding a column.
         fit: a table with labels from which "stacking" learns its weights (required), "best" the one teacher to take
             for all queries (None: it takes each query's best by the query's own labels), and "pile" the weights it starts
-            from, `pile_fast.ensembles.shared_prior` (None: equal ones).
+            from, `pile_fast.ensembles.shared_prior` (None: equal ones). What is learnt of a teacher is the teacher's of
+            that name wherever it stands in the rows; by position only where neither side has names.
         options: of the ensemble's function, e.g. ``iterations=5``.
 
+    Attributes:
+        learnt: the teachers' weights learnt from `fit`, or None.
+        teachers: whose they are, or None.
+
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument does not fit, or `fit` has no query with two documents whose labels differ; the
+            message names it.
 
     >>> import pyarrow as pa
     >>> table = pa.table({"query_id": ["q"], "labels": [[1, 0]], "teacher_logits": [[[3.0, 0.0], [1.0, 2.0]]]})
@@ -92,30 +99,41 @@ class OfflineEnsemble:
         # The labels of the rows play no part in a choice that was learnt from others.
         self.needs_labels = method in NEEDS_LABELS and (fit is None or method == "pile")
         self.learnt: list[float] | None = None
-        self._function = self._make_function(fit)
+        self.teachers: list[str] | None = None
+        self._function = self._make_function(None if fit is None else self._packed_fit(fit))
         if self.learnt is None:  # wrong options show now, not in the first table
             self._function(torch.zeros(2, 2), torch.zeros(2), cu_seqlens=torch.tensor([0, 2]))
 
-    def _make_function(self, fit: pa.Table | None) -> Callable:
+    def _packed_fit(self, fit: pa.Table) -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            packed = pack(fit, labelled=True)
+            self.teachers = teacher_names(fit, packed[0].shape[1])
+        except ValueError as error:
+            raise ValueError(f"fit: {error}") from None
+        if not orders_pairs(*packed).any():
+            raise ValueError(
+                "fit: nothing to learn from, in no query two documents have labels that differ (and a teacher's logit)"
+            )
+        return packed
+
+    def _make_function(self, fit: tuple[Tensor, Tensor, Tensor] | None) -> Callable:
+        if fit is not None:
+            teacher_logits, labels, cu_seqlens = fit
         if self.method == "pile":
             options = dict(self.options)
             if fit is not None:
-                teacher_logits, labels, cu_seqlens = _packed(fit, labelled=True)
                 names = inspect.signature(shared_prior).parameters.keys() - {"iterations", "step_size"}
                 shared = {name: value for name, value in options.items() if name in names}
                 options["prior"] = shared_prior(teacher_logits, labels, cu_seqlens=cu_seqlens, **shared)
                 self.learnt = options["prior"].tolist()
             return functools.partial(pile_ensemble, return_weights=self.keep_weights, **options)
         if self.method == "stacking":
-            stacking = StackingEnsemble(**self.options)
-            teacher_logits, labels, cu_seqlens = _packed(fit, labelled=True)
-            stacking.fit(teacher_logits, labels, cu_seqlens=cu_seqlens)
+            stacking = StackingEnsemble(**self.options).fit(teacher_logits, labels, cu_seqlens=cu_seqlens)
             self.learnt = stacking.weights.tolist()
             return stacking
         if self.method == "best":
             if fit is None:
                 return functools.partial(best_teacher_ensemble, selection="query", **self.options)
-            teacher_logits, labels, cu_seqlens = _packed(fit, labelled=True)
             best = best_teacher_ensemble(teacher_logits, labels, cu_seqlens=cu_seqlens, **self.options).weights
             self.learnt = best.tolist()
             calibration = {name: value for name, value in self.options.items() if name == "normalize"}
@@ -125,7 +143,7 @@ class OfflineEnsemble:
     @property
     def settings(self) -> dict:
         """What decides the result, as JSON."""
-        names = ("method", "options", "keep_weights", "replace", "learnt")
+        names = ("method", "options", "keep_weights", "replace", "learnt", "teachers")
         return {name: getattr(self, name) for name in names} | {"pile_fast": pile_fast.__version__}
 
     @property
@@ -133,25 +151,60 @@ class OfflineEnsemble:
         """The columns it reads."""
         return ("teacher_logits", "labels") if self.needs_labels else ("teacher_logits",)
 
-    def __call__(self, table: pa.Table, *, first_row: int = 0, like: pa.Table | None = None) -> pa.Table:
+    def order(self, teachers: Sequence[str]) -> list[int] | None:
+        """Where among a table's teachers those are whose weights were learnt, in their order; None = as they stand.
+
+        Raises:
+            ValueError: they are not the same ones.
+        """
+        if self.teachers is None or list(teachers) == self.teachers:
+            return None
+        unnamed = [list(names) == default_names(len(names)) for names in (teachers, self.teachers)]
+        if all(unnamed):
+            raise ValueError(f"teacher_logits: expected {len(self.teachers)} teachers as in fit, got {len(teachers)}")
+        if any(unnamed):
+            one, other = ("the rows", "fit") if unnamed[0] else ("fit", "the rows")
+            raise ValueError(f"teachers: no names in {one}, but in {other}; name the teachers in both, or in neither")
+        for name in self.teachers:
+            if name not in teachers:
+                raise ValueError(f"teachers: {name!r} of fit is missing, the rows have {', '.join(teachers)}")
+        for name in teachers:
+            if name not in self.teachers:
+                raise ValueError(f"teachers: nothing is known of {name!r}, fit has {', '.join(self.teachers)}")
+        return [list(teachers).index(name) for name in self.teachers]
+
+    def __call__(self, table: pa.Table, *, first_row: int = 0, teachers: Sequence[str] | None = None) -> pa.Table:
         """The table with the ensemble.
 
         Args:
             table: rows.
             first_row: how many rows stand before the table's first, for the row numbers of error messages.
-            like: a row whose teachers the table's must be; None = the table's own first.
+            teachers: the names that the rows' teachers must have, in this order; None = those of the first row.
 
         Raises:
             ValueError: a column is missing or a row is broken: "row 7: reason", counted from 1.
         """
-        teacher_logits, labels, cu_seqlens = _packed(table, labelled=self.needs_labels, first_row=first_row)
-        _same_teachers(table, teacher_logits.shape[1], first_row, table if like is None else like)
+        expected = teachers or self.teachers or [""]
+        labelled = self.needs_labels and (self.learnt is None or "labels" in table.column_names)
+        teacher_logits, labels, cu_seqlens = pack(table, labelled=labelled, first_row=first_row, teachers=len(expected))
+        if self.needs_labels and not labelled:
+            labels = torch.full((len(teacher_logits),), torch.nan)
+        count = teacher_logits.shape[1]
+        names = teacher_names(table, count, first_row=first_row, expected=teachers)
+        try:
+            order = self.order(names) if len(teacher_logits) else None
+        except ValueError as error:
+            raise ValueError(f"row {first_row + 1}: {error}") from None
+        if order is not None:
+            teacher_logits = teacher_logits[:, order]
         if self.method == "pile":
             logits, weights, _ = self._function(teacher_logits, labels, cu_seqlens=cu_seqlens)
             if weights is not None:
                 weights = _per_document(weights, cu_seqlens)
         else:
             logits, weights = _by_length(self._function, teacher_logits, labels, cu_seqlens)
+        if order is not None and weights is not None:
+            weights = weights[:, torch.tensor(order).argsort()]
         offsets = pa.array(cu_seqlens.numpy())
         column = pa.array(logits.numpy(), from_pandas=True)  # NaN becomes null
         if self.replace:
@@ -176,108 +229,6 @@ def _with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 def _steps(count: int, size: int) -> pa.Array:
     return pa.array(np.arange(0, count * size + 1, size, dtype=np.int32))
-
-
-def _packed(table: pa.Table, *, labelled: bool, first_row: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
-    """teacher_logits (D, M), labels (D,) or None, cu_seqlens (Q + 1,), without a copy where nothing is null."""
-    lists = _column(table, "teacher_logits", _TABLES)
-    if lists.null_count:
-        row = int(np.argmax(lists.is_null().to_numpy(zero_copy_only=False)))
-        raise ValueError(f"row {first_row + row + 1}: teacher_logits: expected a list per document, got null")
-    cu_seqlens = _starts(lists)
-    documents = lists.flatten()
-
-    def fail(document: int, reason: str):
-        row = int(np.searchsorted(cu_seqlens, document, side="right")) - 1
-        raise ValueError(f"row {first_row + row + 1}: {reason.format(i=document - cu_seqlens[row])}")
-
-    if documents.null_count:
-        missing = int(np.argmax(documents.is_null().to_numpy(zero_copy_only=False)))
-        fail(missing, "teacher_logits[{i}]: expected a list with an entry per teacher, got null")
-    sizes = np.diff(_starts(documents))
-    teachers = int(sizes[0]) if len(sizes) else 1
-    if (sizes != teachers).any():
-        other = int(np.argmax(sizes != teachers))
-        fail(other, f"teacher_logits[{{i}}]: expected {teachers} teachers as in the rows before, got {sizes[other]}")
-    if teachers == 0:
-        fail(0, "teacher_logits[{i}]: there are no teachers")
-    teacher_logits, broken = _floats(documents.flatten())
-    if broken is not None:
-        m = broken % teachers
-        value = teacher_logits[broken].item()
-        fail(broken // teachers, f"teacher_logits[{{i}}][{m}]: expected a finite number, or null for 'not scored', got {value}")
-    teacher_logits = teacher_logits.view(-1, teachers)
-    if not labelled:
-        return teacher_logits, None, torch.from_numpy(cu_seqlens)
-
-    lists = _column(table, "labels", _NUMBERS)
-    given = ~lists.is_null().to_numpy(zero_copy_only=False)
-    lengths, sizes = np.diff(_starts(lists)), np.diff(cu_seqlens)
-    if (wrong := given & (lengths != sizes)).any():
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            f"row {first_row + row + 1}: labels: expected {sizes[row]} entries like teacher_logits, got {lengths[row]}"
-        )
-    labels, broken = _floats(lists.flatten())
-    if not given.all():  # null for the whole row: nothing is labelled
-        spread = torch.full((len(teacher_logits),), torch.nan)
-        spread[torch.from_numpy(given.repeat(sizes))] = labels
-        labels = spread
-        broken = None if broken is None else int(np.flatnonzero(given.repeat(sizes))[broken])
-    if broken is not None:
-        fail(broken, f"labels[{{i}}]: expected a finite number, or null for unlabelled, got {labels[broken].item()}")
-    return teacher_logits, labels, torch.from_numpy(cu_seqlens)
-
-
-def _column(table: pa.Table, name: str, wanted: pa.DataType) -> pa.Array:
-    if name not in table.column_names:
-        raise ValueError(f"missing column {name}, there are {', '.join(table.column_names)}")
-    column = table[name]
-    leaf, depth = column.type, 0
-    while pa.types.is_list(leaf) or pa.types.is_large_list(leaf) or pa.types.is_fixed_size_list(leaf):
-        leaf, depth = leaf.value_type, depth + 1
-    numeric = pa.types.is_floating(leaf) or pa.types.is_integer(leaf) or pa.types.is_boolean(leaf) or pa.types.is_null(leaf)
-    if not numeric or (depth != (2 if wanted == _TABLES else 1) and not pa.types.is_null(leaf)):
-        raise ValueError(f"column {name}: expected {'lists of ' * (wanted == _TABLES)}lists of numbers, got {column.type}")
-    column = column.combine_chunks()
-    return column if column.type == wanted else column.cast(wanted)
-
-
-def _starts(lists: pa.ListArray) -> np.ndarray:
-    offsets = lists.offsets.to_numpy()
-    return offsets - offsets[0] if len(offsets) else np.zeros(1, dtype=np.int32)
-
-
-def _floats(values: pa.Array) -> tuple[Tensor, int | None]:
-    """Values with NaN for null, and the place of the first that is not null and not finite."""
-    if not len(values):
-        return torch.empty(0), None
-    filled = values.fill_null(torch.nan)
-    usual = np.isfinite(filled.to_numpy())
-    broken = None
-    if np.count_nonzero(usual) != len(values) - values.null_count:
-        broken = int(np.argmax(~usual & values.is_valid().to_numpy(zero_copy_only=False)))
-    return torch.from_dlpack(filled), broken
-
-
-def _same_teachers(table: pa.Table, count: int, first_row: int, like: pa.Table) -> None:
-    """Every row must have as many teachers as the first, and name the same ones, in one order, if it names them."""
-    if like is not table and table.num_rows and (wanted := _packed(like, labelled=False)[0].shape[1]) != count:
-        raise ValueError(f"row {first_row + 1}: teacher_logits: expected {wanted} teachers as in the first row, got {count}")
-    if "teachers" not in table.column_names or table["teachers"].null_count == table.num_rows:
-        return
-    names = table["teachers"].combine_chunks()
-    rows = np.flatnonzero(names.is_valid().to_numpy(zero_copy_only=False))
-    lengths = np.diff(_starts(names))[rows]
-    first = names[rows[0]] if like is table or not like["teachers"][0].is_valid else like["teachers"][0]
-    wrong = lengths != count
-    if not wrong.any() and len(first) == count:
-        same = pa.compute.equal(names.flatten(), first.values.take(pa.array(np.tile(np.arange(count), len(rows)))))
-        wrong = ~same.fill_null(False).to_numpy(zero_copy_only=False).reshape(-1, count).all(1)
-    if wrong.any():
-        row = int(rows[np.argmax(wrong)])
-        wanted = first.as_py() if len(first) == count else f"{count} names"
-        raise ValueError(f"row {first_row + row + 1}: teachers: expected {wanted}, got {names[row].as_py()}")
 
 
 def _per_document(weights: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -311,93 +262,178 @@ def _by_length(function: Callable, teacher_logits: Tensor, labels: Tensor | None
     return logits, weights
 
 
-def read_columns(path: str | os.PathLike, columns: Iterable[str], *, format: str | None = None) -> pa.Table:
-    """Some columns of a file's rows, in memory."""
-    columns = list(columns)
-    if (format or format_of(path)) != "parquet":
-        return parquet.rows_to_table(read_rows(path, format=format)).select(columns)
-    with parquet.open_parquet(Path(path)) as file:
-        return file.read([name for name in columns if name in file.schema_arrow.names])
+def read_fit(paths: str | os.PathLike | Sequence[str | os.PathLike], **options) -> pa.Table:
+    """What `OfflineEnsemble` learns from, in memory: logits, labels and names of the teachers of a data set.
+
+    Args:
+        paths, options: see `pile_fast.data.parts.DataSet`.
+
+    Raises:
+        ValueError: a row is broken: "file: row 7: reason", or the teachers are not the same in all rows.
+        OSError: a file cannot be read.
+    """
+    tables, names = [], None
+    for part in DataSet(paths, **options).parts(columns=("teacher_logits", "labels", "teachers")):
+        with _located(part.path):
+            teacher_logits, _, _ = pack(part.table, labelled=True, first_row=part.first_row)
+            names = teacher_names(part.table, teacher_logits.shape[1], first_row=part.first_row, expected=names)
+        tables.append(part.table)
+    return pa.concat_tables(tables)
 
 
 def ensemble_file(
-    path: str | os.PathLike,
+    paths: str | os.PathLike | Sequence[str | os.PathLike],
     output: str | os.PathLike,
     ensemble: OfflineEnsemble,
     *,
     format: str | None = None,
     progress: Callable[[int], None] = lambda rows: None,
+    **options,
 ) -> None:
-    """Run an ensemble over a file of any size, a part at a time.
+    """Run an ensemble over a data set of any size, a part at a time.
 
     A Parquet output is a `ResumableOutput`: killed, it goes on where it was. Another format is written in one go.
 
     Args:
-        path: the rows, in any format `read_rows` knows.
+        paths: the rows: a file in any format `pile_fast.data.read_rows` knows, several of one format (TREC: a run per
+            teacher), or a folder of Parquet files, taken in the order of their names.
         output: the file to write.
         ensemble: what to add to the rows.
         format: of the input; None = by the suffix.
         progress: called with the number of rows done since the last call.
+        options: of the input's format, see `pile_fast.data.read_rows`.
+
+    Warns:
+        UserWarning: the method needs labels, and in no query two documents have labels that differ.
 
     Raises:
-        ValueError: a row is broken ("file:row 7: reason"), or the output was begun with other settings.
+        ValueError: a row is broken ("file: row 7: reason"), its teachers are not those of the first row or of what the
+            ensemble was fitted to, the method needs labels and there are none, the output was begun with other settings, or
+            an input changed while it was read.
         OSError: a file cannot be read or written.
     """
-    path, output = Path(path), Path(output)
-    if output.exists() and path.exists() and os.path.samefile(path, output):
-        raise ValueError(f"{output}: the output would replace the input")
-    format = format or format_of(path)
-    if format_of(output) != "parquet":
-        tables = (ensemble(table) for _, _, table in _parts(path, format, set()))
-        write_rows(output, (row for table in tables for row in _counted(table.to_pylist(), progress)))
+    output = Path(output)
+    data = DataSet(paths, format=format, **options)
+    refuse_same_file(output, data.files)
+    target = format_of(output)
+    check_data(data, ensemble)
+    settings = {"input": data.fingerprint(), "format": data.format, "ensemble": ensemble.settings}
+    if target != "parquet":
+        tables = ensemble_tables(data, ensemble)
+
+        # JSON lines take any column; other formats have room for what the schema has, so for its rows alone.
+        checked = (lambda row: row) if target == "jsonl" else RowChecker()
+
+        def rows() -> Iterator[dict]:
+            for part, table in tables:
+                for number, row in enumerate(table.to_pylist(), part.first_row + 1):
+                    with _located(f"{part.path}: row {number}"):
+                        row = checked(row)
+                    yield row
+                progress(table.num_rows)
+            _check_unchanged(data, settings)
+
+        write_rows(output, rows(), format=target)
         return
-    settings = {"input": fingerprint(path), "format": format, "ensemble": ensemble.settings}
-    with ResumableOutput(output, settings) as out, ThreadPoolExecutor(1) as writer:
-        writing = None
-        like = _first_row(path, format)
-        for number, first_row, table in ahead(_parts(path, format, frozenset(out.done))):
-            try:
-                result = ensemble(table, first_row=first_row, like=like)
-            except ValueError as error:
-                raise ValueError(f"{path}:{error}") from None
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(out.write, number, result)
-            progress(table.num_rows)
-        if writing is not None:
-            writing.result()
+    with ResumableOutput(output, settings) as out:
+        try:
+            _write_parts(out, ensemble_tables(data, ensemble, frozenset(out.done)), progress)
+            _check_unchanged(data, settings)
+        except ValueError:
+            out.discard()  # only another input can mend it, with which nothing goes on here
+            raise
         out.finish()
 
 
-def _first_row(path: Path, format: str) -> pa.Table:
-    if format != "parquet":
-        return parquet.rows_to_table([next(read_rows(path, format=format))])
-    with parquet.open_parquet(path) as file:
-        columns = [name for name in ("teacher_logits", "teachers") if name in file.schema_arrow.names]
-        if not file.metadata.num_rows:
-            raise ValueError(f"{path}: no rows")
-        return next(parquet.read_tables(file, 0, 1, 1, columns))[1]
+def _write_parts(out: ResumableOutput, tables: Iterator[tuple[Part, pa.Table]], progress: Callable[[int], None]) -> None:
+    """One part is written while the next is made."""
+    with ThreadPoolExecutor(1) as writer:
+        writing = None
+        for part, table in tables:
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(out.write, part.number, table)
+            progress(table.num_rows)
+        if writing is not None:
+            writing.result()
 
 
-def _counted(rows: list[dict], progress: Callable[[int], None]) -> Iterator[dict]:
-    yield from rows
-    progress(len(rows))
+def check_data(data: DataSet, ensemble: OfflineEnsemble) -> None:
+    """What can be known before the work: whether a data set has the columns, teachers and labels that an ensemble needs.
+
+    Warns, Raises: see `ensemble_file`.
+    """
+    for name in ensemble.columns:
+        if data.columns is not None and name not in data.columns and not (name == "labels" and ensemble.learnt):
+            raise ValueError(f"{data.name}: missing column {name}, there are {', '.join(data.columns)}")
+    if ensemble.teachers is not None and (teachers := first_teachers(data)) is not None:
+        with _located(data.name):
+            ensemble.order(teachers)
+    if ensemble.needs_labels and not ensemble.learnt:  # learnt weights mean something without labels, too
+        _check_labels(data, ensemble)
 
 
-def _parts(path: Path, format: str, done: frozenset[int]) -> Iterator[tuple[int, int, pa.Table]]:
-    """(number, rows before it, table) of each part of a file that is not done; a part's rows depend on the file alone."""
-    if format != "parquet":
-        for number, table in enumerate(parquet.tables(read_rows(path, format=format))):
-            if number not in done:
-                yield number, number * parquet.ROWS_PER_TABLE, table
-        return
-    with parquet.open_parquet(path) as file:
-        size, total = parquet.rows_at_a_time(file.metadata), file.metadata.num_rows
-        todo = [number for number in range(-(-total // size)) if number not in done]
-        while todo:
-            run = next((i for i in range(1, len(todo)) if todo[i] != todo[0] + i), len(todo))
-            start, stop = todo[0] * size, min((todo[run - 1] + 1) * size, total)
-            yield from (
-                (first_row // size, first_row, table) for first_row, table in parquet.read_tables(file, start, stop, size)
-            )
-            todo = todo[run:]
+def _check_labels(data: DataSet, ensemble: OfflineEnsemble) -> None:
+    labelled = False
+    for part in data.parts(columns=("teacher_logits", "labels")):
+        with _located(part.path):
+            packed = pack(part.table, labelled=True, first_row=part.first_row)
+        if orders_pairs(*packed).any():
+            return
+        labelled = labelled or not packed[1].isnan().all()
+    if not labelled:
+        raise ValueError(
+            f"{data.name}: no document has a label, and the method {ensemble.method} goes by labels"
+            f"{' (of runs: by qrels)' if data.format == 'trec' else ''}; mean, rrf and ebkd need none"
+        )
+    warnings.warn(
+        f"{data.name}: in no query two documents have labels that differ, and the method {ensemble.method} goes by such pairs",
+        stacklevel=4,
+    )
+
+
+def _check_unchanged(data: DataSet, settings: dict) -> None:
+    if data.fingerprint() != settings["input"]:
+        raise ValueError(f"{data.name}: changed while it was read, so nothing was written; run it again")
+
+
+def ensemble_tables(
+    data: DataSet, ensemble: OfflineEnsemble, done: frozenset[int] = frozenset()
+) -> Iterator[tuple[Part, pa.Table]]:
+    """Each part that is not done, and its rows with the ensemble.
+
+    Raises:
+        ValueError: see `ensemble_file`.
+    """
+    teachers = first_teachers(data) if done else None
+    for part in ahead(data.parts(done)):
+        teachers = teachers or _first_teachers(part)
+        with _located(part.path):
+            table = ensemble(part.table, first_row=part.first_row, teachers=teachers)
+        yield part, table
+
+
+def first_teachers(data: DataSet) -> list[str] | None:
+    """The teachers' names in the first row with a document, which are those of all rows; None without any document."""
+    parts = data.parts(columns=("teacher_logits", "teachers"))
+    return next((names for part in parts if (names := _first_teachers(part))), None)
+
+
+def _first_teachers(part: Part) -> list[str] | None:
+    with _located(part.path):
+        _, _, cu_seqlens = pack(part.table, labelled=False, first_row=part.first_row)
+        filled = cu_seqlens.diff().nonzero()
+        if not len(filled):
+            return None
+        row, number = part.table.slice(int(filled[0]), 1), part.first_row + int(filled[0])
+        teacher_logits, _, _ = pack(row, labelled=False, first_row=number)
+        return teacher_names(row, teacher_logits.shape[1], first_row=number)
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Errors with the file before the row."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

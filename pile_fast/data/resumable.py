@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -19,6 +20,10 @@ except ImportError:  # Windows: nothing keeps two processes off one output there
 _PART = re.compile(r"\d{8,}\.parquet")
 # What `atomic_path` leaves in the folder if the process is killed.
 _STALE = re.compile(r"\..*\.[0-9a-f]{16}(\.\w+)?")
+
+
+# What file systems without locks say: some that machines share. Parts are whole there, too, whoever writes them.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class ResumableOutput:
@@ -72,8 +77,8 @@ class ResumableOutput:
     def _take_lock(self) -> int:
         while True:
             with self._named():
-                with contextlib.suppress(FileExistsError):
-                    self.folder.mkdir()
+                with contextlib.suppress(FileExistsError):  # parts are for those to read who may read the file
+                    self.folder.mkdir(self.path.stat().st_mode & 0o777 | 0o700 if self.path.exists() else 0o777)
                 if self.folder.is_symlink() or not self.folder.is_dir():  # planted, or a mistake: not ours to change
                     raise ValueError(f"{self.folder}: expected the folder of an unfinished output or nothing; move it away")
                 try:
@@ -92,6 +97,11 @@ class ResumableOutput:
                 raise ValueError(f"{self.name}: another process is writing this file") from None
             except FileNotFoundError:
                 pass
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return lock
+                os.close(lock)
+                raise
             os.close(lock)
 
     @contextlib.contextmanager
