@@ -135,7 +135,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(capsys, tmp_path, disk_full,
     [
         ([], "the following arguments are required: --output"),
         (["a.jsonl", "--output", "b", "--to", "csv"], "argument --to: invalid choice: 'csv'"),
-        (["a.jsonl", "--output", "b", "--unjudged", "none"], "argument --unjudged: invalid float value: 'none'"),
+        (["a.jsonl", "--output", "b", "--unjudged", "none"], "argument --unjudged: expected a number, got 'none'"),
     ],
 )
 def test_wrong_command_line(capsys, arguments, message):

@@ -62,7 +62,7 @@ def _objects(path: Path) -> Iterator[tuple[int, bytes]]:
         text = line.removeprefix(b"\xef\xbb\xbf").strip()
         if not text:
             continue
-        if text[:1] == b"[" and text[1:].lstrip()[:1] in (b"", b"{"):
+        if text[:1] == b"[" and text[1:].lstrip()[:1] in (b"", b"{", b"]"):
             yield from _elements(path, number, line + b"".join(rest for _, rest in lines))
             return
         yield number, line

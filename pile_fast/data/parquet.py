@@ -186,7 +186,8 @@ def _to_rows(batch: pa.RecordBatch, types: dict[str, pa.DataType]) -> list[dict 
     except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:
         if batch.num_rows == 1:
             return [error]
-        return [row for i in range(batch.num_rows) for row in _to_rows(batch.slice(i, 1), types)]
+        # Taken, not sliced: a slice is checked together with what lies around it.
+        return [row for i in range(batch.num_rows) for row in _to_rows(batch.take(pa.array([i])), types)]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

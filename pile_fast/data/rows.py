@@ -176,6 +176,18 @@ def ensemble_as_teacher(row: dict) -> dict:
     return row | {"teacher_logits": [[logit] for logit in row["ensemble_logits"]], "teachers": ["ensemble"]}
 
 
+def drop_unlabelled(row: dict) -> dict | None:
+    """A checked row without the documents that have no label; None if that is all of them.
+
+    >>> drop_unlabelled(check_row({"query_id": "q", "documents": ["a", "b"], "labels": [None, 2]}))["documents"]
+    ['b']
+    """
+    kept = [i for i, label in enumerate(row["labels"]) if label is not None]
+    if not kept:
+        return None
+    return row | {name: [row[name][i] for i in kept] for name in PER_DOCUMENT if row[name] is not None}
+
+
 def scores_of(row: dict, teacher: str | None) -> tuple[str, list[float | None]]:
     """(name, a score per document) of one teacher of a checked row.
 

@@ -93,6 +93,20 @@ def read_rows(
             raise DataError(qrels, f"judges none of the runs' {unlabelled} documents, so all would be unlabelled")
 
 
+def named_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str | None]]:
+    """(files, a teacher's name or None for each) of a command's arguments, each a FILE or NAME=FILE.
+
+    What is a file as it stands is one, so that names of files may have an "=".
+    """
+    paths, names = [], []
+    for argument in arguments:
+        name, equals, file = argument.partition("=")
+        named = bool(name and equals and file) and not Path(argument).exists() and Path(file).exists()
+        paths.append(Path(file if named else argument))
+        names.append(name if named else None)
+    return paths, names
+
+
 def _names(paths: list[Path], teachers: Sequence[str] | None) -> list[str]:
     names = [stem(path) for path in paths] if teachers is None else list(teachers)
     if len(names) != len(paths):
