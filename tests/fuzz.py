@@ -4,16 +4,19 @@
 finds is made again with ``python tests/fuzz.py --target NAME --seed N --files 1 --keep FOLDER``.
 
 Each file is read with and without `bad_rows`. The only answers allowed are rows that pass `check_row` again unchanged, or a
-`DataError` of one printable line that begins with the name of a file that was read and a place in it. Everything runs in
-child processes with a limit on memory, so that a crash of a library in C++, a hang or a greedy read is seen, too.
+`DataError` of one printable line that begins with the name of a file that was read and a place in it. Some files go through
+``pile-fast convert`` as well, which must say the same by its exit code and one line. Everything runs in child processes
+with a limit on memory, so that a crash of a library in C++, a hang or a greedy read is seen, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import faulthandler
 import gzip
+import io
 import json
 import lzma
 import os
@@ -162,8 +165,6 @@ def text_targets() -> dict[str, Target]:
 
 
 def parquet_targets() -> dict[str, Target]:
-    import io
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -379,9 +380,32 @@ def try_file(target: Target, seed: int, name: str, folder: Path) -> tuple[str, s
             if reason := allowed(error, folder, target):
                 return "neither", f"{reason}: {str(error)[:300]}\n{traceback.format_exc(limit=-3)[-1500:]}"
             answer = "refused"
+        if bad_rows is None and seed % 16 == 0 and (reason := tried_command(target, folder, answer)):
+            return "neither", reason
         if bad_rows is not None and any("\n" in reason or not reason.isprintable() for reason in bad_rows.reasons):
             return "neither", "a reason of bad_rows is not one printable line"
     return answer, None
+
+
+def tried_command(target: Target, folder: Path, answer: str) -> str | None:
+    """What is wrong with what ``pile-fast convert`` says of a file that the reader has read or refused."""
+    from pile_fast.cli import main
+
+    output = folder / "out" / "out.jsonl"
+    output.parent.mkdir(exist_ok=True)
+    output.unlink(missing_ok=True)
+    options = [text for name, file in target.options.items() for text in (f"--{name}", str(folder / file))]
+    arguments = ["convert", str(folder / next(iter(target.files))), "--from", target.format, "--output", str(output), *options]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+        code = main(arguments)
+    text = told.getvalue()
+    if code != (answer == "refused"):
+        return f"convert: exit code {code} for a file that is {answer}: {text}"
+    if code and not (text.startswith("pile-fast: error: ") and text.endswith("\n") and text[:-1].isprintable()):
+        return f"convert: not one printable line: {text!r}"
+    if (code == 0) != output.exists() or len(list(output.parent.iterdir())) > 1:
+        return f"convert: exit code {code}, and there are {[path.name for path in output.parent.iterdir()]}"
+    return None
 
 
 # -- child processes

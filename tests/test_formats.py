@@ -613,7 +613,8 @@ folder = Path(sys.argv[1])
 whole = (folder / "whole.parquet").read_bytes()
 footer = int.from_bytes(whole[-8:-4], "little")
 read = refused = 0
-for seed in range(800):
+seeds = [*range(200), 354, 1855, 2058, 2184, 2234, 2302]  # the last six ended the process with pyarrow 26
+for seed in seeds:
     chance, content = random.Random(seed), bytearray(whole)
     for _ in range(chance.randint(1, 3)):
         content[chance.randrange(len(content) - 8 - footer, len(content) - 8)] = chance.randrange(256)
@@ -628,7 +629,7 @@ print(read, refused)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     read, refused = map(int, done.stdout.split())
-    assert read + refused == 800 and read > 50 and refused > 200
+    assert read + refused == 206 and read > 20 and refused > 100
 
 
 def test_parquet_of_many_small_and_of_one_large_row_group(tmp_path):
@@ -760,6 +761,7 @@ def test_letor_line_that_is_left_out_leaves_no_trace(tmp_path, line):
         ("1 qid:1 ٣:2", "feature index: expected a whole number, got '٣'"),
         ("1 qid:1 2:٣", "feature 2: expected a number, got '٣'"),
         ("٣ qid:1 2:1", "label: expected a number, got '٣'"),
+        ("1 qid:1 2:1\u00a02_0:1", "feature index: expected a whole number, got '2_0'"),
         ("1 qid:1 +5:1", "feature index: expected a whole number, got '+5'"),
         ("1 qid:1 2:0x10", "feature 2: expected a number, got '0x10'"),
         ("9007199254740993 qid:1 2:1", "label: expected a whole number of at most 2^53, got '9007199254740993'"),
@@ -772,6 +774,11 @@ def test_letor_numbers_are_ascii_digits(tmp_path, line, reason):
     with pytest.raises(DataError) as caught:
         read_letor(path)
     assert str(caught.value).startswith(f"{path}:2: {reason}")
+
+
+def test_letor_blanks_of_any_kind_separate_features(tmp_path):
+    path = write_lines(tmp_path / "a.txt", "1 qid:1 1:1", "0 qid:1\t1:1\u00a07:2\x1f9:1")
+    assert [len(features) for features in next(read_rows(path))["features"]] == [9, 9]
 
 
 def test_letor_is_written_exactly(tmp_path):

@@ -112,9 +112,9 @@ def _width(paths: list[Path]) -> int:
     width = 0
     for path in paths:
         for _, line in byte_lines(path):
-            last = line.partition(b"#")[0].split()[-1:]
-            index = last[0].partition(b":")[0] if last else b""
-            width = max(width, int(index)) if index.isdigit() and len(index) < 20 else width
+            last = line.partition(b"#")[0].decode(errors="replace").split()[-1:]
+            index = last[0].partition(":")[0] if last else ""
+            width = max(width, int(index)) if index.isascii() and index.isdecimal() and len(index) < 20 else width
     return min(width, _MOST_FEATURES)
 
 
