@@ -123,7 +123,7 @@ def _elements(path: Path, first_line: int, text: bytes) -> Iterator[tuple[int, b
 def _parse(text: bytes) -> dict:
     line = decode(text)
     try:
-        row = json.loads(line, object_pairs_hook=_object)
+        row = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         advice = ""
         if line.strip() == "{":
@@ -147,6 +147,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"the key {show(twice)} appears twice in one object")
     return content
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def write_rows(path: Path, rows: Iterable[dict], convert: Callable[[dict], dict] | None = None) -> None:

@@ -164,15 +164,15 @@ def write_rows(path: Path, rows: Iterable[dict], *, teacher: str | None = None) 
 
 
 def _parse_run(line: str, layout: int) -> tuple[str, float]:
-    cells = fields(line)
+    cells = line.encode().split()  # at ASCII blanks, as `fields`, which would decode all of them
     if len(cells) != layout:
         raise ValueError(f"expected {_LAYOUTS[layout]!r}, got {line.strip()[:60]!r}")
     if layout == 6:
-        return cells[2], parse_number("score", cells[4])
-    rank = parse_count("rank", cells[2])
+        return cells[2].decode(), parse_number("score", cells[4].decode())
+    rank = parse_count("rank", cells[2].decode())
     if rank < 1:
         raise ValueError(f"rank: expected 1 or more, got {rank}")
-    return cells[1], -float(rank)
+    return cells[1].decode(), -float(rank)
 
 
 def _read_texts(path: Path, bad_rows: BadRows | None) -> dict[str, str]:
@@ -230,12 +230,12 @@ class _Index:
         if not text.strip():
             return None
         if separator is None:
-            cells = fields(text)
-            if not self.layout and len(cells) in _LAYOUTS:
-                self.layout = len(cells)
             if not self.layout:
-                raise ValueError(f"expected {_LAYOUTS[6]!r} or {_LAYOUTS[3]!r}, got {text.strip()[:60]!r}")
-            return cells[0]
+                self.layout = len(fields(text))
+                if self.layout not in _LAYOUTS:
+                    self.layout = 0
+                    raise ValueError(f"expected {_LAYOUTS[6]!r} or {_LAYOUTS[3]!r}, got {text.strip()[:60]!r}")
+            return text.encode().split(None, 1)[0].decode()
         name, found, _ = text.partition(separator)
         name = name.strip()
         if not found or not name:
