@@ -936,6 +936,13 @@ def test_run_of_ranks_alone_that_is_broken(trec, lines, number, reason):
     assert error_of(read_rows, path) == f"{path}:{number}: {reason}"
 
 
+# B8
+def test_run_whose_first_line_is_cut_is_not_taken_for_ranks(trec):
+    path = write_lines(trec / "a.run", "q1 Q0 d1", "q1 Q0 d2 2 1.0 x")
+    bad_rows = BadRows()
+    assert [row["doc_ids"] for row in read_rows(path, bad_rows=bad_rows)] == [["d2"]] and bad_rows.count == 1
+
+
 # B7
 def test_run_with_marks_and_odd_blanks(trec):
     path = trec / "a.run"
@@ -1084,6 +1091,17 @@ def test_bge_lines_without_scores_are_a_teacher_that_scored_nothing(tmp_path, li
     rows = list(read_rows(write_lines(tmp_path / "a.jsonl", *lines), format="bge"))
     assert [[score for (score,) in row["teacher_logits"]] for row in rows] == logits
     assert {tuple(row["teachers"]) for row in rows} == {("teacher",)}
+
+
+# B8
+@pytest.mark.parametrize("broken", [{"neg": [5]}, {"id": "a"}, {"neg_scores": [1, 2]}, {"neg_scores": ["x"]}])
+def test_bge_line_that_is_left_out_leaves_no_trace(tmp_path, broken):
+    line = {"id": "b", "query": "y", "pos": ["a"], "neg": ["b"], "pos_scores": [1], "neg_scores": [0]} | broken
+    path = write_lines(tmp_path / "a.jsonl", {"id": "a", "query": "x", "pos": ["a"]}, line)
+    bad_rows = BadRows()
+    (row,) = read_rows(path, format="bge", bad_rows=bad_rows)
+    assert row["teachers"] == [] and bad_rows.count == 1
+    assert error_of(read_rows, path, format="bge").startswith(f"{path}:2: ")
 
 
 # A6

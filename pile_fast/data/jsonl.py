@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from pile_fast.data.files import atomic_path, byte_lines, decode, open_text
-from pile_fast.data.rows import COLUMNS, UNLABELLED, BadRows, DataError, RowChecker, reject, scores_of, show
+from pile_fast.data.rows import COLUMNS, UNLABELLED, BadRows, DataError, RowChecker, check_row, reject, scores_of, show
 
 
 def read_rows(
@@ -25,7 +25,7 @@ def read_rows(
             teacher is in all rows, and scored nothing in those of the others.
     """
     check = RowChecker()
-    scored = convert is not None and _scored(paths, convert)
+    scored = convert is not None and _scored(paths, convert, bad_rows is not None)
     number = 0  # of the query in all files
     for path in paths:
         for line, text in _objects(path):
@@ -41,17 +41,26 @@ def read_rows(
                 reject(bad_rows, f"{path}:{line}", error)
 
 
-def _scored(paths: list[Path], convert: Callable[[dict, str], dict]) -> bool:
-    """Whether an object of any file has a teacher. It reads until it finds one."""
+def _scored(paths: list[Path], convert: Callable[[dict, str], dict], skipping: bool) -> bool:
+    """Whether a good object of any file has a teacher. It reads until it finds one.
+
+    Args:
+        skipping: broken objects are left out, so that they must not count.
+    """
+    seen: set[str] = set()
+    number = 0
     for path in paths:
         for _, text in _objects(path):
-            if b"score" not in text:  # most objects need no parsing
+            number += 1
+            if not skipping and b"score" not in text:  # most objects need no parsing
                 continue
             try:
-                if "teacher_logits" in convert(_parse(text), "1"):
-                    return True
+                row = check_row(convert(_parse(text), str(number)))
             except ValueError:
-                pass  # the reader will say so
+                continue  # the reader will say so
+            if row["teachers"] and row["query_id"] not in seen:
+                return True
+            seen.add(row["query_id"])
     return False
 
 

@@ -300,8 +300,6 @@ def parse_count(name: str, text: str) -> int:
 
 def _name(name: str, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
-        if not -(2**64) < value < 2**64:
-            raise ValueError(f"{name}: expected a name, got {show(value)}; write a long number as a text")
         return str(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}: expected a name, got {show(value)}")

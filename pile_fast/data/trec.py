@@ -231,9 +231,10 @@ class _Index:
             return None
         if separator is None:
             if not self.layout:
-                self.layout = len(fields(text))
-                if self.layout not in _LAYOUTS:
-                    self.layout = 0
+                cells = fields(text)
+                if len(cells) == 6 or (len(cells) == 3 and cells[2].isdecimal()):
+                    self.layout = len(cells)
+                else:
                     raise ValueError(f"expected {_LAYOUTS[6]!r} or {_LAYOUTS[3]!r}, got {text.strip()[:60]!r}")
             return text.encode().split(None, 1)[0].decode()
         name, found, _ = text.partition(separator)
