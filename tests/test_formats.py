@@ -501,7 +501,9 @@ def test_parquet_reads_other_types_and_ignores_other_columns(tmp_path):
         (pa.null(), [None, None]),
     ],
 )
-@pytest.mark.parametrize("list_of", [pa.list_, pa.large_list, lambda type: pa.list_(type, 2), pa.list_view])
+@pytest.mark.parametrize(
+    "list_of", [pa.list_, pa.large_list, lambda type: pa.list_(type, 2), getattr(pa, "list_view", pa.list_)]
+)
 def test_parquet_numbers_of_any_type_are_exact(tmp_path, type, values, list_of):
     path = parquet_of(tmp_path / "a.parquet", query_id=["q"], labels=pa.array([values], list_of(type)))
     (row,) = read_rows(path)
@@ -510,7 +512,9 @@ def test_parquet_numbers_of_any_type_are_exact(tmp_path, type, values, list_of):
     assert next(read_rows(tmp_path / "b.parquet"))["labels"] == values
 
 
-@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize(
+    "text", [pa.string(), pa.large_string(), getattr(pa, "string_view", pa.string)(), pa.binary(), pa.large_binary()]
+)
 def test_parquet_texts_of_any_type(tmp_path, text):
     path = parquet_of(
         tmp_path / "a.parquet",
@@ -630,6 +634,18 @@ print(read, refused)
     assert done.returncode == 0, done.stderr
     read, refused = map(int, done.stdout.split())
     assert read + refused == 206 and read > 20 and refused > 100
+
+
+def test_parquet_with_names_that_are_not_utf8(tmp_path):
+    pq.write_table(
+        pa.table({"query_id": ["q"], "labels": [[1.0]], "extra": [[{"a": 1}]]}), tmp_path / "a.parquet", store_schema=False
+    )
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for name in (b"element", b"list", b"extra", b"labels", b"query_id"):
+        path = tmp_path / "b.parquet"
+        path.write_bytes(whole.replace(name, b"\xff" * len(name)))
+        assert path.read_bytes() != whole
+        assert error_of(read_rows, path, bad_rows=BadRows()).startswith(f"{path}: damaged file"), name
 
 
 def test_parquet_of_many_small_and_of_one_large_row_group(tmp_path):

@@ -175,7 +175,7 @@ def write_rows(path: Path, rows: Iterable[dict], convert: Callable[[dict], dict]
             try:
                 file.write(_dumps((convert or _present)(row)) + "\n")
             except ValueError as error:
-                raise ValueError(f"query {row['query_id']!r}: {error}") from None
+                raise ValueError(f"query {row.get('query_id')!r}: {error}") from None
 
 
 def _dumps(content: dict) -> str:
