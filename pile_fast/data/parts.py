@@ -113,7 +113,7 @@ class DataSet:
             schema = pa.schema([schema.field(name) for name in columns if name in schema.names])
         for path in self.files:
             with parquet.open_parquet(path) as file:
-                size, total = parquet.rows_at_a_time(file.metadata), file.metadata.num_rows
+                size, total = parquet.rows_at_a_time(file), file.metadata.num_rows
                 count = -(-total // size)
                 todo = [number for number in range(count) if before + number not in done]
                 while todo:
