@@ -300,6 +300,7 @@ class PileTrainer(Trainer):
         self._teachers: Sequence[str] | None = None
         self._said: set[str] = set()
         self._lossless = False
+        self._evaluated: list[Tensor] = []
 
     def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs) -> tuple[list, Tensor]:
         """The batches of one optimiser step and the number of their queries, over all processes.
@@ -337,6 +338,8 @@ class PileTrainer(Trainer):
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
         else:
             loss = losses.mean()
+        if not model.training:
+            self._evaluated.append(losses.detach())
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, model, *args, **kwargs) -> Tensor:
@@ -356,15 +359,31 @@ class PileTrainer(Trainer):
             logs = logs | loss_components(self.loss, *self._last_batch, self._teachers)
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args, **kwargs):
-        """The Trainer's, of a model that is whole; without the loss where the rows have no teachers to compute it with."""
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The Trainer's. Several processes read a data set without a length into memory: else the rows that fill up its last
+        batch would count twice."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else dataset
+        if dataset is not None and not has_length(dataset) and self.args.world_size > 1:
+            eval_dataset = list(dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """The Trainer's, of a model that is whole.
+
+        The loss is left out where the rows have no teachers to compute it with, and is the mean over the queries also of a data
+        set without a length, of which the Trainer counts a short last batch like the others.
+        """
         if self.is_in_train:
             check_weights(self.model, self.state.global_step, self._check.queries)
-        self._lossless = False
-        output = super().evaluation_loop(*args, **kwargs)
+        self._lossless, self._evaluated = False, []
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if self._lossless:
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.pop(f"{prefix}_loss", None)
+            output.metrics.pop(name, None)
+        elif name in output.metrics and not has_length(dataloader):
+            output.metrics[name] = torch.cat(self._evaluated).mean().item()
+        self._evaluated = []
         return output
 
     def save_model(self, *args, **kwargs) -> None:
