@@ -1,6 +1,6 @@
 """`StepCheck`: stops training before the first optimiser step whose losses or gradients are not finite.
 
-It costs one reading of the device per optimiser step, three numbers, for the gradients one pass over them, and over several
+It costs one reading of the device per optimiser step, three numbers; the gradients' norm, as clipping does; and over several
 processes one reduction of the three. The `Trainer`'s own filter, which reads the device after every batch only to leave NaN
 out of its log, is not needed beside it.
 """
@@ -58,7 +58,7 @@ class StepCheck:
             scaler = None
         # With a scaler, a gradient that overflows is no error: it skips the step and tries a smaller scale.
         gradients = [] if scaler is not None else [p.grad for p in model.parameters() if p.grad is not None and p.grad.numel()]
-        found = torch.stack([~losses.isfinite().all(), _overflow(gradients, losses.device), losses.ne(0).any()]).float()
+        found = torch.stack([~losses.isfinite().all(), _no_norm(gradients, losses.device), losses.ne(0).any()]).float()
         if self._accelerator.num_processes > 1:
             found = self._accelerator.reduce(found, "sum")
         bad_losses, bad_gradients, learns = found.tolist()
@@ -66,16 +66,16 @@ class StepCheck:
         if bad_losses:
             raise FloatingPointError(f"step {step}: {self._about_losses(batches)}")
         if bad_gradients:
-            raise FloatingPointError(f"step {step}: {_not_finite('the gradient', _gradients(model))}; {self.about_queries()}")
+            bad = list(dict.fromkeys(self._gather(_bad_gradients(model))))
+            what = _not_finite("the gradient", bad) if bad else "the gradient is so large that its norm is not finite"
+            raise FloatingPointError(f"step {step}: {what}; {self._about_queries()}")
         if scaler is not None and scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise FloatingPointError(
-                f"step {step}: the gradients are not finite in float16, however the loss is scaled; {self.about_queries()}"
+                f"step {step}: the gradients are not finite in float16, however the loss is scaled; {self._about_queries()}"
             )
 
-    def about_queries(self) -> str:
-        """The last step's queries, of all processes, in words."""
-        names = self._gather(self.queries)
-        return f"the step's queries: {shown(names)}"
+    def _about_queries(self) -> str:
+        return f"the step's queries: {shown(self._gather(self.queries))}"
 
     def _about_losses(self, batches: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[str]]]) -> str:
         names, logits_too = [], []
@@ -115,19 +115,21 @@ def _not_finite(what: str, names: Sequence[str]) -> str:
     return f"{what} of {names[0]}{f' and {len(names) - 1:,} more' if len(names) > 1 else ''} is not finite"
 
 
-def _gradients(model: nn.Module) -> list[str]:
-    """The parameters whose gradient is not finite; on this process there may be none."""
+def _bad_gradients(model: nn.Module) -> list[str]:
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-    return [name.removeprefix("module.").removeprefix("_orig_mod.") for name in bad] or ["a parameter of another process"]
+    return [name.removeprefix("module.").removeprefix("_orig_mod.") for name in bad]
 
 
-def _overflow(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """() bool on the device: whether some number is not finite."""
-    if not tensors:
+def _no_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """() bool on the device: their norm is not finite, because one of them is not, or their squares overflow.
+
+    The Trainer divides by this norm, if only to log it: 0 or NaN is what it would leave of either.
+    """
+    if not gradients:
         return torch.zeros((), dtype=torch.bool, device=device)
-    largest = torch.nn.utils.get_total_norm(tensors, norm_type=torch.inf)
-    largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest
-    return ~largest.isfinite().to(device)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return ~norm.isfinite().to(device)
 
 
 def _is_finite(tensor: Tensor) -> bool:

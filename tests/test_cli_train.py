@@ -398,10 +398,13 @@ def test_metrics_however_the_predictions_come(features, flags):
 
 
 # B3
-def test_more_tokens_than_the_model_has_positions_for(capsys, text):
-    student = ("train.parquet", "--student", "cross-encoder", "--model", "encoder", *OUT)
-    code, line = error(capsys, *student, "--max-length", "41")
+def test_tokens_that_the_model_has_no_positions_for_or_too_few(capsys, text):
+    student = ("train.parquet", "--model", "encoder", *OUT, "--student")
+    code, line = error(capsys, *student, "cross-encoder", "--max-length", "41")
     assert code == 1 and "max_length: expected at most 40, the positions that encoder has, got 41" in line
+    for kind, least in (("cross-encoder", 5), ("bi-encoder", 3)):
+        code, line = error(capsys, *student, kind, "--max-length", str(least - 1))
+        assert code == 1 and f"max_length: expected at least {least}, to read one token of each text, got {least - 1}" in line
 
 
 # C8: the hub's own library asks five times over half a minute.

@@ -131,6 +131,15 @@ def test_a_gradient_that_is_not_finite(tmp_path, value, norm):
     assert torch.equal(weights(run.model), weights(student()))
 
 
+# Its squares overflow, so the Trainer's norm of it does: clipping would leave 0 of it, and no clipping NaN.
+@pytest.mark.parametrize("norm", [0.0, 1.0])
+def test_a_gradient_whose_norm_is_not_finite(tmp_path, norm):
+    run = trainer(tmp_path, feature_rows(), break_gradients(student(), 1e25), max_grad_norm=norm)
+    message = r"^step 1: the gradient is so large that its norm is not finite; the step's queries: 'q0', 'q1', 'q2', 'q3'$"
+    with pytest.raises(FloatingPointError, match=message):
+        run.train()
+
+
 def scaled(run):
     """As on a GPU: on a CPU accelerate has no scaler of the loss."""
     run.accelerator.scaler, run.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
