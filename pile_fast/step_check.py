@@ -97,11 +97,17 @@ def check_weights(model: nn.Module, step: int, queries: Sequence[str]) -> None:
     """Nothing is evaluated or saved of a model that the last step, on `queries`, broke.
 
     Raises:
-        FloatingPointError: a weight or a buffer is not finite; names the step, its queries and the weight.
+        FloatingPointError: a trained weight is not finite or a buffer is NaN (masks may well be infinite); names the step, its
+            queries and the weight.
     """
-    tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.dtype in _FLOATS}
-    if any(not _is_finite(tensor) for tensor in tensors.values()):
-        bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    broken = {name: ~_local(p).isfinite().all() for name, p in model.named_parameters() if p.requires_grad and _counts(p)}
+    broken |= {name: _local(buffer).isnan().any() for name, buffer in model.named_buffers() if _counts(buffer)}
+    if not broken:
+        return
+    device = next(iter(broken.values())).device
+    flags = torch.stack([flag.to(device) for flag in broken.values()]).tolist()
+    if any(flags):
+        bad = [name for name, flag in zip(broken, flags, strict=True) if flag]
         raise FloatingPointError(f"step {step}: {_not_finite('the weight', bad)} after it; its queries: {shown(queries)}")
 
 
@@ -116,7 +122,7 @@ def _not_finite(what: str, names: Sequence[str]) -> str:
 
 
 def _bad_gradients(model: nn.Module) -> list[str]:
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _local(p.grad).isfinite().all()]
     return [name.removeprefix("module.").removeprefix("_orig_mod.") for name in bad]
 
 
@@ -132,6 +138,10 @@ def _no_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return ~norm.isfinite().to(device)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return tensor.is_meta or bool(tensor.isfinite().all())
+def _counts(tensor: Tensor) -> bool:
+    return tensor.dtype in _FLOATS and not tensor.is_meta
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -396,6 +396,9 @@ class PileTrainer(Trainer):
 
         Padded, because the Trainer gathers and trims predictions by rows, and its rows are queries: a packed tensor
         would lose documents in the last batch. What is in the padding does not matter, the lengths tell.
+
+        Raises:
+            FloatingPointError: a logit is NaN, which cannot be ranked; names the queries.
         """
         loss, logits, targets = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is None:
@@ -405,6 +408,9 @@ class PileTrainer(Trainer):
             torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
             for x in (logits.float(), targets["labels"].double())
         )
+        if (nan := logits.isnan().any(1)).any():
+            bad = [name for name, is_nan in zip(queries_of(targets), nan.tolist(), strict=True) if is_nan]
+            raise FloatingPointError(f"evaluation: the student's logits are NaN for queries {shown(bad)}")
         return loss, logits, (labels, lengths)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):

@@ -232,6 +232,12 @@ def test_names_are_cut_short_where_there_are_many(tmp_path):
         trainer(tmp_path, rows, per_device_train_batch_size=9).train()
 
 
+def test_a_nan_logit_in_evaluation_is_named(tmp_path):
+    run = PileTrainer(student(), arguments(tmp_path), eval_dataset=poisoned())
+    with pytest.raises(FloatingPointError, match=r"^evaluation: the student's logits are NaN for queries 'q17'$"):
+        run.evaluate()
+
+
 # B2's labels, A4's weights: 2^(y - y_max) needs no more than float32.
 def test_large_and_negative_labels_train_and_evaluate(tmp_path):
     rows = [row | {"labels": [1024, -2, 3, 2000]} for row in feature_rows(8)]
