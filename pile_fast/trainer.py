@@ -33,7 +33,7 @@ from pile_fast.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.step_check import StepCheck, check_weights, shown
 from pile_fast.students import BiEncoderConfig
 from pile_fast.students.ranker import longest_text, serve_logits
-from pile_fast.training_data import NamedLists, check_data
+from pile_fast.training_data import NamedLists, check_data, teachers_of
 
 with needs_extra("train"):
     from transformers import EvalPrediction, Trainer
@@ -425,7 +425,7 @@ class PileTrainer(Trainer):
             best_metric=self.args.metric_for_best_model if choosing else None,
             metrics=self.compute_metrics.names() if choosing else None,
         )  # fmt: skip
-        self._check, self._teachers, self._said = StepCheck(self.accelerator), None, set()
+        self._check, self._teachers = StepCheck(self.accelerator), None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         check_weights(self.model, self.state.global_step, self._check.queries)
         return output
@@ -436,16 +436,17 @@ class PileTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _matched(self, targets: RankingTargets) -> RankingTargets:
-        """The targets with the teachers in the order of the first batch's, by their names."""
-        self._said.add("infinite") if warn_of_infinite(targets, "infinite" in self._said) else None
+        """The targets with the teachers in the order of the first training row's, by their names."""
+        if warn_of_infinite(targets, "infinite" in self._said):
+            self._said.add("infinite")
         names, count = targets.get("teachers"), targets["teacher_logits"].shape[1]
         if names is None or not count:
             return targets
         if self._teachers is None:
-            self._teachers = names
+            self._teachers = teachers_of(self.train_dataset) or names
         if names == self._teachers:
             return targets
-        order = order_of_teachers(names, self._teachers, f"query {queries_of(targets)[0]}", "the first batch")
+        order = order_of_teachers(names, self._teachers, f"query {queries_of(targets)[0]}", "the first row")
         return RankingTargets(targets, teacher_logits=targets["teacher_logits"][:, order], teachers=self._teachers)
 
     def _say(self, what: str, text: str) -> None:

@@ -97,6 +97,18 @@ def test_streams_train_and_evaluate_as_lists_do(tmp_path, stream):
         assert metrics[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
 
 
+class Sized(Stream):
+    def __len__(self):
+        return len(self.rows)
+
+
+def test_a_stream_that_knows_its_length(tmp_path):
+    rows = feature_rows(10)
+    run = trainer(tmp_path, Sized(rows), Sized(rows), max_steps=-1, num_train_epochs=2)
+    run.train()
+    assert run.state.global_step == 6 and math.isfinite(run.evaluate()["eval_loss"])
+
+
 def test_streams_that_end_within_a_step(tmp_path):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     rows = feature_rows(10)  # the last two would be half a step: the next pass begins with a whole one
@@ -135,13 +147,14 @@ def test_teachers_are_matched_by_name(tmp_path):
     loss = pile_fast.PILELoss(prior=torch.tensor([3.0, 1.0]), reduction="none")
     mixed = rows[:4] + swapped[4:6] + rows[6:8] + swapped[8:]
     run, other = trainer(tmp_path, mixed, swapped, loss=loss), trainer(tmp_path, rows, rows, loss=loss)
+    assert run.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]
     for one in (run, other):
         one.train()
     assert torch.equal(weights(run.model), weights(other.model))
     assert run.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]
     with pytest.raises(ValueError, match="query 'q0' of the evaluation rows: teachers: no 'bad', which the training data has"):
         trained(tmp_path, rows, feature_rows(names=("good", "ugly")))
-    with pytest.raises(ValueError, match="query 'q4': teachers: no 'bad', which the first batch has; got 'good', 'ugly'"):
+    with pytest.raises(ValueError, match="query 'q4': teachers: no 'bad', which the first row has; got 'good', 'ugly'"):
         trained(tmp_path, rows[:4] + feature_rows(names=("good", "ugly"))[4:])
 
 
