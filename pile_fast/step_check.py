@@ -1,6 +1,6 @@
 """`StepCheck`: stops training before the first optimiser step whose losses or gradients are not finite.
 
-It costs one reading of the device per optimiser step, three numbers, for the gradients one pass over them, and over several
+It costs one reading of the device per optimiser step, three numbers; the gradients' norm, as clipping does; and over several
 processes one reduction of the three. The `Trainer`'s own filter, which reads the device after every batch only to leave NaN
 out of its log, is not needed beside it.
 """
@@ -58,7 +58,7 @@ class StepCheck:
             scaler = None
         # With a scaler, a gradient that overflows is no error: it skips the step and tries a smaller scale.
         gradients = [] if scaler is not None else [p.grad for p in model.parameters() if p.grad is not None and p.grad.numel()]
-        found = torch.stack([~losses.isfinite().all(), _overflow(gradients, losses.device), losses.ne(0).any()]).float()
+        found = torch.stack([~losses.isfinite().all(), _no_norm(gradients, losses.device), losses.ne(0).any()]).float()
         if self._accelerator.num_processes > 1:
             found = self._accelerator.reduce(found, "sum")
         bad_losses, bad_gradients, learns = found.tolist()
@@ -66,16 +66,16 @@ class StepCheck:
         if bad_losses:
             raise FloatingPointError(f"step {step}: {self._about_losses(batches)}")
         if bad_gradients:
-            raise FloatingPointError(f"step {step}: {_not_finite('the gradient', _gradients(model))}; {self.about_queries()}")
+            bad = list(dict.fromkeys(self._gather(_bad_gradients(model))))
+            what = _not_finite("the gradient", bad) if bad else "the gradient is so large that its norm is not finite"
+            raise FloatingPointError(f"step {step}: {what}; {self._about_queries()}")
         if scaler is not None and scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise FloatingPointError(
-                f"step {step}: the gradients are not finite in float16, however the loss is scaled; {self.about_queries()}"
+                f"step {step}: the gradients are not finite in float16, however the loss is scaled; {self._about_queries()}"
             )
 
-    def about_queries(self) -> str:
-        """The last step's queries, of all processes, in words."""
-        names = self._gather(self.queries)
-        return f"the step's queries: {shown(names)}"
+    def _about_queries(self) -> str:
+        return f"the step's queries: {shown(self._gather(self.queries))}"
 
     def _about_losses(self, batches: Iterable[tuple[Tensor, Tensor, Tensor, Sequence[str]]]) -> str:
         names, logits_too = [], []
@@ -97,11 +97,17 @@ def check_weights(model: nn.Module, step: int, queries: Sequence[str]) -> None:
     """Nothing is evaluated or saved of a model that the last step, on `queries`, broke.
 
     Raises:
-        FloatingPointError: a weight or a buffer is not finite; names the step, its queries and the weight.
+        FloatingPointError: a trained weight is not finite or a buffer is NaN (masks may well be infinite); names the step, its
+            queries and the weight.
     """
-    tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.dtype in _FLOATS}
-    if any(not _is_finite(tensor) for tensor in tensors.values()):
-        bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    broken = {name: ~_local(p).isfinite().all() for name, p in model.named_parameters() if p.requires_grad and _counts(p)}
+    broken |= {name: _local(buffer).isnan().any() for name, buffer in model.named_buffers() if _counts(buffer)}
+    if not broken:
+        return
+    device = next(iter(broken.values())).device
+    flags = torch.stack([flag.to(device) for flag in broken.values()]).tolist()
+    if any(flags):
+        bad = [name for name, flag in zip(broken, flags, strict=True) if flag]
         raise FloatingPointError(f"step {step}: {_not_finite('the weight', bad)} after it; its queries: {shown(queries)}")
 
 
@@ -115,21 +121,27 @@ def _not_finite(what: str, names: Sequence[str]) -> str:
     return f"{what} of {names[0]}{f' and {len(names) - 1:,} more' if len(names) > 1 else ''} is not finite"
 
 
-def _gradients(model: nn.Module) -> list[str]:
-    """The parameters whose gradient is not finite; on this process there may be none."""
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-    return [name.removeprefix("module.").removeprefix("_orig_mod.") for name in bad] or ["a parameter of another process"]
+def _bad_gradients(model: nn.Module) -> list[str]:
+    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _local(p.grad).isfinite().all()]
+    return [name.removeprefix("module.").removeprefix("_orig_mod.") for name in bad]
 
 
-def _overflow(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """() bool on the device: whether some number is not finite."""
-    if not tensors:
+def _no_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """() bool on the device: their norm is not finite, because one of them is not, or their squares overflow.
+
+    The Trainer divides by this norm, if only to log it: 0 or NaN is what it would leave of either.
+    """
+    if not gradients:
         return torch.zeros((), dtype=torch.bool, device=device)
-    largest = torch.nn.utils.get_total_norm(tensors, norm_type=torch.inf)
-    largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest
-    return ~largest.isfinite().to(device)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return ~norm.isfinite().to(device)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return tensor.is_meta or bool(tensor.isfinite().all())
+def _counts(tensor: Tensor) -> bool:
+    return tensor.dtype in _FLOATS and not tensor.is_meta
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -33,7 +33,7 @@ from pile_fast.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.step_check import StepCheck, check_weights, shown
 from pile_fast.students import BiEncoderConfig
 from pile_fast.students.ranker import longest_text, serve_logits
-from pile_fast.training_data import NamedLists, check_data
+from pile_fast.training_data import NamedLists, check_data, teachers_of
 
 with needs_extra("train"):
     from transformers import EvalPrediction, Trainer
@@ -300,6 +300,7 @@ class PileTrainer(Trainer):
         self._teachers: Sequence[str] | None = None
         self._said: set[str] = set()
         self._lossless = False
+        self._evaluated: list[Tensor] = []
 
     def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs) -> tuple[list, Tensor]:
         """The batches of one optimiser step and the number of their queries, over all processes.
@@ -337,6 +338,8 @@ class PileTrainer(Trainer):
             loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
         else:
             loss = losses.mean()
+        if not model.training:
+            self._evaluated.append(losses.detach())
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, model, *args, **kwargs) -> Tensor:
@@ -356,15 +359,31 @@ class PileTrainer(Trainer):
             logs = logs | loss_components(self.loss, *self._last_batch, self._teachers)
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args, **kwargs):
-        """The Trainer's, of a model that is whole; without the loss where the rows have no teachers to compute it with."""
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The Trainer's. Several processes read a data set without a length into memory: else the rows that fill up its last
+        batch would count twice."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else dataset
+        if dataset is not None and not has_length(dataset) and self.args.world_size > 1:
+            eval_dataset = list(dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """The Trainer's, of a model that is whole.
+
+        The loss is left out where the rows have no teachers to compute it with, and is the mean over the queries also of a data
+        set without a length, of which the Trainer counts a short last batch like the others.
+        """
         if self.is_in_train:
             check_weights(self.model, self.state.global_step, self._check.queries)
-        self._lossless = False
-        output = super().evaluation_loop(*args, **kwargs)
+        self._lossless, self._evaluated = False, []
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if self._lossless:
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.pop(f"{prefix}_loss", None)
+            output.metrics.pop(name, None)
+        elif name in output.metrics and not has_length(dataloader):
+            output.metrics[name] = torch.cat(self._evaluated).mean().item()
+        self._evaluated = []
         return output
 
     def save_model(self, *args, **kwargs) -> None:
@@ -377,6 +396,9 @@ class PileTrainer(Trainer):
 
         Padded, because the Trainer gathers and trims predictions by rows, and its rows are queries: a packed tensor
         would lose documents in the last batch. What is in the padding does not matter, the lengths tell.
+
+        Raises:
+            FloatingPointError: a logit is NaN, which cannot be ranked; names the queries.
         """
         loss, logits, targets = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is None:
@@ -386,6 +408,9 @@ class PileTrainer(Trainer):
             torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
             for x in (logits.float(), targets["labels"].double())
         )
+        if (nan := logits.isnan().any(1)).any():
+            bad = [name for name, is_nan in zip(queries_of(targets), nan.tolist(), strict=True) if is_nan]
+            raise FloatingPointError(f"evaluation: the student's logits are NaN for queries {shown(bad)}")
         return loss, logits, (labels, lengths)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -400,7 +425,7 @@ class PileTrainer(Trainer):
             best_metric=self.args.metric_for_best_model if choosing else None,
             metrics=self.compute_metrics.names() if choosing else None,
         )  # fmt: skip
-        self._check, self._teachers, self._said = StepCheck(self.accelerator), None, set()
+        self._check, self._teachers = StepCheck(self.accelerator), None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         check_weights(self.model, self.state.global_step, self._check.queries)
         return output
@@ -411,16 +436,17 @@ class PileTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _matched(self, targets: RankingTargets) -> RankingTargets:
-        """The targets with the teachers in the order of the first batch's, by their names."""
-        self._said.add("infinite") if warn_of_infinite(targets, "infinite" in self._said) else None
+        """The targets with the teachers in the order of the first training row's, by their names."""
+        if warn_of_infinite(targets, "infinite" in self._said):
+            self._said.add("infinite")
         names, count = targets.get("teachers"), targets["teacher_logits"].shape[1]
         if names is None or not count:
             return targets
         if self._teachers is None:
-            self._teachers = names
+            self._teachers = teachers_of(self.train_dataset) or names
         if names == self._teachers:
             return targets
-        order = order_of_teachers(names, self._teachers, f"query {queries_of(targets)[0]}", "the first batch")
+        order = order_of_teachers(names, self._teachers, f"query {queries_of(targets)[0]}", "the first row")
         return RankingTargets(targets, teacher_logits=targets["teacher_logits"][:, order], teachers=self._teachers)
 
     def _say(self, what: str, text: str) -> None:

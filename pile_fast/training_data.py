@@ -80,12 +80,24 @@ def check_data(
 
 def _first_batch(dataset: Any, collator: Any, called: str) -> dict[str, Any] | None:
     """The first row of a data set with a length as a batch of `RankingTargets`; None where that cannot be had."""
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if not _has_first_row(dataset):
         return None
     if len(dataset) == 0:
         raise ValueError(f"{called}: no rows")
     batch = collator([dataset[0]])
     return batch if isinstance(batch, Mapping) and isinstance(batch.get("labels"), RankingTargets) else None
+
+
+def _has_first_row(dataset: Any) -> bool:
+    streams = isinstance(dataset, torch.utils.data.IterableDataset)
+    return not streams and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def teachers_of(dataset: Any) -> list[str] | None:
+    """The names of the teachers in the first row of a data set with a length, if there are any."""
+    if not _has_first_row(dataset) or len(dataset) == 0 or not isinstance(row := dataset[0], Mapping):
+        return None
+    return None if row.get("teachers") is None else [str(name) for name in row["teachers"]]
 
 
 def _check_alike(trained: dict[str, Any], evaluated: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,6 +220,7 @@ def test_wrong_command_line(capsys, arguments, message):
 
 
 OUT = ("--output-dir", "out", "--use-cpu")
+BEST = ("--load-best-model-at-end", "--save-strategy", "epoch")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +259,162 @@ def test_text_student_s_model_that_is_not_there(capsys, monkeypatch, text):
     assert code == 1 and "nobody/none: no such folder, and not to be had from the Hugging Face hub: " in line
     code, line = error(capsys, *student, "--model", "encoder", "--num-layers", "3")
     assert code == 1 and "encoder: has 2 layers, of which the first 3 cannot be kept" in line
+
+
+# A4, A5: files cannot hold what is not finite, a step can make it.
+def test_numbers_that_are_not_finite_end_the_command(capsys, features):
+    wild = ("--learning-rate", "1e38", "--optim", "sgd", "--save-steps", "1", "--max-grad-norm", "0")
+    code, line = error(capsys, *FEATURES, *QUICK, *OUT, *wild)
+    assert code == 1 and re.match(r"pile-fast: error: step 2: the loss is not finite for queries 'q\d+', 'q\d+', ", line)
+    assert "; training stopped there and the last checkpoint is out/checkpoint-1. Look at these queries, or try a lower" in line
+    assert [path.name for path in Path("out").iterdir()] == ["checkpoint-1"]
+    once = ("--max-steps", "1", "--per-device-train-batch-size", "2")
+    write("train.jsonl", [row | {"features": [[1e30 * x for x in xs] for xs in row["features"]]} for row in features])
+    FeatureRanker(FeatureRankerConfig(num_features=5, hidden_sizes=())).save_pretrained("start")
+    code, line = error(capsys, *FEATURES, *QUICK, *wild, *once, "--model", "start", "--output-dir", "new", "--use-cpu")
+    assert (
+        code == 1 and "error: step 1: the weight of layers.0.weight and 1 more is not finite after it; its queries: 'q" in line
+    )
+    assert "there is no checkpoint" in line and not Path("new").exists()
+
+
+# B2
+def test_validation_with_negative_and_very_large_grades(capsys, features):
+    write("validation.jsonl", [row | {"labels": [-2, 2000, *[1024] * (len(row["labels"]) - 2)]} for row in features[30:]])
+    run(*FEATURES, "--validation", "validation.jsonl")
+    metrics = json.loads(Path("out/eval_results.json").read_text())
+    assert all(np.isfinite(metrics[f"eval_{name}"]) for name in ("loss", "ndcg@10", "mrr", "map", "pnr"))
+
+
+def without(rows, *names):
+    return [{name: value for name, value in row.items() if name not in names} for row in rows]
+
+
+def swapped(rows):
+    return [
+        row | {"teachers": row["teachers"][::-1], "teacher_logits": [scores[::-1] for scores in row["teacher_logits"]]}
+        for row in rows
+    ]
+
+
+def evaluated(output="out"):
+    metrics = json.loads(Path(f"{output}/eval_results.json").read_text())
+    return {name: value for name, value in metrics.items() if train._is_quality(name)}
+
+
+# C6
+@pytest.mark.parametrize("kind", ["features", "text"])
+@pytest.mark.parametrize("flags", [[], ["--teacher-columns"], ["--ensemble-logits"]], ids=str)
+def test_validation_without_teachers_gives_metrics_without_a_loss(capsys, kind, flags, text, features, text_rows):
+    rows, student = (
+        (features, ("--student", "features"))
+        if kind == "features"
+        else (text_rows(20), ("--student", "bi-encoder", "--model", "encoder"))
+    )
+    flags = flags + rows[0]["teachers"][:1] if flags == ["--teacher-columns"] else flags
+    write("train.jsonl", [row | {"ensemble_logits": row["labels"]} for row in rows])
+    write("validation.jsonl", without(rows[:9], "teachers", "teacher_logits"))
+    run("train.jsonl", *student, *flags, "--validation", "validation.jsonl")
+    captured = capsys.readouterr()
+    assert captured.err.count("the rows have no teachers, so there is no loss, only metrics") == 1
+    assert evaluated().keys() == {"eval_ndcg@10", "eval_mrr", "eval_map", "eval_pnr"} and "loss " not in captured.out
+
+
+@pytest.mark.parametrize("kind", ["features", "text"])
+def test_validation_s_teachers_are_matched_by_name(kind, text, features, text_rows):
+    rows, student = (
+        (features, ("--student", "features"))
+        if kind == "features"
+        else (text_rows(20), ("--student", "bi-encoder", "--model", "encoder"))
+    )
+    write("train.jsonl", rows)
+    prior = ("--prior", *map(str, range(1, len(rows[0]["teachers"]) + 1)))
+    more = [row | {"teachers": ["more", *row["teachers"]], "teacher_logits": [[9.0, *s] for s in row["teacher_logits"]]}
+            for row in rows[:9]]  # fmt: skip
+    for name, validation in (("same", rows[:9]), ("swapped", swapped(rows[:9])), ("more", more)):
+        write("validation.jsonl", validation)
+        run("train.jsonl", *student, *prior, "--validation", "validation.jsonl", output=name)
+    assert evaluated("same") == evaluated("swapped") == evaluated("more")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda row: row | {"features": [xs[:-1] for xs in row["features"]]},
+         "query 'q30' of the evaluation rows: features: expected 5 per document as in the training rows, got 4"),
+        (lambda row: row | {"teachers": ["x", *row["teachers"][1:]]}, "--validation: no teacher 'teacher 1' in its rows, as "),
+        (lambda row: without([row], "features")[0], "query q30: expected features, the row has none"),
+    ],
+)  # fmt: skip
+def test_validation_that_does_not_fit_is_known_before_the_first_step(capsys, features, change, message):
+    write("validation.jsonl", list(map(change, features[30:])))
+    code, line = error(capsys, *FEATURES, "--validation", "validation.jsonl", *QUICK, *OUT, "--save-steps", "1")
+    assert code == 1 and message in line and not Path("out").exists()
+
+
+def test_row_without_a_text_is_known_before_the_first_step(capsys, text, text_rows):
+    rows = text_rows(20)
+    for column in ("query", "documents"):
+        write("gap.jsonl", [*rows[:9], *without(rows[9:10], column), *rows[10:]])
+        code, line = error(capsys, "gap.jsonl", "--student", "bi-encoder", "--model", "encoder", *OUT)
+        assert code == 1 and f"gap.jsonl: query q9: no {column!r}, which a bi-encoder needs" in line
+
+
+# B12, C6, C8, and nothing of a folder where nothing was done.
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--deepspeed", "ds.json"), "an option of the Trainer needs deepspeed"),
+        (("--validation", "labels.jsonl", *BEST), "metric_for_best_model: 'loss' needs teachers in the rows of evaluation"),
+        (
+            ("--validation", "labels.jsonl", *BEST, "--metric-for-best-model", "ndcg@3"),
+            "metric_for_best_model: expected one of",
+        ),
+    ],
+)
+def test_what_is_known_before_the_first_step(capsys, features, arguments, message):
+    if "deepspeed" in message and importlib.util.find_spec("deepspeed"):
+        pytest.skip("deepspeed is installed")
+    Path("ds.json").write_text("{}")
+    write("labels.jsonl", without(features, "teachers", "teacher_logits"))
+    code, line = error(capsys, *FEATURES, *arguments, "--output-dir", "a/b", "--use-cpu")
+    assert code == 1 and message in line and not Path("a").exists()
+
+
+def test_labels_alone_without_a_label(capsys, features):
+    write("train.jsonl", without(features, "labels"))
+    code, line = error(capsys, *FEATURES, *QUICK, *OUT, "--alpha", "0")
+    assert code == 1 and "labels: with alpha=0 they are all there is to learn from, and no training row has any" in line
+    Path("empty.jsonl").touch()
+    code, line = error(capsys, "empty.jsonl", "--student", "features", *OUT)
+    assert code == 1 and "empty.jsonl: no rows" in line and not Path("out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--eval-do-concat-batches", "false"], ["--batch-eval-metrics", "true"]], ids=str)
+def test_metrics_however_the_predictions_come(features, flags):
+    run(*FEATURES, "--validation", "validation.jsonl", output="plain")
+    run(*FEATURES, "--validation", "validation.jsonl", *flags, "--per-device-eval-batch-size", "3", output="other")
+    assert evaluated("other") == pytest.approx(evaluated("plain"))
+
+
+# B3
+def test_tokens_that_the_model_has_no_positions_for_or_too_few(capsys, text):
+    student = ("train.parquet", "--model", "encoder", *OUT, "--student")
+    code, line = error(capsys, *student, "cross-encoder", "--max-length", "41")
+    assert code == 1 and "max_length: expected at most 40, the positions that encoder has, got 41" in line
+    for kind, least in (("cross-encoder", 5), ("bi-encoder", 3)):
+        code, line = error(capsys, *student, kind, "--max-length", str(least - 1))
+        assert code == 1 and f"max_length: expected at least {least}, to read one token of each text, got {least - 1}" in line
+
+
+# C8: the hub's own library asks five times over half a minute.
+def test_a_hub_that_cannot_be_reached_is_asked_once(capsys, monkeypatch, text):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("pile_fast.students.ranker.hf_hub_url", lambda *_: "http://127.0.0.1:9/none")
+    begin = time.monotonic()
+    code, line = error(capsys, "train.parquet", "--student", "cross-encoder", "--model", "nobody/none", *OUT)
+    assert time.monotonic() - begin < 10
+    assert code == 1 and "nobody/none: no such folder, and not to be had from the Hugging Face hub: cannot reach 127." in line
 
 
 def test_broken_rows_can_be_left_out(capsys, features):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, PreTrainedModel
 
@@ -183,6 +184,54 @@ def test_sentence_transformers_folder_brings_its_pooling_and_length(tmp_path, po
     long = "the old house under the tall tree"
     scores = loaded.score([{"query": "a", "documents": [long, long + " sleeps", long[:5]]}])[0]
     assert scores[0] == scores[1] != scores[2]
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+# Per family: the options of a tiny model, and how many tokens its 40 positions take.
+FAMILIES = {
+    "Bert": ({}, 40),
+    "Roberta": ({"pad_token_id": 1}, 38),
+    "XLMRoberta": ({"pad_token_id": 1}, 38),
+    "Camembert": ({"pad_token_id": 1}, 38),
+    "MPNet": ({"pad_token_id": 1}, 38),
+    "Longformer": ({"pad_token_id": 1, "attention_window": 4}, 38),
+    "IBert": ({"pad_token_id": 1}, 38),
+    "Data2VecText": ({"pad_token_id": 3}, 36),
+    "Nystromformer": ({}, 40),  # has two rows to spare
+    "RoFormer": ({}, 40),
+}
+
+
+# B3: the table of positions, with a tokenizer that knows no limit.
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
+def test_texts_are_cut_to_the_positions_that_a_model_has(tmp_path, family, kind, tiny_tokenizer):
+    options, positions = FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(**SIZES | options, max_position_embeddings=40, num_labels=1)
+    model = getattr(transformers, f"{family}{'ForSequenceClassification' if kind == 'cross-encoder' else 'Model'}")(config)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="[PAD]", model_input_names=["input_ids", "attention_mask"]
+    )
+    folder = save(model, tokenizer, tmp_path)
+    row = {"query": "red", "documents": ["tree " * 60, "house"]}
+    loaded = load_ranker(folder)
+    assert loaded.kind == kind and loaded.collator.max_length == positions
+    assert loaded.score([row])[0].isfinite().all()
+    at_most = load_ranker(folder, max_length=positions)
+    assert at_most.score([row])[0].tolist() == loaded.score([row])[0].tolist()
+    with pytest.raises(
+        ValueError, match=rf"max_length: expected at most {positions}, the positions that .* has, got {positions + 1}"
+    ):
+        load_ranker(folder, max_length=positions + 1)
+
+
+def test_models_without_a_table_of_positions_take_what_is_asked_for(tmp_path, tiny_tokenizer):
+    config = transformers.Qwen2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=40, num_labels=1, pad_token_id=0)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="[PAD]")
+    folder = save(transformers.Qwen2ForSequenceClassification(config), tokenizer, tmp_path)
+    assert load_ranker(folder).collator.max_length == 40  # what it was trained for
+    longer = load_ranker(folder, max_length=70)
+    assert longer.collator.max_length == 70 and longer.score([{"query": "red", "documents": ["tree " * 90]}])[0].isfinite()
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,15 @@ def test_a_gradient_that_is_not_finite(tmp_path, value, norm):
     assert torch.equal(weights(run.model), weights(student()))
 
 
+# Its squares overflow, so the Trainer's norm of it does: clipping would leave 0 of it, and no clipping NaN.
+@pytest.mark.parametrize("norm", [0.0, 1.0])
+def test_a_gradient_whose_norm_is_not_finite(tmp_path, norm):
+    run = trainer(tmp_path, feature_rows(), break_gradients(student(), 1e25), max_grad_norm=norm)
+    message = r"^step 1: the gradient is so large that its norm is not finite; the step's queries: 'q0', 'q1', 'q2', 'q3'$"
+    with pytest.raises(FloatingPointError, match=message):
+        run.train()
+
+
 def scaled(run):
     """As on a GPU: on a CPU accelerate has no scaler of the loss."""
     run.accelerator.scaler, run.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
@@ -168,8 +177,7 @@ def test_a_model_that_its_last_step_broke_is_not_saved(tmp_path, save):
     assert not (tmp_path / "student").exists()
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39])
-@pytest.mark.parametrize("form", [list, datasets.Dataset.from_list])
+@pytest.mark.parametrize("form, value", [(list, math.inf), (list, 1e39), (datasets.Dataset.from_list, -math.inf)])
 def test_infinite_teacher_logits_count_as_missing_with_one_warning(tmp_path, form, value):
     rows, missing = feature_rows(), feature_rows()
     for query, document, teacher in ((3, 1, 0), (9, 0, 1)):
@@ -221,6 +229,12 @@ def test_names_are_cut_short_where_there_are_many(tmp_path):
         del row["query_id"]
     with pytest.raises(FloatingPointError, match=r"for queries 1 of the batch, 2 of the batch, 3 of"):
         trainer(tmp_path, rows, per_device_train_batch_size=9).train()
+
+
+def test_a_nan_logit_in_evaluation_is_named(tmp_path):
+    run = PileTrainer(student(), arguments(tmp_path), eval_dataset=poisoned())
+    with pytest.raises(FloatingPointError, match=r"^evaluation: the student's logits are NaN for queries 'q17'$"):
+        run.evaluate()
 
 
 # B2's labels, A4's weights: 2^(y - y_max) needs no more than float32.

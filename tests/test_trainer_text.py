@@ -176,6 +176,10 @@ def test_two_processes_take_the_same_steps_as_one(folder):
         cases[f"{kind} in passes"] = {"kind": kind, "passes": 3} | one
         cases[f"{kind} in passes, accumulated"] = {"kind": kind, "passes": 3} | two
         cases[f"{kind} with its own Trainer"] = {"kind": kind, "own": True} | two
+    # A5: both stop at once, or the next case would wait for ever.
+    cases["spoiled"] = {"kind": "features", "spoil": "features", "train_sampling_strategy": "sequential"} | two
+    cases["spoiled gradient"] = {"kind": "features", "spoil": "gradient"} | two
+    cases["stream"] = {"kind": "features", "stream": True} | one
     cases["checkpointing"] = cases["cross-encoder in passes"] | {"gradient_checkpointing": True, "evaluation": None}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER]
     result = subprocess.run(
@@ -183,7 +187,14 @@ def test_two_processes_take_the_same_steps_as_one(folder):
     )
     assert result.returncode == 0, result.stderr
     expected = {kind: worker.steps(folder, kind, evaluation=True) for kind in KINDS}
-    for name, (weights, _, metrics) in torch.load(folder / "results.pt").items():
+    results = torch.load(folder / "results.pt")
+    message = r"step 1: the loss is not finite for query 'q5'; the student's logits are not finite there"
+    assert re.fullmatch(message, results.pop("spoiled"))
+    message = r"step 1: the gradient of layers.0.weight is not finite; the step's queries: ('q\d+', ){4}'q\d+' and 3 more"
+    assert re.fullmatch(message, results.pop("spoiled gradient"))
+    expected["stream"] = worker.steps(folder, "features", stream=True, evaluation=True)
+    cases["stream"]["kind"] = "stream"
+    for name, (weights, _, metrics) in results.items():
         one, _, one_metrics = expected[cases[name]["kind"]]
         torch.testing.assert_close(weights, one, rtol=1e-3, atol=2e-5, msg=name)
         for metric in ("ndcg@10", "mrr", "map", "pnr") if metrics else ():

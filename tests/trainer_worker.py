@@ -16,10 +16,21 @@ from pile_fast.trainer import PileTrainer, pile_compute_loss_func
 LOSS = {"alpha": 0.5, "backend": "torch"}
 
 
-def trainer(folder, kind, *, own=False, passes=None, evaluation=None, callbacks=None, log=True, **arguments):
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def trainer(
+    folder, kind, *, own=False, passes=None, evaluation=None, callbacks=None, log=True, spoil=None, stream=False, **arguments
+):
     """A Trainer of the student in folder/kind on folder/rows.json: ours, or transformers' own with our loss function.
 
-    evaluation=True evaluates on the training rows.
+    evaluation=True evaluates on the training rows; spoil="features" makes those of query q5 NaN, "gradient" the gradients of
+    the second process; stream=True has the rows read as they come.
     """
     arguments = {
         "optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 2,
@@ -29,6 +40,11 @@ def trainer(folder, kind, *, own=False, passes=None, evaluation=None, callbacks=
     model = load_ranker(folder / kind, device="cpu").model
     tokenizer = None if kind == "features" else AutoTokenizer.from_pretrained(folder / kind)
     rows = json.loads((folder / "rows.json").read_text())
+    if spoil == "features":
+        rows[5]["features"][0][0] = float("nan")
+    if spoil == "gradient" and torch.distributed.get_rank() == 1:
+        model.layers[0].weight.register_hook(lambda gradient: gradient * float("nan"))
+    rows = Stream(rows) if stream else rows
     common = {"train_dataset": rows, "eval_dataset": rows if evaluation is True else evaluation, "callbacks": callbacks}
     if own:
         collator = (BiEncoderCollator if kind == "bi-encoder" else CrossEncoderCollator)(tokenizer)
@@ -53,7 +69,12 @@ def steps(*args, **kwargs):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    results = {name: steps(folder, **case) for name, case in json.loads(sys.argv[2]).items()}
+    results = {}
+    for name, case in json.loads(sys.argv[2]).items():
+        try:
+            results[name] = steps(folder, **case)
+        except FloatingPointError as error:
+            results[name] = str(error)
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.barrier()

@@ -241,7 +241,7 @@ def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) ->
     """(tokenizer, tokens per text: `max_length`, or else what the model takes at most; None if nobody knows).
 
     Raises:
-        ValueError: the model has fewer positions than `max_length`.
+        ValueError: the model has fewer positions than `max_length`, or its special tokens leave no room.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
     limits = [longest_text(tokenizer, model)]
@@ -250,6 +250,10 @@ def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) ->
         limits.append(json.loads(settings.read_text()).get("max_seq_length"))
     length = min((limit for limit in limits if limit is not None), default=None)
     if max_length is not None:
+        pair = not isinstance(model, BiEncoder)
+        least = tokenizer.num_special_tokens_to_add(pair) + 1 + pair  # below it a tokenizer cuts nothing off
+        if max_length < least:
+            raise ValueError(f"max_length: expected at least {least}, to read one token of each text, got {max_length}")
         positions = positions_of(model)
         if positions is not None and max_length > positions:
             raise ValueError(f"max_length: expected at most {positions}, the positions that {name} has, got {max_length}")
