@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from pile_fast.cli import info, main
-from pile_fast.cli.errors import EXTRAS, UserError, printable, user_errors
+from pile_fast.cli.errors import EXTRAS, UserError, user_errors
+from pile_fast.printable import printable
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import pile_fast
 from pile_fast.cli import convert, demo, ensemble, evaluate, info, inspect, score, train
 from pile_fast.cli.common import made_folders
-from pile_fast.cli.errors import INTERRUPTED, any_characters, ended, leave, printable, warnings_as_lines
+from pile_fast.cli.errors import INTERRUPTED, any_characters, ended, leave, warnings_as_lines
+from pile_fast.printable import printable
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,10 +14,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from pile_fast.cli.errors import UserError, printable
+from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.data.formats import FORMATS
 from pile_fast.options import GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
+from pile_fast.printable import printable
 
 PILE_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight")
 

@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given, real_number
-from pile_fast.cli.errors import UserError, printable
+from pile_fast.cli.errors import UserError
 from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
 from pile_fast.functional import pile_ensemble
+from pile_fast.printable import printable
 
 _METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
 # Flags that are options of the ensemble's function, by its argument.

@@ -16,11 +16,12 @@ import pickle
 import re
 import sys
 import traceback
-import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterator
 from typing import NoReturn
+
+from pile_fast.printable import printable
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_LEFT = 0, 1, 2, 130, 141
 LONGEST_LINE = 2000
@@ -37,30 +38,10 @@ EXTRAS = {
     "triton": "gpu",
 }  # fmt: skip
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, pickle.UnpicklingError)
-# Scripts that join letters need these two; every other character of format can turn a terminal's text around or hide it.
-_JOINERS = "\u200c\u200d"
 
 
 class UserError(Exception):
     """Something the user can put right: ends the command with this one line and exit code 1."""
-
-
-def printable(text: object) -> str:
-    r"""Text from data as a terminal may show it: control characters, bidirectional ones among them, as escapes.
-
-    >>> printable("a\x1b[2Jb\tc \u202eevil é")
-    'a\\x1b[2Jb\\tc \\u202eevil é'
-    """
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(map(_shown, text))
-
-
-def _shown(character: str) -> str:
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS:
-        return character.encode("unicode_escape").decode()
-    return character
 
 
 def report(kind: str, message: object) -> None:

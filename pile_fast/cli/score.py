@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pile_fast
 from pile_fast.cli.common import add_input, load_ranker, print_left_out, real_number, require, whole_number, writable_folder
-from pile_fast.cli.errors import UserError, printable
+from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, ResumableOutput, fingerprint, read_rows
 from pile_fast.data.files import refuse_same_file
 from pile_fast.data.rows import reject
+from pile_fast.printable import printable
 from pile_fast.scoring import BM25
 
 KINDS = ("cross-encoder", "bi-encoder", "features", "bm25")

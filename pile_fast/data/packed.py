@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
+
+from pile_fast.extras import needs_extra
+
+with needs_extra("train"):
+    import pyarrow as pa
 
 _NUMBERS = pa.list_(pa.float32())
 _TABLES = pa.list_(_NUMBERS)

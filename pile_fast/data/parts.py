@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-
 from pile_fast.data import parquet
 from pile_fast.data.files import fingerprint
 from pile_fast.data.formats import as_paths, format_of, read_rows
+from pile_fast.extras import needs_extra
+
+with needs_extra("train"):
+    import pyarrow as pa
 
 
 class Part(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 
+from pile_fast.printable import printable
+
 COLUMNS = (
     "query_id", "query", "documents", "features", "doc_ids", "labels", "teacher_logits", "teachers", "ensemble_logits",
 )  # fmt: skip
@@ -28,17 +30,11 @@ class DataError(ValueError):
     """
 
     def __init__(self, where: object, reason: object):
-        super().__init__(str(where), printable(str(reason)))  # both as arguments, so that it pickles
+        super().__init__(str(where), printable(" ".join(str(reason).split())))  # both as arguments, so that it pickles
         self.where, self.reason = self.args
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
-
-
-def printable(text: str) -> str:
-    """The text in one line; what a terminal would obey or hide, such as an escape character, as Python writes it."""
-    text = " ".join(text.split())
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class BadRows:
