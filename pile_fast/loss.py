@@ -68,6 +68,11 @@ class PILELoss(torch.nn.Module):
                 "PILELoss: expected tensors; the compute_loss_func of a Trainer is made by "
                 "pile_fast.trainer.pile_compute_loss_func(...), which takes the same options"
             )
+        if isinstance(student_logits, (list, tuple)):  # a trainer of sentence-transformers, with its columns
+            raise TypeError(
+                "PILELoss: expected tensors, got a batch's columns; for sentence-transformers' trainers "
+                "pile_fast.integrations.sentence_transformers has PILELoss(model, ...) and BiEncoderPILELoss(model, ...)"
+            )
         return pile_loss(
             student_logits, teacher_logits, labels, mask=mask, cu_seqlens=cu_seqlens, prior=self.prior, **self.options
         )

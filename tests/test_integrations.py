@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-LIBRARIES = {"sentence_transformers": "sentence-transformers", "lightning_ir": "lightning-ir"}
+LIBRARIES = {"sentence_transformers": "sentence-transformers", "lightning_ir": "lightning-ir", "ray": "ray"}
 
 
 def test_the_package_imports_no_library():
     code = "import sys, pile_fast.integrations; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "pile_fast" in loaded and not {*LIBRARIES, "ray", "transformers", "datasets", "lightning"} & set(loaded)
+    assert "pile_fast" in loaded and not {*LIBRARIES, "transformers", "datasets", "lightning"} & set(loaded)
 
 
 @pytest.mark.parametrize("module, extra", LIBRARIES.items())
@@ -22,3 +22,11 @@ def test_a_missing_library_says_what_to_install(monkeypatch, module, extra):
     monkeypatch.delitem(sys.modules, f"pile_fast.integrations.{module}", raising=False)
     with pytest.raises(ImportError, match=rf"{module}.*pip install 'pile_fast\[{extra}\]'"):
         importlib.import_module(f"pile_fast.integrations.{module}")
+
+
+def test_a_library_that_is_too_old_says_what_to_install(monkeypatch):
+    library = pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(library, "__version__", "5.2.1")
+    monkeypatch.delitem(sys.modules, "pile_fast.integrations.sentence_transformers", raising=False)
+    with pytest.raises(ImportError, match=r"expected 6 or later, got 5.2.1: pip install 'pile_fast\[sentence-transformers\]'"):
+        importlib.import_module("pile_fast.integrations.sentence_transformers")

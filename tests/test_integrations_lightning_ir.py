@@ -82,6 +82,32 @@ def test_bad_targets(parts):
         PILELoss(reduction="none")
 
 
+# C3: each may be left out where the loss needs none.
+def test_without_teachers_or_labels(parts):
+    scores, labels, teachers = parts
+    output = CrossEncoderOutput(scores=scores)
+    missing = torch.full((B, N, 1), torch.nan)
+    got = PILELoss(alpha=0.0).compute_loss(output, batch(labels.unsqueeze(-1)))
+    torch.testing.assert_close(got, pile_fast.pile_loss(scores, missing, labels, alpha=0.0))
+    wanted = pile_fast.pile_loss(scores, teachers.float(), torch.full((B, N), torch.nan))
+    torch.testing.assert_close(PILELoss(label_column=None).compute_loss(output, batch(teachers)), wanted)
+    one = pile_fast.pile_loss(scores, teachers[..., :1].float(), torch.full((B, N), torch.nan))
+    torch.testing.assert_close(PILELoss(label_column=None).compute_loss(output, batch(teachers[..., :1])), one)
+    with pytest.raises(ValueError, match="label_column: expected a number at alpha=0.5, got None"):
+        PILELoss(label_column=None, alpha=0.5)
+
+
+def test_infinite_logits_count_as_missing_and_are_told_of_once(parts, caplog):
+    scores, labels, teachers = parts
+    output, loss = CrossEncoderOutput(scores=scores), PILELoss()
+    teachers[1, 2, 0] = -torch.inf
+    got = loss.compute_loss(output, batch(torch.cat([labels.unsqueeze(-1), teachers], -1)))
+    loss.compute_loss(output, batch(torch.cat([labels.unsqueeze(-1), teachers], -1)))
+    assert caplog.messages == ["PILELoss: teacher 1 gave an infinite logit for query 'b'; it counts as missing."]
+    teachers[1, 2, 0] = torch.nan
+    torch.testing.assert_close(got, pile_fast.pile_loss(scores, teachers.float(), labels))
+
+
 def test_targets_of_a_run_file(tmp_path):
     """Columns in the file's order, holes filled with 0: what the documentation says of `RunDataset`."""
     run = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,35 +18,48 @@ from torch import Tensor
 
 # In this order the library looks for the column of labels.
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-_QUERIES = ("query", "question", "anchor")
+_QUERIES = {"query", "question", "anchor"}
 _IDENTIFIERS = re.compile(r"(.*_)?(id|ids|idx)")
 _LISTS = (list, tuple, np.ndarray, Tensor)
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Names of a data set's columns: the inputs in their order, and the labels' one or None."""
+    """Names of a batch's columns: per input, and for the labels, those that it may have."""
 
-    inputs: tuple[str, ...]
-    label: str | None
-
-    @classmethod
-    def of(cls, columns: Sequence[str]) -> Names:
-        label = next((name for name in LABEL_COLUMNS if name in columns), None)
-        return cls(tuple(name for name in columns if name != label), label)
+    inputs: tuple[tuple[str, ...], ...]
+    label: tuple[str, ...]
 
     @classmethod
-    def numbered(cls, inputs: int) -> Names:
-        return cls(("",) * inputs, None)
+    def of(cls, datasets: Iterable[Sequence[str]], inputs: int, labels: bool) -> Names:
+        """From the data sets' columns, of which the batch's have `inputs` and perhaps labels."""
+        found, found_labels = [], []
+        for columns in datasets:
+            label = next((name for name in LABEL_COLUMNS if name in columns), None)
+            names = [name for name in columns if name != label]
+            if len(names) == inputs and (label is not None) == labels:
+                found.append(names)
+                found_labels.append(label)
+        by_input = tuple(tuple(dict.fromkeys(names)) for names in zip(*found, strict=True)) or ((),) * inputs
+        return cls(by_input, tuple(dict.fromkeys(found_labels)) if labels else ())
 
     def at(self, index: int) -> str:
         """How an error calls an input column, counted from 0."""
-        return f"column {self.inputs[index]!r}" if self.inputs[index] else f"column {index + 1}"
+        names = self.inputs[index]
+        return f"column {' or '.join(map(repr, names))}" if names else f"column {index + 1}"
+
+    @property
+    def known(self) -> bool:
+        return all(self.inputs)
 
     @property
     def labels(self) -> str:
-        return f"column {self.label!r}" if self.label else "the labels"
+        return f"column {' or '.join(map(repr, self.label))}" if self.label else "the labels"
+
+    @property
+    def scores(self) -> bool:
+        """Whether the labels' column is called as teachers' logits may be."""
+        return bool({"score", "scores"} & set(self.label))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +71,14 @@ class RankedBatch:
         teachers: (D, M) float32, NaN = did not score; None = there are none.
         labels: (D,), NaN = unlabelled; None = there are none.
         reading: which column was taken for what, in words.
-        certain: whether that was the only way to take them.
+        told: whether the user should see that: a trainer's columns, or a reading that was a choice.
     """
 
     lengths: list[int]
     teachers: Tensor | None
     labels: Tensor | None
     reading: str
-    certain: bool
+    told: bool
 
 
 def read_lists(inputs: Sequence[Sequence], labels, alpha: float, names: Names) -> tuple[list[list], RankedBatch]:
@@ -100,6 +113,7 @@ def read_lists(inputs: Sequence[Sequence], labels, alpha: float, names: Names) -
             raise ValueError(f"documents: expected a list of texts, got {_called(own)} ({at})")
         for number, document in enumerate(own):
             if not _is_text(document):
+                at = f"{names.at(1 + number if texts > 1 else 1)}, query {row} of the batch"
                 raise ValueError(f"documents: expected texts, got {_called(document)} for document {number} ({at})")
     lengths = [len(own) for own in documents]
     if not sum(lengths):
@@ -154,15 +168,15 @@ def is_list_of_texts_or_numbers(value: Any) -> bool:
 
 def check_names(names: Names, tuples: bool) -> None:
     """Raise ValueError for columns that by their names are not what they would be taken for."""
-    for index, name in enumerate(names.inputs):
-        if _IDENTIFIERS.fullmatch(name):
+    for index, own in enumerate(names.inputs):
+        if identifiers := [name for name in own if _IDENTIFIERS.fullmatch(name)]:
             raise ValueError(
                 f"{names.at(index)}: looks like identifiers, but would be taken for texts or logits; remove it with "
-                f"dataset.remove_columns({name!r})"
+                f"dataset.remove_columns({identifiers[0]!r})"
             )
-        if name in ("label", "labels"):
+        if {"label", "labels"} & set(own):
             raise ValueError(f"{names.labels} and {names.at(index)}: which of them holds the labels? Keep or rename one")
-        if tuples and index and name in _QUERIES and names.inputs[0] not in _QUERIES:
+        if tuples and index and _QUERIES & set(own) and not _QUERIES & set(names.inputs[0]):
             raise ValueError(
                 f"query: expected in the first column, got {names.at(0)} there and {names.at(index)} as a document; order "
                 "the columns with dataset.select_columns"
@@ -255,9 +269,8 @@ def _matrix(values: Any, n: int) -> np.ndarray:
         elif widths:
             counts = [len(value) if isinstance(value, _LISTS) else 1 for value in values]
             other = next(i for i, count in enumerate(counts) if count != counts[0])
-            raise ValueError(
-                f"expected teachers' logits, as many per document; document 0 has {counts[0]}, document {other} {counts[other]}"
-            )
+            found = f"document 0 has {counts[0]}, document {other} has {counts[other]}"
+            raise ValueError(f"expected teachers' logits, as many for every document; {found}")
     try:
         matrix = np.asarray(values)
         if matrix.dtype.kind not in "fiubO":
@@ -290,7 +303,7 @@ def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: flo
     flat = None if own is None else torch.cat([values for values, n in zip(own, lengths, strict=True) if n])
     implied = texts > 1
     if flat is not None and flat.dim() == 2:
-        if names.label in ("score", "scores"):
+        if names.scores:
             raise ValueError(
                 f"{names.labels}: was taken for the labels, by its name, and holds {flat.shape[1]} numbers per document; call "
                 "it 'teachers' if these are teachers' logits, 'labels' if the first of them is the label"
@@ -303,7 +316,7 @@ def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: flo
         reading += f", teachers: one in {names.labels}"
     elif flat is not None:
         reading += f", labels: {names.labels}"
-        certain, implied = names.label not in ("score", "scores"), False
+        certain, implied = not names.scores, False
     if flat is None and implied:
         flat = torch.cat([(torch.arange(n) == 0).float() for n in lengths])
         reading += f", labels: 1 for {places[1]}, 0 for the other documents"
@@ -326,7 +339,7 @@ def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: flo
                 f"at alpha={alpha:g}. Taken were {reading}"
             )
         reading, certain = reading + ", no labels", False
-    return RankedBatch(lengths, teachers, flat, reading, certain)
+    return RankedBatch(lengths, teachers, flat, reading, names.known or not certain)
 
 
 def _per_query(labels, lengths: list[int], columns: bool, names: Names, texts: int) -> list[Tensor]:
@@ -337,7 +350,7 @@ def _per_query(labels, lengths: list[int], columns: bool, names: Names, texts: i
         wanted = "(n,) beside columns of teachers' logits"
     else:
         wanted = "(n,), or (n, 1 + M) with the teachers' logits"
-    given = [torch.as_tensor(own) for own in labels]
+    given = [torch.as_tensor(_fill(own, f"{names.labels}, query {row} of the batch")) for row, own in enumerate(labels)]
     if len(given) != len(lengths):
         raise ValueError(f"labels: expected an entry per query, {len(lengths)}, got {len(given)}")
     for row, (n, own) in enumerate(zip(lengths, given, strict=True)):

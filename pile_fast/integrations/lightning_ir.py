@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ import pile_fast
 from pile_fast.integrations import import_library
 
 losses = import_library("lightning_ir.loss", "lightning-ir")
+logger = logging.getLogger(__name__)
 
 
 class PILELoss(losses.ScoringLossFunction):
@@ -21,7 +23,8 @@ class PILELoss(losses.ScoringLossFunction):
     file whose name contains "score", in the file's order: name the first ``label_score``, the others ``bm25_score`` and so on.
 
     Args:
-        label_column: which target column holds the labels (NaN = unlabelled); the others are teachers.
+        label_column: which target column holds the labels (NaN = unlabelled); the others are teachers, of which there may be
+            none at alpha = 0. None = all are teachers, for alpha = 1.
         missing_value: a teacher's logit that means "did not score this document", beside NaN. `RunDataset` fills holes in a
             column with 0: give 0.0 here if your run has holes and no teacher says exactly 0.
         prior: M weights to start from.
@@ -35,7 +38,7 @@ class PILELoss(losses.ScoringLossFunction):
     """
 
     def __init__(
-        self, label_column: int = 0, missing_value: float | None = None, prior: Sequence[float] | None = None, **options
+        self, label_column: int | None = 0, missing_value: float | None = None, prior: Sequence[float] | None = None, **options
     ):
         super().__init__()
         if options.get("reduction") == "none":
@@ -44,6 +47,9 @@ class PILELoss(losses.ScoringLossFunction):
         self.missing_value = missing_value
         prior = None if prior is None else torch.as_tensor(prior, dtype=torch.float32)
         self.loss = pile_fast.PILELoss(prior=prior, **options)
+        if label_column is None and self.loss.options["alpha"] < 1:
+            raise ValueError(f"label_column: expected a number at alpha={self.loss.options['alpha']:g}, got None")
+        self._told_of_infinity = False
 
     def compute_loss(self, output, batch) -> Tensor:
         """The loss () of the model's scores (B, N) against the targets (B, N, K)."""
@@ -51,15 +57,30 @@ class PILELoss(losses.ScoringLossFunction):
         if targets is None:
             raise ValueError("targets: expected labels and teachers' logits in the batch, got none")
         columns = targets.numel() // max(1, scores.numel())
-        if columns < 2 or targets.numel() != columns * scores.numel():
+        least = 1 if self.label_column is None or self.loss.options["alpha"] == 0 else 2
+        if columns < least or targets.numel() != columns * scores.numel():
             wanted = ", ".join(map(str, scores.shape))
-            raise ValueError(f"targets: expected ({wanted}, K), labels and K - 1 teachers, K > 1; got {tuple(targets.shape)}")
-        if not -columns <= self.label_column < columns:
+            raise ValueError(
+                f"targets: expected ({wanted}, K), labels and K - 1 teachers, K > 1; got {tuple(targets.shape)}; K = 1 needs "
+                "alpha=0, or alpha=1 and label_column=None"
+            )
+        if self.label_column is not None and not -columns <= self.label_column < columns:
             raise ValueError(f"label_column: expected one of {columns} target columns, got {self.label_column}")
         targets = targets.view(*scores.shape, columns).to(scores.device)  # in validation Lightning-IR leaves them flat
-        at = self.label_column % columns
-        labels = targets[..., at]
-        teachers = torch.cat([targets[..., :at], targets[..., at + 1 :]], -1).float()
+        if self.label_column is None:
+            labels, teachers = torch.full_like(scores, torch.nan, requires_grad=False), targets.float()
+        else:
+            at = self.label_column % columns
+            labels = targets[..., at]
+            teachers = torch.cat([targets[..., :at], targets[..., at + 1 :]], -1).float()
+        if columns == 1 and self.label_column is not None:
+            teachers = torch.full_like(targets, torch.nan, dtype=torch.float32)
         if self.missing_value is not None:
             teachers = teachers.masked_fill(teachers == self.missing_value, torch.nan)
-        return self.loss.to(scores.device)(scores, teachers, labels)
+        infinite = teachers.isinf()
+        if not self._told_of_infinity and bool(infinite.any()):
+            self._told_of_infinity = True
+            query, _, teacher = infinite.nonzero()[0].tolist()
+            name = query if batch.query_ids is None else repr(batch.query_ids[query])
+            logger.warning("PILELoss: teacher %d gave an infinite logit for query %s; it counts as missing.", teacher + 1, name)
+        return self.loss.to(scores.device)(scores, teachers.masked_fill(infinite, torch.nan), labels)

@@ -1,13 +1,15 @@
 """PILE as a loss for sentence-transformers' `CrossEncoderTrainer` and `SentenceTransformerTrainer`.
 
-The library's collators make tensors of the labels, and fail at a null among them: "Could not infer dtype of NoneType". Importing
-this module gives both trainers a collator that makes NaN of it, for models that one of these losses trains and for no others.
+The library's collators make tensors of the labels, and fail at a null among them: "Could not infer dtype of NoneType".
+Importing this module gives both trainers a collator that makes NaN of it, for models that one of these losses trains and for no
+others.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +32,10 @@ from pile_fast.options import number
 library = import_library("sentence_transformers", "sentence-transformers")
 util = import_library("sentence_transformers.util", "sentence-transformers")
 
+if int(library.__version__.split(".")[0]) < 6:
+    raise ImportError(
+        f"sentence_transformers: expected 6 or later, got {library.__version__}: pip install 'pile_fast[sentence-transformers]'"
+    )
 CrossEncoderTrainer, SentenceTransformerTrainer = library.CrossEncoderTrainer, library.SentenceTransformerTrainer
 logger = logging.getLogger(__name__)
 
@@ -39,7 +45,7 @@ class _PILELoss(nn.Module):
 
     _model_class: str
 
-    def __init__(self, model, **options):
+    def __init__(self, model, activation_fn: nn.Module | None = None, **options):
         super().__init__()
         if not isinstance(model, getattr(library, self._model_class)):
             others = {loss._model_class: loss.__name__ for loss in (PILELoss, BiEncoderPILELoss)}
@@ -50,21 +56,25 @@ class _PILELoss(nn.Module):
             raise ValueError("reduction: expected 'mean' or 'sum', got 'none'; the trainer wants one number")
         if options.get("prior") is not None:
             options["prior"] = torch.as_tensor(options["prior"], dtype=torch.float32)
-        self.model = model  # the trainer puts the DDP or compiled model in its place, by this name
+        self.activation_fn = activation_fn
+        self._card = model.model_card_data  # in which a trainer notes its data sets when it is built
+        self.model = model
         self.loss = pile_fast.PILELoss(**options)
-        self._card = model.model_card_data
         self._told = self._told_of_infinity = False
-        model.pile_fast_labels = True  # for the collator
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The trainer puts another model in the model's place by this name: a new one of `model_init`, a DDP or compiled one.
+        if name == "model" and isinstance(value, getattr(library, self._model_class)):
+            value.pile_fast_labels = True  # for the collator
+            if self.activation_fn is not None:
+                value.activation_fn = self.activation_fn
+        super().__setattr__(name, value)
 
     def _names(self, inputs: int, labels: bool) -> Names:
-        """The batch's columns' names, if the data sets that the trainer noted in the model card agree on them."""
-        found = set()
-        for dataset in (*self._card.train_datasets, *self._card.eval_datasets):
-            columns = [name.removeprefix("<code>").removesuffix("</code>") for name in dataset.get("columns", ())]
-            names = Names.of(columns)
-            if len(names.inputs) == inputs and (names.label is not None) == labels:
-                found.add(names)
-        return found.pop() if len(found) == 1 else Names.numbered(inputs)
+        """The batch's columns' names, by the data sets that the trainer noted in the model card."""
+        datasets = (*self._card.train_datasets, *self._card.eval_datasets)
+        columns = [[re.sub("^<code>|</code>$", "", name) for name in dataset.get("columns", ())] for dataset in datasets]
+        return Names.of(columns, inputs, labels)
 
     def _targets(self, batch: RankedBatch, queries: list | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(teachers (D, M), labels (D,), cu_seqlens) on the device, NaN for what is missing."""
@@ -72,7 +82,7 @@ class _PILELoss(nn.Module):
         teachers = torch.full((documents, 1), torch.nan) if batch.teachers is None else batch.teachers
         if not self._told:
             self._told = True
-            logger.log(logging.INFO if batch.certain else logging.WARNING, "PILELoss: in the first batch, %s.", batch.reading)
+            logger.log(logging.WARNING if batch.told else logging.INFO, "PILELoss: in the first batch, %s.", batch.reading)
             if batch.teachers is not None:
                 _check_teachers(teachers.cpu().numpy(), batch.lengths)
         infinite = teachers.isinf()
@@ -133,7 +143,7 @@ class PILELoss(_PILELoss):
     teacher says of the n documents (not differences), and the labels then are 1 for the first document and 0 for the others.
     With columns of teachers' logits beside it, or at alpha = 0, ``label`` holds labels.
 
-    The first batch is told to the logger: which column was taken for what, a warning where that was a choice.
+    At the first batch a warning says which column was taken for what.
 
     The loss is `pile_fast.pile_loss` on the model's logits of all documents of the batch. With 0 < alpha < 1 it is returned as
     its two weighted terms, ``{"distillation": ..., "labels": ...}``, which the trainer adds up and logs each.
@@ -157,12 +167,10 @@ class PILELoss(_PILELoss):
     _model_class = "CrossEncoder"
 
     def __init__(self, model, *, activation_fn: nn.Module | None = None, mini_batch_size: int | None = None, **options):
-        super().__init__(model, **options)
-        if model.num_labels != 1:
-            raise ValueError(f"model: expected a CrossEncoder with num_labels=1, got num_labels={model.num_labels}")
-        self.activation_fn = activation_fn or nn.Identity()
+        if (outputs := getattr(model, "num_labels", 1)) != 1:
+            raise ValueError(f"model: expected a CrossEncoder with num_labels=1, got num_labels={outputs}")
+        super().__init__(model, activation_fn or nn.Identity(), **options)
         self.mini_batch_size = mini_batch_size
-        model.activation_fn = self.activation_fn
 
     def forward(
         self, inputs: list[list], labels: list[Tensor] | None = None, prompt: str | None = None, task: str | None = None
@@ -276,13 +284,13 @@ class BiEncoderPILELoss(_PILELoss):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """The loss () of columns of embeddings, (Q, hidden) each."""
-        queries, *documents = embeddings
+        queries, *documents = (own.float() for own in embeddings)
         if len(documents) < 2:
             raise ValueError(f"documents: expected at least two columns of them after the query's, got {len(documents)}")
         names = self._names(len(embeddings), labels is not None)
         batch = read_tuples(len(queries), len(documents), labels, self.loss.options["alpha"], names)
         teachers, labels, cu_seqlens = self._targets(batch, None, queries.device)
-        logits = torch.stack([self.similarity_fct(queries, own) for own in documents], 1).flatten().float()
+        logits = torch.stack([self.similarity_fct(queries, own) for own in documents], 1).flatten()
         return self.loss(self.scale * logits, teachers, labels, cu_seqlens=cu_seqlens)
 
     def get_config_dict(self) -> dict:
@@ -323,8 +331,8 @@ class SentenceTransformerCollator(_TakesNull, SentenceTransformerTrainer.data_co
         for name, value in features[0].items():
             if name not in self.valid_label_columns and is_list_of_texts_or_numbers(value):
                 raise ValueError(
-                    f"column {name!r}: expected a text, got a list; SentenceTransformerTrainer takes a text per column, (query, "
-                    "positive, negative_1, ...), and the teachers' logits in 'label'; PileTrainer takes lists"
+                    f"column {name!r}: expected a text, got a list; SentenceTransformerTrainer takes a text per column, "
+                    "(query, positive, negative_1, ...), and the teachers' logits in 'label'; PileTrainer takes lists"
                 )
         return features
 
