@@ -269,12 +269,10 @@ def test_numbers_that_are_not_finite_end_the_command(capsys, features):
     assert "; training stopped there and the last checkpoint is out/checkpoint-1. Look at these queries, or try a lower" in line
     assert [path.name for path in Path("out").iterdir()] == ["checkpoint-1"]
     once = ("--max-steps", "1", "--per-device-train-batch-size", "2")
-    write("train.jsonl", [row | {"features": [[1e30 * x for x in xs] for xs in row["features"]]} for row in features])
+    write("train.jsonl", [row | {"features": [[1e5 * x for x in xs] for xs in row["features"]]} for row in features])
     FeatureRanker(FeatureRankerConfig(num_features=5, hidden_sizes=())).save_pretrained("start")
     code, line = error(capsys, *FEATURES, *QUICK, *wild, *once, "--model", "start", "--output-dir", "new", "--use-cpu")
-    assert (
-        code == 1 and "error: step 1: the weight of layers.0.weight and 1 more is not finite after it; its queries: 'q" in line
-    )
+    assert code == 1 and "error: step 1: the weight of layers.0.weight is not finite after it; its queries: 'q" in line
     assert "there is no checkpoint" in line and not Path("new").exists()
 
 
