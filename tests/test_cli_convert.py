@@ -89,7 +89,7 @@ def test_runs_with_judgements_and_texts(capsys, tmp_path):
     }  # fmt: skip
     assert main(["convert", "a.jsonl", "--output", "back.run", "--teacher", "dense"]) == 0
     assert (tmp_path / "back.run").read_text() == "1 Q0 d2 1 0.5 dense\n"
-    assert "expected one of bm25, dense; none was named" in error_of(capsys, "convert", "a.jsonl", "--output", "c.run")
+    assert "expected one of 'bm25', 'dense'; none was named" in error_of(capsys, "convert", "a.jsonl", "--output", "c.run")
 
 
 def test_a_broken_line_stops_the_command_or_is_reported(capsys, tmp_path):
@@ -112,7 +112,7 @@ def test_what_the_user_can_put_right_is_one_line(capsys, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     assert error_of(capsys, "convert", "none.jsonl", "--output", "b.parquet") == "none.jsonl: no such file"
     assert error_of(capsys, "convert", "a.jsonl", "--output", "b") == (
-        "b: the name does not tell the format; give it, one of jsonl, parquet, letor, trec, bge, tevatron"
+        "b: the name does not tell the format; give it, one of jsonl, parquet, letor, trec, qrels, bge, tevatron"
     )
     reason = error_of(capsys, "convert", "a.jsonl", "--output", "none/b.jsonl")
     assert reason.endswith("none/b.jsonl: cannot write there: No such file or directory")

@@ -141,7 +141,7 @@ def whole():
     return len(list(parts.glob("[0-9]*.parquet"))) if parts.exists() else 0
 
 assert os.waitpid(run("whole.parquet"), 0)[1] == 0
-total = -(-1200 // parquet.rows_at_a_time(parquet.open_parquet("a.parquet").metadata))
+total = -(-1200 // parquet.rows_at_a_time(parquet.open_parquet("a.parquet")))
 for least in sorted(rng.randrange(1, total) for _ in range(4)) + [total]:  # the last one: while the parts are joined
     child = run("b.parquet")
     ended = False

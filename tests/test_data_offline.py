@@ -270,7 +270,7 @@ def test_every_range_of_rows_comes_whatever_the_row_groups(tmp_path):
 def test_rows_at_a_time_follow_the_bytes_the_numbers_and_the_texts(tmp_path, monkeypatch):
     def rows_of(table):
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
-        return parquet.rows_at_a_time(pq.read_metadata(tmp_path / "a.parquet"))
+        return parquet.rows_at_a_time(parquet.open_parquet(tmp_path / "a.parquet"))
 
     numbers = pa.table({"q": range(100), "x": [[[1.0, 2.0, 3.0]] * 10] * 100})  # 30 to a row
     texts = pa.table({"documents": [["the same text over and over"] * 10] * 100})  # 10 texts to a row

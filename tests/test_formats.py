@@ -79,7 +79,7 @@ def test_a_row_is_filled_in():
         ({"documents": ["a"]}, "labels: expected 1 entries like documents, got 2"),
         ({"documents": ["a", None]}, "documents[1]: expected a text, got null"),
         ({"documents": [], "labels": [], "teacher_logits": []}, "documents: the query has no documents"),
-        ({"doc_ids": ["x", "x"]}, "doc_ids: document x appears twice"),
+        ({"doc_ids": ["x", "x"]}, "doc_ids: document 'x' appears twice"),
         ({"labels": ["high", 0]}, "labels[0]: expected a number or null, got 'high'"),
         ({"labels": [1, math.nan]}, "labels[1]: expected a number or null, got NaN; write null for what is not known"),
         ({"labels": [10**400, 0]}, "labels[0]: expected a number that is finite in float32, got 1000"),
@@ -113,7 +113,7 @@ def test_ensemble_becomes_the_one_teacher():
     row = ensemble_as_teacher(rows_of(TEXTS)[0])
     assert row["teacher_logits"] == [[0.25], [1.5], [None]] and row["teachers"] == ["ensemble"]
     assert check_row(row) == row
-    with pytest.raises(ValueError, match="query a: no ensemble_logits"):
+    with pytest.raises(ValueError, match="query 'a': no ensemble_logits"):
         ensemble_as_teacher(rows_of(FEATURES)[0])
 
 
@@ -178,15 +178,15 @@ def test_texts_with_one_teacher_come_back(tmp_path, format):
 @pytest.mark.parametrize(
     "name, options, content, reason",
     [
-        ("a.txt", {}, TEXTS, "query q1: LETOR holds features, and the row has none"),
-        ("a.txt", {}, [{"query_id": "q", "features": [[1]]}], "query q, document q.1: LETOR has no unlabelled documents"),
+        ("a.txt", {}, TEXTS, "query 'q1': LETOR holds features, and the row has none"),
+        ("a.txt", {}, [{"query_id": "q", "features": [[1]]}], "query 'q', document 'q.1': LETOR has no unlabelled documents; convert --drop-unlabelled"),
         ("a.txt", {}, [FEATURES[0] | {"query_id": "a b"}], "query 'a b', document 'D1': LETOR cannot hold names with spaces"),
-        ("a.run", {"teacher": "splade"}, TEXTS, "teacher: expected one of cross encoder, bm25; got 'splade'"),
+        ("a.run", {"teacher": "splade"}, TEXTS, "teacher: expected one of 'cross encoder', 'bm25'; got 'splade'"),
         ("a.run", {}, FEATURES, "teacher: expected one of (the rows have none); none was named"),
-        ("a.run", {}, [{**TEXTS[1], "doc_ids": ["x y"]}], "query 7: a run cannot hold names with spaces, as 'x y'"),
-        ("a.jsonl", {"format": "bge"}, FEATURES, "query a: the format holds texts"),
-        ("a.jsonl", {"format": "bge"}, TEXTS, "query q1: document d2: the format has no unlabelled documents"),
-        ("a.jsonl", {"format": "tevatron"}, TEXTS, "query q1: document d7: the format has no missing scores"),
+        ("a.run", {}, [{**TEXTS[1], "doc_ids": ["x y"]}], "query '7': the format cannot hold names with spaces, as 'x y'"),
+        ("a.jsonl", {"format": "bge"}, FEATURES, "query 'a': the format holds texts"),
+        ("a.jsonl", {"format": "bge"}, TEXTS, "query 'q1': document 'd2': the format has no unlabelled documents; convert --drop-unlabelled"),
+        ("a.jsonl", {"format": "tevatron"}, TEXTS, "query 'q1': document 'd7': the format has no missing scores"),
         ("a.jsonl", {"teacher": "bm25"}, TEXTS, "teacher: the format jsonl holds all teachers or none"),
         ("a.jsonl", {"format": "csv"}, TEXTS, "format: expected one of jsonl, parquet, letor"),
         ("a.csv", {}, TEXTS, "a.csv: the name does not tell the format"),
@@ -215,7 +215,7 @@ def test_suffixes():
         ("[1]", "expected an object, got [1]"),
         ("[" * 100_000, "not a row: nested too deeply"),
         ({"documents": ["a"]}, "query_id: expected a name, got null"),
-        ({"query_id": "q1", "documents": ["a"]}, "query q1 appeared before; the documents of a query must be one row"),
+        ({"query_id": "q1", "documents": ["a"]}, "query 'q1' appeared before; the documents of a query must be one row"),
         ('{"query_id": "q3", "teacher_logits": [[NaN, 1]]}', "teacher_logits[0][0]: expected a number or null, got NaN"),
         ({"query_id": "q3", "teacher_logits": [[1, 2, 3]]}, "teachers: expected ['cross encoder', 'bm25'] as in the rows bef"),
         (
@@ -278,7 +278,7 @@ def test_a_damaged_file_is_named_even_where_bad_rows_are_skipped(tmp_path, suffi
 def test_several_files_are_one_data_set(tmp_path):
     one, two = write_lines(tmp_path / "1.jsonl", TEXTS[0]), write_lines(tmp_path / "2.jsonl", TEXTS[1])
     assert [row["query_id"] for row in read_rows([one, two])] == ["q1", "7"]
-    assert error_of(read_rows, [one, one]).startswith(f"{one}:1: query q1 appeared before")
+    assert error_of(read_rows, [one, one]).startswith(f"{one}:1: query 'q1' appeared before")
     assert "expected files of one format, got jsonl, parquet" in error_of(read_rows, [one, tmp_path / "3.parquet"])
     assert "expected files of one format, got no files" in error_of(read_rows, [])
 
@@ -320,14 +320,14 @@ def test_parquet_reads_other_types_and_ignores_other_columns(tmp_path):
 
 def test_parquet_names_file_and_row(tmp_path):
     path = parquet_of(tmp_path / "a.parquet", query_id=["a", "b", "c"], labels=[[1.0], [], [2.0]])
-    assert error_of(read_rows, path) == f"{path}:row 2: labels: the query has no documents"
+    assert error_of(read_rows, path) == f"{path}: row 2: labels: the query has no documents"
     bad_rows = BadRows()
     assert len(list(read_rows(path, bad_rows=bad_rows))) == 2 and bad_rows.count == 1
 
 
 def test_parquet_without_a_query_id(tmp_path):
     path = parquet_of(tmp_path / "a.parquet", qid=["a"], labels=[[1.0]])
-    assert error_of(read_rows, path) == f"{path}: missing column query_id, the file has qid, labels"
+    assert error_of(read_rows, path) == f"{path}: missing column query_id, the file has 'qid', 'labels'"
 
 
 @pytest.mark.parametrize("damage", ["cut", "junk", "holes"])
@@ -370,7 +370,7 @@ def test_letor_sizes_beside_the_file_stand_for_query_ids(tmp_path):
         (["2"], ":3: the row belongs to no query: {path}.query counts fewer rows"),
         (["2", "2"], ".query: counts more rows than there are in the data"),
         (["2", "1", "3"], ".query: counts more rows than there are in the data"),
-        (["2", "one"], ":3: {path}.query:2: expected the number of rows of a query, got 'one'"),
+        (["2", "one"], ".query:2: rows of a query: expected a whole number, got 'one'"),
     ],
 )
 def test_letor_sizes_that_do_not_fit(tmp_path, sizes, reason):
@@ -384,7 +384,7 @@ def test_letor_sizes_that_do_not_fit(tmp_path, sizes, reason):
     [
         ("1 1:0.5", "expected 'label qid:Q 1:v ...', got '1 1:0.5'"),
         ("high qid:b 1:0.5", "label: expected a number, got 'high'"),
-        ("1 qid:a 1:0.5", "query a appeared before; the rows of a query must stand together"),
+        ("1 qid:a 1:0.5", "query 'a' appeared before; the rows of a query must stand together"),
     ],
 )
 def test_letor_broken_line_stops_or_is_left_out(tmp_path, line, reason):
@@ -397,7 +397,7 @@ def test_letor_broken_line_stops_or_is_left_out(tmp_path, line, reason):
 
 def test_letor_value_that_is_not_finite_names_query_and_feature(tmp_path):
     path = write_lines(tmp_path / "a.txt", "1 qid:a 1:1", "0 qid:b 3:nan")
-    assert error_of(read_rows, path) == f"{path}:2: query b: features[0][2]: expected a number, got NaN"
+    assert error_of(read_rows, path) == f"{path}:2: feature 3: expected a number that is finite in float32, got 'nan'"
 
 
 def test_letor_absurd_index_is_not_taken_for_a_table_of_zeros(tmp_path):
@@ -452,7 +452,7 @@ def test_runs_become_teachers(trec):
     [
         ("q1 Q0 d5 3 1.0", "expected 'query Q0 document rank score tag', got 'q1 Q0 d5 3 1.0'"),
         ("q1 Q0 d5 3 high x", "score: expected a number, got 'high'"),
-        ("q1 Q0 d1 3 1.0 x", "query q1, document d1: appears twice in the run"),
+        ("q1 Q0 d1 3 1.0 x", "query 'q1', document 'd1': appears twice in the run"),
     ],
 )
 def test_run_with_a_broken_line(trec, line, reason):
@@ -463,28 +463,29 @@ def test_run_with_a_broken_line(trec, line, reason):
     assert bad_rows.reasons == [f"{path}:2: {reason}"]
 
 
-@pytest.mark.parametrize("score, reason", [("nan", "got NaN"), ("-inf", "finite in float32, got -inf")])
-def test_run_with_a_score_that_is_not_finite(trec, score, reason):
-    path = write_lines(trec / "bad.run", "q1 Q0 d1 1 2 x", f"q2 Q0 d1 1 {score} x")
-    assert error_of(read_rows, path).startswith(f"{path}:2: teacher_logits[0][0]: expected ")
-    assert reason in error_of(read_rows, path)
+@pytest.mark.parametrize("score", ["nan", "-inf", "1e999"])
+def test_run_with_a_score_that_is_not_finite(trec, score):
+    path = write_lines(trec / "bad.run", "q1 Q0 d1 1 2 x", "q2 Q0 d1 1 3 x", f"q2 Q0 d2 2 {score} x")
+    assert error_of(read_rows, path) == f"{path}:3: score: expected a number that is finite in float32, got '{score}'"
 
 
-def test_run_whose_query_comes_back(trec):
-    path = write_lines(trec / "bad.run", "q1 Q0 d1 1 2 x", "q2 Q0 d1 1 2 x", "q1 Q0 d2 2 1 x", "q1 Q0 d3 3 1 x")
-    assert error_of(read_rows, path) == f"{path}:3: q1 appeared before; its lines must stand together"
-    bad_rows = BadRows()
-    assert [row["doc_ids"] for row in read_rows(path, bad_rows=bad_rows)] == [["d1"], ["d1"]]
-    assert bad_rows.count == 2
+# C8
+def test_run_whose_queries_interrupt_each_other(trec):
+    lines = ["q1 Q0 d1 1 9 x", "q2 Q0 d1 1 8 x", "", "q1 Q0 d2 2 7 x", "q1 Q0 d3 3 6 x", "q3 Q0 d1 1 5 x", "q2 Q0 d7 2 4 x"]
+    path = write_lines(trec / "mixed.run", *lines)
+    rows = {row["query_id"]: dict(zip(row["doc_ids"], row["teacher_logits"], strict=True)) for row in read_rows(path)}
+    assert rows == {"q1": {"d1": [9], "d2": [7], "d3": [6]}, "q2": {"d1": [8], "d7": [4]}, "q3": {"d1": [5]}}
+    path = write_lines(path, *lines, "q1 Q0 d4 4 high x")
+    assert error_of(read_rows, path) == f"{path}:8: score: expected a number, got 'high'"
 
 
 @pytest.mark.parametrize(
     "file, line, reason",
     [
         ("qrels", "q1 0 d2", "expected 'query iteration document grade', got 'q1 0 d2'"),
-        ("qrels", "q1 0 d2 good", "grade: expected a number, got 'good'"),
-        ("qrels", "q1 0 d2 3", "query q1, document d2: appears twice, with different grades"),
-        ("documents", "d1\tagain", "d1 appeared before; it has one text"),
+        ("qrels", "q1 0 d2 good", "not a grade: expected a number, got 'good'"),
+        ("qrels", "q1 0 d2 3", "query 'q1', document 'd2': appears twice, with different grades"),
+        ("documents", "d1\tagain", "'d1' appeared before; it has one text"),
     ],
 )
 def test_trec_broken_companion_files(trec, file, line, reason):
@@ -497,14 +498,14 @@ def test_trec_broken_companion_files(trec, file, line, reason):
 def test_trec_missing_texts_name_the_file(trec):
     write_lines(trec / "docs.tsv", "d1\tone", "d2\ttwo")
     run = trec / "bm25.run"
-    assert error_of(read_rows, run, documents=trec / "docs.tsv") == f"{run}:3: document d9: no text in {trec / 'docs.tsv'}"
+    assert error_of(read_rows, run, documents=trec / "docs.tsv") == f"{run}:3: document 'd9': no text in {trec / 'docs.tsv'}"
     write_lines(trec / "queries.tsv", "q2\tsecond")
-    assert error_of(read_rows, run, queries=trec / "queries.tsv") == f"{run}:1: query q1: no text in {trec / 'queries.tsv'}"
+    assert error_of(read_rows, run, queries=trec / "queries.tsv") == f"{run}:1: query 'q1': no text in {trec / 'queries.tsv'}"
 
 
 def test_runs_of_one_name(trec):
     (trec / "bm25.txt").touch()
-    reason = "expected runs of different names, got bm25, bm25"
+    reason = "teachers: expected runs of different names, got 'bm25', 'bm25'; name them NAME=FILE"
     assert error_of(read_rows, [trec / "bm25.run", trec / "bm25.txt"], format="trec") == reason
 
 
@@ -523,7 +524,7 @@ def test_bge_without_ids_and_scores(tmp_path):
         ("bge", {"query": "x", "neg": ["b"]}, "pos: expected a list, got null"),
         ("bge", {"query": "x", "pos": ["a"], "pos_scores": [1, 2]}, "pos_scores: expected 1 scores, got 2"),
         ("bge", {"query": "x", "pos": [3]}, "documents[0]: expected a text, got 3"),
-        ("tevatron", {"query_id": "q", "passages": ["a"]}, "passages[0]: expected an object with a text, got a"),
+        ("tevatron", {"query_id": "q", "passages": ["a"]}, "passages[0]: expected an object with a text, got 'a'"),
         ("tevatron", {"query_id": "q"}, "positive_passages: expected a list, got null"),
         (
             "tevatron",

@@ -15,6 +15,7 @@ import numpy as np
 
 from pile_fast.data.files import read_cells
 from pile_fast.data.locate import find_file
+from pile_fast.data.rows import DataError, parse_count
 from pile_fast.scoring import BM25
 
 
@@ -41,9 +42,12 @@ def load_cranfield(folder: str | os.PathLike, *, k: int = 100) -> list[dict]:
     qrels_path = find_file(folder, "cranfield/qrels.txt")
     grades: dict[str, dict[str, float]] = {query_id: {} for query_id in queries}
     for line, (query_id, _, doc_id, grade) in enumerate(read_cells(qrels_path, None, 4), 1):
-        if query_id not in queries or doc_id not in documents or not grade.isdecimal():
-            raise ValueError(f"{qrels_path}:{line}: expected 'query 0 document grade' of known ones")
-        grades[query_id][doc_id] = float(grade)
+        if query_id not in queries or doc_id not in documents:
+            raise DataError(f"{qrels_path}:{line}", "expected 'query 0 document grade' of known ones")
+        try:
+            grades[query_id][doc_id] = float(parse_count("grade", grade))
+        except ValueError as error:
+            raise DataError(f"{qrels_path}:{line}", error) from None
     documents = {doc_id: text for doc_id, text in documents.items() if text.strip()}
     ids = list(documents)
     texts = list(documents.values())

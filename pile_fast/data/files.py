@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TypeVar
 
-from pile_fast.data.rows import BadRows, reject
+from pile_fast.data.rows import BadRows, DataError, reject
 
 T = TypeVar("T")
 _OPENERS = {".xz": lzma.open, ".gz": gzip.open}
@@ -37,33 +37,60 @@ def open_text(path: Path) -> Iterator[IO[str]]:
         yield files.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline="\n"))
 
 
-def read_lines(path: Path, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a text file, decompressed by its suffix.
+def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of a file, decompressed by its suffix.
 
     Raises:
-        ValueError: a damaged file, or a line that is not UTF-8 (which `bad_rows` counts instead).
+        DataError: a damaged file.
     """
     number = 0
     try:
         with open_bytes(path) as file:
             for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode()
-                except UnicodeDecodeError as error:
-                    reject(bad_rows, f"{path}:{number}", f"not UTF-8: {error.reason} at byte {error.start + 1}")
-                    continue
-                yield number, text.removeprefix("\ufeff") if number == 1 else text
+                yield number, line
     except DAMAGED as error:
-        raise ValueError(f"{path}: damaged file after line {number}: {error}") from error
+        raise DataError(path, f"damaged file after line {number}: {error}") from error
+
+
+def decode(line: bytes) -> str:
+    """A line as text, without the byte order mark that some programs begin a file with, wherever files were joined.
+
+    Raises:
+        ValueError: not UTF-8.
+    """
+    try:
+        return line.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+
+
+def read_lines(path: Path, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line) of a text file, decompressed by its suffix.
+
+    Raises:
+        DataError: a damaged file, or a line that is not UTF-8 (which `bad_rows` counts instead).
+    """
+    for number, line in byte_lines(path):
+        try:
+            text = decode(line)
+        except ValueError as error:
+            reject(bad_rows, f"{path}:{number}", error)
+            continue
+        yield number, text
+
+
+def fields(line: str) -> list[str]:
+    """The fields of a line between ASCII blanks, as programs in C see them: a no-break space is part of a name."""
+    return [field.decode() for field in line.encode().split()]
 
 
 def read_cells(path: Path, separator: str | None, count: int) -> list[list[str]]:
-    """The cells of every line, `count` of them; None separates at blanks. A broken line raises ``file:line: reason``."""
+    """The cells of every line, `count` of them; None separates at blanks. A broken line raises `DataError`."""
     lines = []
     for number, line in read_lines(path):
-        cells = line.rstrip("\n").split(separator)
+        cells = line.rstrip("\r\n").split(separator)
         if len(cells) != count:
-            raise ValueError(f"{path}:{number}: expected {count} cells, got {len(cells)}")
+            raise DataError(f"{path}:{number}", f"expected {count} cells, got {len(cells)}")
         lines.append(cells)
     return lines
 

@@ -7,15 +7,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pile_fast.data.rows import BadRows
+from pile_fast.data.rows import BadRows, DataError
 
-FORMATS = ("jsonl", "parquet", "letor", "trec", "bge", "tevatron")
+FORMATS = ("jsonl", "parquet", "letor", "trec", "qrels", "bge", "tevatron")
 _SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet", ".pq"),
     "letor": (".txt", ".letor", ".svm", ".svmlight", ".libsvm"),
     "trec": (".run", ".trec", ".res"),
+    "qrels": (".qrels",),
 }
+_COMPRESSED = (".gz", ".xz")
 _FORMAT_OF = {suffix: format for format, suffixes in _SUFFIXES.items() for suffix in suffixes}
 
 
@@ -25,10 +27,25 @@ def format_of(path: str | os.PathLike) -> str:
     Raises:
         ValueError: it tells none.
     """
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in (".gz", ".xz")]
-    if not suffixes or suffixes[-1] not in _FORMAT_OF:
+    suffix = _whole_name(path).suffix
+    if suffix not in _FORMAT_OF:
         raise ValueError(f"{path}: the name does not tell the format; give it, one of {', '.join(FORMATS)}")
-    return _FORMAT_OF[suffixes[-1]]
+    return _FORMAT_OF[suffix]
+
+
+def stem(path: str | os.PathLike) -> str:
+    """A file's name without the suffixes of its compression and its format, and no others.
+
+    >>> [stem(name) for name in ("bm25.run", "S1.txt.xz", "bm25.k1=0.9.txt", "run.v2")]
+    ['bm25', 'S1', 'bm25.k1=0.9', 'run.v2']
+    """
+    name = _whole_name(path)
+    return name.stem if name.suffix in (*_FORMAT_OF, ".tsv") else name.name
+
+
+def _whole_name(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    return path.with_suffix("") if path.suffix in _COMPRESSED else path
 
 
 def read_rows(
@@ -41,14 +58,17 @@ def read_rows(
     """The rows of a file, or of several files as one data set: checked, normalised (`check_row`), one at a time.
 
     Args:
-        paths: one file or several; all but Parquet may be compressed (.gz, .xz). TREC: runs, each a teacher.
+        paths: one file or several; all but Parquet may be compressed (.gz, .xz). A folder stands for the Parquet files in
+            it, in the order of their names. TREC: runs, each a teacher.
         format: one of `FORMATS`; None = by the suffix.
         bad_rows: counts broken rows and lines, which are left out; None = the first one raises.
-        options: of the format "trec": `qrels`, a file; `queries` and `documents`, files of names and texts, tab-separated;
-            `unjudged`, the label of documents that the qrels do not list (None = unlabelled).
+        options: of the format "trec": `teachers`, a name per run (default: the files' names, without suffixes); `qrels`, a
+            file; `queries` and `documents`, files of names and texts, tab-separated; `unjudged`, the label of documents
+            that the qrels do not list (None = unlabelled).
 
     Raises:
-        ValueError: a row is broken ("file:line: reason"), a file is damaged or has no rows, or its format is not known.
+        DataError: a row is broken ("file:line: reason", Parquet "file: row N: reason"), a file is damaged or has no rows.
+        ValueError: an argument does not fit; a format is not known.
         OSError: a file cannot be read.
 
     >>> import pathlib, tempfile
@@ -57,7 +77,10 @@ def read_rows(
     >>> [row["labels"] for row in read_rows(path)]
     [[1.0, None]]
     """
-    paths = as_paths(paths)
+    paths = as_paths(paths, format)
+    for path in paths:
+        if path.is_dir():
+            raise FileNotFoundError(f"{path}: not a file, and not a folder of Parquet files")
     formats = {format} if format else {format_of(path) for path in paths}
     if len(formats) != 1 or not paths:
         raise ValueError(f"expected files of one format, got {', '.join(sorted(formats)) or 'no files'}")
@@ -72,15 +95,26 @@ def read_rows(
     for path in [*paths, *(options[name] for name in _TREC_FILES & options.keys())]:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    return _some(_reader(format)(paths, bad_rows, **options), paths)
+    return _some(_reader(format)(paths, bad_rows, **options), paths, bad_rows)
 
 
 _TREC_FILES = {"qrels", "queries", "documents"}
-_TREC_OPTIONS = _TREC_FILES | {"unjudged"}
+_TREC_OPTIONS = _TREC_FILES | {"teachers", "unjudged"}
 
 
-def as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
-    return [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+def as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike], format: str | None = None) -> list[Path]:
+    """The files; where the format is Parquet or open, a folder stands for the Parquet files in it."""
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    if format not in (None, "parquet"):
+        return paths
+    return [part for path in paths for part in (_parts(path) or [path])]
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, if it is one; names that begin with a dot or an underscore are no parts of the data."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES["parquet"] and path.name[0] not in "._")
 
 
 def _reader(format: str) -> Callable[..., Iterator[dict]]:
@@ -91,19 +125,26 @@ def _reader(format: str) -> Callable[..., Iterator[dict]]:
         from pile_fast.data import letor as reader
     elif format == "trec":
         from pile_fast.data import trec as reader
+    elif format == "qrels":
+        from pile_fast.data import qrels as reader
     else:
         from pile_fast.data import jsonl as reader
     convert = {"bge": "from_bge", "tevatron": "from_tevatron"}.get(format)
     return functools.partial(reader.read_rows, convert=getattr(reader, convert)) if convert else reader.read_rows
 
 
-def _some(rows: Iterator[dict], paths: list[Path]) -> Iterator[dict]:
+def _some(rows: Iterator[dict], paths: list[Path], bad_rows: BadRows | None) -> Iterator[dict]:
+    before = (bad_rows.count, len(bad_rows.reasons)) if bad_rows is not None else None
     empty = True
     for row in rows:
         empty = False
         yield row
     if empty:
-        raise ValueError(f"{', '.join(map(str, paths))}: no rows")
+        reason = "no rows"
+        if before is not None and bad_rows.count > before[0]:
+            reason += f": all {bad_rows.count - before[0]} are broken"
+            reason += "".join(f", the first: {first}" for first in bad_rows.reasons[before[1] :][:1])
+        raise DataError(", ".join(map(str, paths)), reason)
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[dict], *, format: str | None = None, teacher: str | None = None) -> None:
@@ -138,6 +179,10 @@ def write_rows(path: str | os.PathLike, rows: Iterable[dict], *, format: str | N
         from pile_fast.data import trec
 
         trec.write_rows(path, rows, teacher=teacher)
+    elif format == "qrels":
+        from pile_fast.data import qrels
+
+        qrels.write_rows(path, rows)
     else:
         from pile_fast.data import jsonl
 
@@ -169,7 +214,7 @@ def load_dataset(
     from pile_fast.data.parquet import SCHEMA
 
     read_rows(paths, format=format, **options)  # checks the arguments
-    paths = as_paths(paths)
+    paths = as_paths(paths, format)
     files = [*paths, *(value for name, value in options.items() if name in _TREC_FILES and value is not None)]
     content = [fingerprint(*files), format, sorted(options.items()), bad_rows is not None, SCHEMA.to_string(), __version__]
     read = False

@@ -1,4 +1,4 @@
-"""Reader of LETOR / SVMlight ranking text: ``label qid:Q 1:v 2:v ... # docid = X ...``, plain, .xz or .gz.
+"""LETOR / SVMlight ranking text: ``label qid:Q 1:v 2:v ... # docid = X ...``, plain, .xz or .gz.
 
 scikit-learn's `load_svmlight_file` reads the same numbers, but drops the comments, which hold the documents' names, and
 cannot say which line is broken.
@@ -15,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pile_fast.data.files import atomic_path, open_text, read_lines
-from pile_fast.data.lists import RankedLists
-from pile_fast.data.rows import BadRows, RowChecker, reject
+from pile_fast.data.files import atomic_path, byte_lines, decode, open_text, read_lines
+from pile_fast.data.formats import stem
+from pile_fast.data.lists import RankedLists, float32_labels
+from pile_fast.data.qrels import format_label
+from pile_fast.data.rows import UNLABELLED, BadRows, DataError, RowChecker, parse_count, parse_label, parse_number, reject
 
 # A row lists all of its features: an index beyond this is taken for a mistake, not for a table of zeros.
 _MOST_FEATURES = 100_000
+_SIZES = (".query", ".group")
 _DOC_ID = re.compile(r"docid\s*=\s*(\S+)")
 
 
@@ -43,42 +46,39 @@ def read_letor(*paths: str | os.PathLike, num_features: int | None = None) -> Ra
 
     Args:
         paths: files; a query's rows stand together, in one file. Where rows have no qid, the file beside with ``.query``
-            added to its name gives the queries' sizes, one a line, as for LightGBM; the queries are then "1", "2", ...
+            (LightGBM) or ``.group`` (XGBoost) added to its name gives the queries' sizes, one a line; the queries are then
+            "1", "2", ...
         num_features: F; None = the largest index seen. Indices that a row leaves out are 0, as in SVMlight.
 
     Raises:
-        ValueError: a line is broken; the message reads ``file:line: reason``.
+        DataError: a line is broken; the message reads ``file:line: reason``.
     """
-    labels, indices, values, query_ids, doc_ids, parts, starts, origins = [], [], [], [], [], [], [], []
+    labels, indices, values, query_ids, doc_ids, parts, starts = [], [], [], [], [], [], []
     for document in _documents([Path(path) for path in paths], num_features, None):
         if document.starts_query:
             query_ids.append(document.query_id)
-            parts.append(document.path.name.split(".")[0])
+            parts.append(stem(document.path))
             starts.append(len(labels))
         doc_ids.append(document.doc_id)
         labels.append(document.label)
         indices.append(document.indices)
         values.append(document.values)
-        origins.append((document.path, document.line))
     if not labels:
-        raise ValueError(f"{', '.join(map(str, paths))}: no rows")
+        raise DataError(", ".join(map(str, paths)), "no rows")
 
     rows = np.repeat(np.arange(len(labels)), [len(i) for i in indices])
     columns = np.concatenate(indices).astype(np.int64) - 1
     width = num_features or (int(columns.max()) + 1 if columns.size else 0)
     features = np.zeros((len(labels), width), dtype=np.float32)
-    with np.errstate(over="ignore"):  # to inf, which is refused below
-        features[rows, columns] = np.concatenate(values)
-        label_column = np.array(labels, dtype=np.float32)
-    finite = np.isfinite(features).all(1) & np.isfinite(label_column)
-    if not finite.all():
-        path, number = origins[int(np.argmin(finite))]
-        raise ValueError(f"{path}:{number}: a value is not finite in float32")
+    features[rows, columns] = np.concatenate(values)
+    bounds = [*starts, len(labels)]
+    for query, start, end in zip(query_ids, starts, bounds[1:], strict=True):
+        float32_labels(query, labels[start:end])
     return RankedLists(
         torch.from_numpy(features),
-        torch.from_numpy(label_column),
+        torch.tensor(labels, dtype=torch.float32),
         torch.empty((len(labels), 0)),
-        torch.tensor([*starts, len(labels)]),
+        torch.tensor(bounds),
         tuple(query_ids),
         tuple(doc_ids),
         (),
@@ -88,14 +88,7 @@ def read_letor(*paths: str | os.PathLike, num_features: int | None = None) -> Ra
 
 def read_rows(paths: list[Path], bad_rows: BadRows | None = None) -> Iterator[dict]:
     """Rows of files, which are read twice: first for the largest feature index."""
-    width = 0
-    for path in paths:
-        for _, line in read_lines(path, BadRows()):
-            last = line.partition("#")[0].split()[-1:]
-            index = last[0].partition(":")[0] if last else ""
-            width = max(width, int(index)) if index.isdecimal() else width
-    if width > _MOST_FEATURES:
-        raise ValueError(f"{', '.join(map(str, paths))}: feature index: expected at most {_MOST_FEATURES}, got {width}")
+    width = _width(paths) if bad_rows is None else _width_of_good_lines(paths)
     check = RowChecker()
     for documents in _queries(_documents(paths, None, bad_rows)):
         features = np.zeros((len(documents), width))
@@ -111,23 +104,47 @@ def read_rows(paths: list[Path], bad_rows: BadRows | None = None) -> Iterator[di
                 }
             )
         except ValueError as error:
-            reject(bad_rows, f"{documents[0].path}:{documents[0].line}", f"query {documents[0].query_id}: {error}")
+            reject(bad_rows, f"{documents[0].path}:{documents[0].line}", f"query {documents[0].query_id!r}: {error}")
+
+
+def _width(paths: list[Path]) -> int:
+    """The largest feature index, by a glance at the end of each line: whatever is broken will stop the reader anyway."""
+    width = 0
+    for path in paths:
+        for _, line in byte_lines(path):
+            last = line.partition(b"#")[0].split()[-1:]
+            index = last[0].partition(b":")[0] if last else b""
+            width = max(width, int(index)) if index.isdigit() and len(index) < 20 else width
+    return min(width, _MOST_FEATURES)
+
+
+def _width_of_good_lines(paths: list[Path]) -> int:
+    """The largest feature index of a line that is not left out."""
+    return max((document.indices[-1] for document in _documents(paths, None, BadRows()) if document.indices), default=0)
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Features and labels; teachers have no place in the format. What is 0 is left out."""
+    """Labels and features.
+
+    Raises:
+        ValueError: a document has no label or no features, or a name cannot be written.
+    """
     with atomic_path(path) as temporary, open_text(temporary) as file:
+        first = True
         for row in rows:
             query = row["query_id"]
             if row["features"] is None:
-                raise ValueError(f"query {query}: LETOR holds features, and the row has none")
-            for name, features, label in zip(row["doc_ids"], row["features"], row["labels"], strict=True):
+                raise ValueError(f"query {query!r}: LETOR holds features, and the row has none")
+            for name, label, features in zip(row["doc_ids"], row["labels"], row["features"], strict=True):
                 if label is None:
-                    raise ValueError(f"query {query}, document {name}: LETOR has no unlabelled documents")
-                if (query + name).split() != [query + name] or "#" in query:
-                    raise ValueError(f"query {query!r}, document {name!r}: LETOR cannot hold names with spaces")
-                pairs = "".join(f" {i}:{value!r}" for i, value in enumerate(features, 1) if value)
-                file.write(f"{label:g} qid:{query}{pairs} # docid = {name}\n")
+                    raise ValueError(f"query {query!r}, document {name!r}: LETOR has no unlabelled documents; {UNLABELLED}")
+                if query.split() != [query] or name.split() != [name] or "#" in query:  # which begins the comment
+                    raise ValueError(f"query {query!r}, document {name!r}: LETOR cannot hold names with spaces or #")
+                # Zeros are left out, but the file says once how many features there are.
+                last = len(features) if first else 0
+                pairs = "".join(f" {i}:{float(value)!r}" for i, value in enumerate(features, 1) if value or i == last)
+                file.write(f"{format_label(label)} qid:{query}{pairs} # docid = {name}\n")
+                first = False
 
 
 def _queries(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
@@ -143,61 +160,73 @@ def _queries(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
 
 def _documents(paths: list[Path], num_features: int | None, bad_rows: BadRows | None) -> Iterator[_Document]:
     seen: set[str] = set()
+    before = 0
     for path in paths:
         query = None  # a query does not go on into the next file
+        names: set[str] = set()
         count = 0
-        sizes = _Sizes(path, len(seen)) if _sizes_path(path).is_file() else None
-        for number, line in read_lines(path, bad_rows):
-            body, _, comment = line.partition("#")
-            if not body.strip():
+        sizes = _Sizes(path, before)
+        for number, line in byte_lines(path):
+            body, _, comment = line.partition(b"#")
+            if not body.removeprefix(b"\xef\xbb\xbf").strip():
                 continue
+            given = sizes.next(number)  # also for a line that turns out broken
             try:
-                given = sizes.next() if sizes else None
-                label, qid, indices, values = _parse(body, num_features, given)
+                label, qid, indices, values = _parse(decode(body), num_features, given)
                 starts = qid != query
-                if starts:
-                    if qid in seen:
-                        raise ValueError(f"query {qid} appeared before; the rows of a query must stand together")
-                    seen.add(qid)
-                    query, count = qid, 0
+                if starts and qid in seen:
+                    raise ValueError(f"query {qid!r} appeared before; the rows of a query must stand together")
+                count = 1 if starts else count + 1
+                names = set() if starts else names
+                name = _DOC_ID.search(decode(comment))
+                name = name[1] if name else f"{qid}.{count}"
+                if name in names:
+                    raise ValueError(f"query {qid!r}, document {name!r}: appears twice")
             except ValueError as error:
                 reject(bad_rows, f"{path}:{number}", error)
                 continue
-            count += 1
-            name = _DOC_ID.search(comment)
-            yield _Document(path, number, qid, starts, name[1] if name else f"{qid}.{count}", label, indices, values)
-        if sizes:
-            sizes.end()
-
-
-def _sizes_path(path: Path) -> Path:
-    return path.with_name(path.name + ".query")
+            seen.add(qid)
+            names.add(name)
+            query = qid
+            yield _Document(path, number, qid, starts, name, label, indices, values)
+        sizes.end()
+        before = max(sizes.query, len(seen))
 
 
 class _Sizes:
-    """The queries' sizes of a LightGBM ``.query`` file: each document's query, "1", "2", ... on from `before`."""
+    """The queries' sizes of a file beside the data, if there is one: each document's query, "1", "2", ... on from `before`."""
 
-    def __init__(self, path: Path, before: int):
-        self.path = _sizes_path(path)
-        self._lines = read_lines(self.path)
-        self._query = before
+    def __init__(self, data: Path, before: int):
+        self._data = data
+        names = {data.name, data.name.removesuffix(".gz").removesuffix(".xz")}
+        paths = [data.with_name(name + suffix) for suffix in _SIZES for name in names]
+        paths = sorted(path for path in paths if path.is_file())
+        if len(paths) > 1:
+            raise DataError(data, f"the queries' sizes are given twice, by {paths[0]} and {paths[1]}")
+        self._path = paths[0] if paths else None
+        self._lines = read_lines(self._path) if self._path else iter(())
+        self.query = before
         self._left = 0
 
-    def next(self) -> str:
+    def next(self, row: int) -> str | None:
+        """The query of the document in line `row` of the data."""
+        if self._path is None:
+            return None
         while self._left == 0:
             number, line = next(self._lines, (0, ""))
             if not number:
-                raise ValueError(f"the row belongs to no query: {self.path} counts fewer rows")
-            if not line.strip().isdecimal():
-                raise ValueError(f"{self.path}:{number}: expected the number of rows of a query, got {line.strip()[:40]!r}")
-            self._left = int(line)
-            self._query += 1
+                raise DataError(f"{self._data}:{row}", f"the row belongs to no query: {self._path} counts fewer rows")
+            try:
+                self._left = parse_count("rows of a query", line.strip())
+            except ValueError as error:
+                raise DataError(f"{self._path}:{number}", error) from None
+            self.query += 1
         self._left -= 1
-        return str(self._query)
+        return str(self.query)
 
     def end(self) -> None:
         if self._left or any(line.strip() for _, line in self._lines):
-            raise ValueError(f"{self.path}: counts more rows than there are in the data")
+            raise DataError(self._path, "counts more rows than there are in the data")
 
 
 def _parse(body: str, num_features: int | None, query: str | None) -> tuple[float, str, list[int], list[float]]:
@@ -206,23 +235,19 @@ def _parse(body: str, num_features: int | None, query: str | None) -> tuple[floa
         query = tokens.pop(0).removeprefix("qid:")
     if not query:
         raise ValueError(f"expected 'label qid:Q 1:v ...', got {body.strip()[:40]!r}")
-    try:
-        grade = float(label)
-    except ValueError:
-        raise ValueError(f"label: expected a number, got {label!r}") from None
+    grade = parse_label("label", label)
     indices, values = [], []
-    last = 0
+    last, most = 0, num_features or _MOST_FEATURES
     for token in tokens:
-        index, _, value = token.partition(":")
-        try:
-            i, v = int(index), float(value)
-        except ValueError:
-            raise ValueError(f"expected a feature 'index:value', got {token!r}") from None
+        index, colon, value = token.partition(":")
+        if not (colon and value):
+            raise ValueError(f"expected a feature 'index:value', got {token!r}")
+        i = parse_count("feature index", index)
         if i <= last:
             raise ValueError(f"feature indices must be 1 or more and increase, got {i} after {last}")
+        if i > most:
+            raise ValueError(f"feature index: expected at most {most}, got {i}")
         indices.append(i)
-        values.append(v)
+        values.append(parse_number(f"feature {i}", value))
         last = i
-    if num_features is not None and last > num_features:
-        raise ValueError(f"feature index: expected at most {num_features}, got {last}")
     return grade, query, indices, values

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pile_fast.data.rows import RowChecker
+from pile_fast.data.rows import RowChecker, show
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class RankedLists:
         """Rows with features, as `read_rows` gives them, in memory; all of one part.
 
         Raises:
-            ValueError: there are no rows, or one has no features.
+            ValueError: there are no rows, one has no features, or its labels are not distinct in float32.
 
         >>> row = {"query_id": "q", "features": [[0.5], [2.0]], "labels": [1, None], "teacher_logits": [[0.3], [None]]}
         >>> RankedLists.from_rows([row]).teacher_logits
@@ -72,7 +72,8 @@ class RankedLists:
         for row in rows:
             row = check(row)
             if row["features"] is None:
-                raise ValueError(f"query {row['query_id']}: expected features, the row has none")
+                raise ValueError(f"query {row['query_id']!r}: expected features, the row has none")
+            float32_labels(row["query_id"], row["labels"])
             names.append(row["query_id"])
             doc_ids += row["doc_ids"]
             lengths.append(len(doc_ids))
@@ -155,3 +156,16 @@ class RankedLists:
         if teacher_logits.dim() == 1:
             teacher_logits = teacher_logits[:, None]
         return dataclasses.replace(self, teacher_logits=teacher_logits.to(torch.float32), teacher_names=tuple(names))
+
+
+def float32_labels(query_id: str, labels: Iterable[float | None]) -> None:
+    """Refuses labels of a query that differ, and would tie in float32.
+
+    Raises:
+        ValueError: two labels do.
+    """
+    distinct = sorted({label for label in labels if label is not None})
+    rounded = np.array(distinct, dtype=np.float32)
+    if (ties := np.flatnonzero(rounded[1:] == rounded[:-1])).size:
+        low, high = distinct[ties[0]], distinct[ties[0] + 1]
+        raise ValueError(f"query {query_id!r}: labels {show(low)} and {show(high)} are one number in float32")

@@ -23,6 +23,7 @@ from pile_fast.data.files import read_lines
 from pile_fast.data.letor import read_letor
 from pile_fast.data.lists import RankedLists
 from pile_fast.data.locate import find_file
+from pile_fast.data.rows import DataError, parse_number
 
 SYSTEMS = range(1, 26)
 # By NDCG@10 against the labels both ways round, these two alone would have lower values mean better: left out.
@@ -71,7 +72,7 @@ def _read_systems(path: Path, lists: RankedLists) -> np.ndarray:
     header = ["qid", "docid", "split", "label", *(f"t{s}" for s in SYSTEMS)]
     first = next(lines, (1, ""))[1]
     if first.strip().split(",") != header:
-        raise ValueError(f"{path}:1: expected the header {','.join(header)}")
+        raise DataError(f"{path}:1", f"expected the header {','.join(header)}")
     values = np.empty((len(labels), len(SYSTEMS)), dtype=np.float32)
     count = 0
     for number, line in lines:
@@ -82,16 +83,16 @@ def _read_systems(path: Path, lists: RankedLists) -> np.ndarray:
             if count == len(labels):
                 raise ValueError(f"expected {count} rows as in the feature files, got more")
             wanted = [query_of[count], lists.doc_ids[count], part_of[count]]
-            if cells[:3] != wanted or float(cells[3]) != labels[count]:
+            if cells[:3] != wanted or parse_number("label", cells[3]) != labels[count]:
                 raise ValueError(
                     f"expected {','.join(wanted)},{labels[count]:g} as in the feature files, got {','.join(cells[:4])}"
                 )
-            values[count] = [float(c) if c else np.nan for c in cells[4:]]
+            values[count] = [parse_number(f"t{s}", c) if c else np.nan for s, c in zip(SYSTEMS, cells[4:], strict=True)]
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+            raise DataError(f"{path}:{number}", error) from None
         count += 1
     if count != len(labels):
-        raise ValueError(f"{path}: expected {len(labels)} rows as in the feature files, got {count}")
+        raise DataError(path, f"expected {len(labels)} rows as in the feature files, got {count}")
     return values
 
 

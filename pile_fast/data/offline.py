@@ -389,7 +389,7 @@ def _parts(path: Path, format: str, done: frozenset[int]) -> Iterator[tuple[int,
                 yield number, number * parquet.ROWS_PER_TABLE, table
         return
     with parquet.open_parquet(path) as file:
-        size, total = parquet.rows_at_a_time(file.metadata), file.metadata.num_rows
+        size, total = parquet.rows_at_a_time(file), file.metadata.num_rows
         todo = [number for number in range(-(-total // size)) if number not in done]
         while todo:
             run = next((i for i in range(1, len(todo)) if todo[i] != todo[0] + i), len(todo))

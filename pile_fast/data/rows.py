@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from decimal import Decimal
 
 COLUMNS = (
     "query_id", "query", "documents", "features", "doc_ids", "labels", "teacher_logits", "teachers", "ensemble_logits",
 )  # fmt: skip
 # The columns with an entry per document.
 PER_DOCUMENT = ("documents", "features", "doc_ids", "labels", "teacher_logits", "ensemble_logits")
+# What to do where a format has no room for a document without a label.
+UNLABELLED = "convert --drop-unlabelled leaves them out, --unjudged LABEL labels what qrels do not list"
 _LARGEST_FLOAT32 = 3.4028235677973366e38  # what rounds to the largest finite one, not to inf, is below
+_LARGEST_EXACT = 2**53  # beyond it neighbouring whole numbers are one float64: labels would tie
+
+
+class DataError(ValueError):
+    """A file that cannot be read as it stands. Its text is "where: reason" in one line without control characters.
+
+    Attributes:
+        where: "file:line", "file: row N" (Parquet, counted from 1 over the whole file) or "file".
+        reason: what is wrong there.
+
+    >>> str(DataError("data.jsonl:7", "labels: expected 3 entries like documents, got 2"))
+    'data.jsonl:7: labels: expected 3 entries like documents, got 2'
+    """
+
+    def __init__(self, where: object, reason: object):
+        super().__init__(str(where), printable(str(reason)))  # both as arguments, so that it pickles
+        self.where, self.reason = self.args
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+def printable(text: str) -> str:
+    """The text in one line; what a terminal would obey or hide, such as an escape character, as Python writes it."""
+    text = " ".join(text.split())
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class BadRows:
@@ -30,16 +59,16 @@ class BadRows:
         self.reasons: list[str] = []
         self._keep = keep
 
-    def add(self, where: str, reason: object) -> None:
+    def add(self, where: object, reason: object) -> None:
         self.count += 1
         if len(self.reasons) < self._keep:
-            self.reasons.append(f"{where}: {reason}")
+            self.reasons.append(str(DataError(where, reason)))
 
 
-def reject(bad_rows: BadRows | None, where: str, reason: object) -> None:
-    """A broken row: raise ValueError "where: reason", or count it."""
+def reject(bad_rows: BadRows | None, where: object, reason: object) -> None:
+    """A broken row: raise `DataError`, or count it."""
     if bad_rows is None:
-        raise ValueError(f"{where}: {reason}") from None
+        raise DataError(where, reason) from None
     bad_rows.add(where, reason)
 
 
@@ -59,7 +88,7 @@ class RowChecker:
         """
         row = check_row(row, self._teachers)
         if row["query_id"] in self._seen:
-            raise ValueError(f"query {row['query_id']} appeared before; the documents of a query must be one row")
+            raise ValueError(f"query {row['query_id']!r} appeared before; the documents of a query must be one row")
         if self._teachers is not None and row["teachers"] != self._teachers:
             raise ValueError(f"teachers: expected {self._teachers} as in the rows before, got {row['teachers']}")
         if row["features"] is not None:
@@ -91,14 +120,14 @@ def check_row(row: dict, teachers: list[str] | None = None) -> dict:
     (['q.1', 'q.2'], [None, None], ['teacher 1'])
     """
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object with the row's columns, got {_show(row)}")
+        raise ValueError(f"expected an object with the row's columns, got {show(row)}")
     query_id = _name("query_id", row.get("query_id"))
     given = [name for name in PER_DOCUMENT if row.get(name) is not None]
     if not given:
         raise ValueError(f"missing columns: expected some of {', '.join(PER_DOCUMENT[:-1])}")
     for name in given:
         if not isinstance(row[name], list):
-            raise ValueError(f"{name}: expected a list with an entry per document, got {_show(row[name])}")
+            raise ValueError(f"{name}: expected a list with an entry per document, got {show(row[name])}")
         if len(row[name]) != len(row[given[0]]):
             raise ValueError(f"{name}: expected {len(row[given[0]])} entries like {given[0]}, got {len(row[name])}")
     size = len(row[given[0]])
@@ -114,15 +143,16 @@ def check_row(row: dict, teachers: list[str] | None = None) -> dict:
     if "doc_ids" in given:
         checked["doc_ids"] = [_name(f"doc_ids[{i}]", name) for i, name in enumerate(row["doc_ids"])]
         if len(set(checked["doc_ids"])) != size:
-            twice = next(name for i, name in enumerate(checked["doc_ids"]) if name in checked["doc_ids"][:i])
-            raise ValueError(f"doc_ids: document {twice} appears twice")
+            seen: set[str] = set()
+            twice = next(name for name in checked["doc_ids"] if name in seen or seen.add(name))
+            raise ValueError(f"doc_ids: document {twice!r} appears twice")
     else:
         checked["doc_ids"] = [f"{query_id}.{i}" for i in range(1, size + 1)]
     if "features" in given:
         checked["features"] = _table("features", row["features"], nullable=False)
         if not checked["features"][0]:
             raise ValueError("features: expected at least one per document")
-    checked["labels"] = _numbers("labels", row["labels"]) if "labels" in given else [None] * size
+    checked["labels"] = _labels(row["labels"]) if "labels" in given else [None] * size
     logits = row["teacher_logits"] if "teacher_logits" in given else [[]] * size
     checked["teacher_logits"] = _table("teacher_logits", logits)
     checked["teachers"] = _teacher_names(row.get("teachers"), len(checked["teacher_logits"][0]), teachers)
@@ -142,7 +172,7 @@ def ensemble_as_teacher(row: dict) -> dict:
     [[0.7], [-0.7]]
     """
     if row.get("ensemble_logits") is None:
-        raise ValueError(f"query {row['query_id']}: no ensemble_logits; write them with pile-fast ensemble")
+        raise ValueError(f"query {row['query_id']!r}: no ensemble_logits; write them with pile-fast ensemble")
     return row | {"teacher_logits": [[logit] for logit in row["ensemble_logits"]], "teachers": ["ensemble"]}
 
 
@@ -161,7 +191,8 @@ def scores_of(row: dict, teacher: str | None) -> tuple[str, list[float | None]]:
         teacher = row["teachers"][0]
     if teacher not in row["teachers"]:
         given = "none was named" if teacher is None else f"got {teacher!r}"
-        raise ValueError(f"teacher: expected one of {', '.join(row['teachers']) or '(the rows have none)'}; {given}")
+        names = ", ".join(map(repr, row["teachers"])) or "(the rows have none)"
+        raise ValueError(f"teacher: expected one of {names}; {given}")
     column = row["teachers"].index(teacher)
     return teacher, [logits[column] for logits in row["teacher_logits"]]
 
@@ -170,7 +201,7 @@ def _teacher_names(names: object, count: int, default: list[str] | None) -> list
     if names is None:
         return default if default is not None and len(default) == count else [f"teacher {m}" for m in range(1, count + 1)]
     if not isinstance(names, list):
-        raise ValueError(f"teachers: expected a list of names, got {_show(names)}")
+        raise ValueError(f"teachers: expected a list of names, got {show(names)}")
     names = [_name(f"teachers[{m}]", name) for m, name in enumerate(names)]
     if len(names) != count:
         raise ValueError(f"teachers: expected {count} names like the columns of teacher_logits, got {len(names)}")
@@ -182,10 +213,19 @@ def _teacher_names(names: object, count: int, default: list[str] | None) -> list
 def _table(name: str, rows: list, nullable: bool = True) -> list[list[float | None]]:
     for i, row in enumerate(rows):
         if not isinstance(row, list):
-            raise ValueError(f"{name}[{i}]: expected a list of numbers, got {_show(row)}")
+            raise ValueError(f"{name}[{i}]: expected a list of numbers, got {show(row)}")
         if len(row) != len(rows[0]):
             raise ValueError(f"{name}[{i}]: expected {len(rows[0])} numbers like {name}[0], got {len(row)}")
     return [_numbers(f"{name}[{i}]", row, nullable) for i, row in enumerate(rows)]
+
+
+def _labels(values: list) -> list[float | None]:
+    checked = _numbers("labels", values)
+    for i, value in enumerate(values):
+        # An int between floats compares exactly, whatever its size.
+        if isinstance(value, (int, Decimal)) and not -_LARGEST_EXACT <= value <= _LARGEST_EXACT:
+            raise ValueError(f"labels[{i}]: expected a whole number of at most 2^53, got {show(value)}")
+    return checked
 
 
 def _numbers(name: str, values: Iterable, nullable: bool = True) -> list[float | None]:
@@ -194,28 +234,71 @@ def _numbers(name: str, values: Iterable, nullable: bool = True) -> list[float |
         if value is None and nullable:
             checked.append(None)
             continue
-        if not isinstance(value, (int, float)):  # bool among them: labels of true and false
-            raise ValueError(f"{name}[{i}]: expected a number{' or null' * nullable}, got {_show(value)}")
+        if not isinstance(value, (int, float, Decimal)):  # bool among them: labels of true and false
+            raise ValueError(f"{name}[{i}]: expected a number{' or null' * nullable}, got {show(value)}")
         if not -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32:
             if value != value:
                 advice = "; write null for what is not known" * nullable
                 raise ValueError(f"{name}[{i}]: expected a number{' or null' * nullable}, got NaN{advice}")
-            raise ValueError(f"{name}[{i}]: expected a number that is finite in float32, got {_show(value)}")
+            raise ValueError(f"{name}[{i}]: expected a number that is finite in float32, got {show(value)}")
         checked.append(float(value))
     return checked
 
 
+def parse_number(name: str, text: str) -> float:
+    """A number of a text file: what `float` reads, but in ASCII digits without underscores, and finite in float32.
+
+    Raises:
+        ValueError: it is none; the message begins with `name`.
+    """
+    try:
+        # float() takes 1_000 for a thousand, and digits of any script.
+        value = float(text) if text.isascii() and "_" not in text else None
+    except ValueError:
+        value = None
+    if value is None:
+        raise ValueError(f"{name}: expected a number, got {show(text)}")
+    if not -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32:
+        raise ValueError(f"{name}: expected a number that is finite in float32, got {show(text)}")
+    return value
+
+
+def parse_label(name: str, text: str) -> float:
+    """A label or grade of a text file: a number, and if it is a whole one, one that float64 holds exactly.
+
+    Raises:
+        ValueError: it is none; the message begins with `name`.
+    """
+    value = parse_number(name, text)
+    if abs(value) >= _LARGEST_EXACT and text.strip("+-").isdecimal() and abs(int(text)) > _LARGEST_EXACT:
+        raise ValueError(f"{name}: expected a whole number of at most 2^53, got {show(text)}")
+    return value
+
+
+def parse_count(name: str, text: str) -> int:
+    """A whole number of a text file, >= 0, in ASCII digits.
+
+    Raises:
+        ValueError: it is none; the message begins with `name`.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise ValueError(f"{name}: expected a whole number, got {show(text)}")
+    return int(text)
+
+
 def _name(name: str, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
+        if not -(2**64) < value < 2**64:
+            raise ValueError(f"{name}: expected a name, got {show(value)}; write a long number as a text")
         return str(value)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}: expected a name, got {_show(value)}")
+        raise ValueError(f"{name}: expected a name, got {show(value)}")
     return _text(name, value)
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name}: expected a text, got {_show(value)}")
+        raise ValueError(f"{name}: expected a text, got {show(value)}")
     if not value.isascii():
         try:
             value.encode()
@@ -224,7 +307,10 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _show(value: object) -> str:
-    """A value in an error message: short, and null as the files have it."""
-    text = "null" if value is None else repr(value)
+def show(value: object) -> str:
+    """A value in an error message: short, null as the files have it, control characters as Python writes them."""
+    try:
+        text = "null" if value is None else repr(value[:41] if isinstance(value, str) else value)
+    except (RecursionError, ValueError):  # nested too deeply to show; a whole number of thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 40 else text[:37] + "..."

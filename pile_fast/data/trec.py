@@ -1,4 +1,6 @@
-"""TREC: run files, one per teacher (``query Q0 document rank score tag``), with qrels and, optionally, the texts.
+"""TREC: run files, one per teacher, with qrels and, optionally, the texts.
+
+A run's lines are ``query Q0 document rank score tag``, or ``query document rank`` as for MS MARCO.
 
 Runs may be larger than memory: they are not read but indexed, a query's lines by where they stand, and each query is read
 from all runs at once.
@@ -7,20 +9,28 @@ from all runs at once.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from pile_fast.data.files import DAMAGED, atomic_path, open_bytes, open_text, read_lines
-from pile_fast.data.rows import BadRows, RowChecker, reject, scores_of
+from pile_fast.data.files import DAMAGED, atomic_path, decode, fields, open_bytes, open_text
+from pile_fast.data.formats import stem
+from pile_fast.data.qrels import field, read_qrels
+from pile_fast.data.rows import BadRows, DataError, RowChecker, parse_count, parse_number, reject, scores_of
+
+# By the number of fields.
+_LAYOUTS = {6: "query Q0 document rank score tag", 3: "query document rank"}
 
 
 def read_rows(
     paths: list[Path],
     bad_rows: BadRows | None = None,
     *,
+    teachers: Sequence[str] | None = None,
     qrels: Path | None = None,
     unjudged: float | None = None,
     queries: Path | None = None,
@@ -29,15 +39,19 @@ def read_rows(
     """A row per query of any run; its documents are those of any run, in the runs' order.
 
     Args:
-        paths: runs; a teacher is called as its file, without suffixes.
+        paths: runs. Where they give ranks alone, a document's score is minus its rank.
+        teachers: a name per run; None = the files' names without the suffixes of format and compression.
         qrels: ``query iteration document grade``.
         unjudged: the label of what the qrels do not list; None = unlabelled.
         queries, documents: names and texts, tab-separated; of further columns the text is all, joined.
+
+    Raises:
+        DataError: see `pile_fast.data.read_rows`; the qrels have no query of the runs, or no document at all.
     """
-    teachers = [path.name.split(".")[0] for path in paths]
-    if len(set(teachers)) != len(teachers):
-        raise ValueError(f"expected runs of different names, got {', '.join(teachers)}")
-    grades = read_qrels(qrels, bad_rows) if qrels else {}
+    teachers = _names(paths, teachers)
+    if unjudged is not None and not math.isfinite(unjudged):
+        raise ValueError(f"unjudged: expected a finite label, got {unjudged}")
+    grades = _read_grades(qrels, bad_rows) if qrels else {}
     query_texts = _read_texts(queries, bad_rows) if queries else {}
     check = RowChecker()
     with contextlib.ExitStack() as files:
@@ -47,7 +61,12 @@ def read_rows(
 
         texts = index(documents, "\t") if documents else None
         runs = [index(path, None) for path in paths]
-        for query in dict.fromkeys(query for run in runs for query in run.places):
+        names = dict.fromkeys(query for run in runs for query in run.places)
+        if qrels and names and not names.keys() & grades.keys():
+            raise DataError(qrels, f"judges no query of the runs: theirs are such as {next(iter(names))!r}, "
+                            f"here such as {next(iter(grades))!r}")  # fmt: skip
+        labelled = unlabelled = 0
+        for query in names:
             scores = _combine(query, runs, bad_rows)
             judged = grades.get(query, {})
             row = {
@@ -60,12 +79,36 @@ def read_rows(
             }
             try:
                 if queries and query not in query_texts:
-                    raise ValueError(f"query {query}: no text in {queries}")
+                    raise ValueError(f"query {query!r}: no text in {queries}")
                 if texts:
                     row["documents"] = [_document_text(texts, document) for document in scores]
-                yield check(row)
+                row = check(row)
             except ValueError as error:
                 reject(bad_rows, next(run.where(query) for run in runs if query in run.places), error)
+                continue
+            missing = row["labels"].count(None)
+            labelled, unlabelled = labelled + len(row["labels"]) - missing, unlabelled + missing
+            yield row
+        if qrels and unlabelled and not labelled:
+            raise DataError(qrels, f"judges none of the runs' {unlabelled} documents, so all would be unlabelled")
+
+
+def _names(paths: list[Path], teachers: Sequence[str] | None) -> list[str]:
+    names = [stem(path) for path in paths] if teachers is None else list(teachers)
+    if len(names) != len(paths):
+        raise ValueError(f"teachers: expected {len(paths)} names, one per run, got {len(names)}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"teachers: expected runs of different names, got {', '.join(map(repr, names))}; name them NAME=FILE")
+    return names
+
+
+def _read_grades(qrels: Path, bad_rows: BadRows | None) -> dict[str, dict[str, float]]:
+    before = (bad_rows.count, len(bad_rows.reasons)) if bad_rows is not None else (0, 0)
+    grades = read_qrels(qrels, bad_rows)
+    if not grades:
+        reasons = bad_rows.reasons[before[1] :][:1] if bad_rows is not None else []
+        raise DataError(qrels, "no judgements" + "".join(f": all lines are broken, the first: {first}" for first in reasons))
+    return grades
 
 
 def _combine(query: str, runs: list[_Index], bad_rows: BadRows | None) -> dict[str, list[float | None]]:
@@ -74,10 +117,10 @@ def _combine(query: str, runs: list[_Index], bad_rows: BadRows | None) -> dict[s
     for m, run in enumerate(runs):
         for where, line in run.lines(query):
             try:
-                document, score = _parse_run(line)
+                document, score = _parse_run(line, run.layout)
                 row = scores.setdefault(document, [None] * len(runs))
                 if row[m] is not None:
-                    raise ValueError(f"query {query}, document {document}: appears twice in the run")
+                    raise ValueError(f"query {query!r}, document {document!r}: appears twice in the run")
                 row[m] = score
             except ValueError as error:
                 reject(bad_rows, where, error)
@@ -89,49 +132,33 @@ def write_rows(path: Path, rows: Iterable[dict], *, teacher: str | None = None) 
 
     Args:
         teacher: see `scores_of`.
+
+    Raises:
+        ValueError: a name has spaces, or the teacher scored nothing.
     """
+    empty = True
     with atomic_path(path) as temporary, open_text(temporary) as file:
         for row in rows:
             name, logits = scores_of(row, teacher)
             tag = "_".join(name.split())
             scored = [pair for pair in zip(row["doc_ids"], logits, strict=True) if pair[1] is not None]
+            empty = empty and not scored
             for rank, (document, logit) in enumerate(sorted(scored, key=lambda pair: -pair[1]), 1):
-                for text in (row["query_id"], document):
-                    if text.split() != [text]:
-                        raise ValueError(f"query {row['query_id']}: a run cannot hold names with spaces, as {text!r}")
-                file.write(f"{row['query_id']} Q0 {document} {rank} {logit!r} {tag}\n")
+                file.write(f"{field(row, row['query_id'])} Q0 {field(row, document)} {rank} {float(logit)!r} {tag}\n")
+        if empty:
+            raise ValueError("there are no scores to write as a run")
 
 
-def _parse_run(line: str) -> tuple[str, float]:
-    fields = line.split()
-    if len(fields) != 6:
-        raise ValueError(f"expected 'query Q0 document rank score tag', got {line.strip()[:60]!r}")
-    try:
-        return fields[2], float(fields[4])
-    except ValueError:
-        raise ValueError(f"score: expected a number, got {fields[4]!r}") from None
-
-
-def read_qrels(path: Path, bad_rows: BadRows | None = None) -> dict[str, dict[str, float]]:
-    """Grades by query and document of a file of ``query iteration document grade``."""
-    grades: dict[str, dict[str, float]] = {}
-    for number, line in read_lines(path, bad_rows):
-        fields = line.split()
-        if not fields:
-            continue
-        try:
-            if len(fields) != 4:
-                raise ValueError(f"expected 'query iteration document grade', got {line.strip()[:60]!r}")
-            query, _, document, grade = fields
-            try:
-                value = float(grade)
-            except ValueError:
-                raise ValueError(f"grade: expected a number, got {grade!r}") from None
-            if grades.setdefault(query, {}).setdefault(document, value) != value:
-                raise ValueError(f"query {query}, document {document}: appears twice, with different grades")
-        except ValueError as error:
-            reject(bad_rows, f"{path}:{number}", error)
-    return grades
+def _parse_run(line: str, layout: int) -> tuple[str, float]:
+    cells = fields(line)
+    if len(cells) != layout:
+        raise ValueError(f"expected {_LAYOUTS[layout]!r}, got {line.strip()[:60]!r}")
+    if layout == 6:
+        return cells[2], parse_number("score", cells[4])
+    rank = parse_count("rank", cells[2])
+    if rank < 1:
+        raise ValueError(f"rank: expected 1 or more, got {rank}")
+    return cells[1], -float(rank)
 
 
 def _read_texts(path: Path, bad_rows: BadRows | None) -> dict[str, str]:
@@ -145,40 +172,63 @@ def _text(line: str) -> str:
 
 def _document_text(texts: _Index, document: str) -> str:
     if document not in texts.places:
-        raise ValueError(f"document {document}: no text in {texts.path}")
+        raise ValueError(f"document {document!r}: no text in {texts.path}")
     return next(_text(line) for _, line in texts.lines(document))
 
 
 class _Index:
-    """A text file's lines by their first field: where they begin and end. In memory is an entry per name.
+    """A text file's lines by their first field: where they stand. In memory is an entry per name and block of its lines.
 
     Args:
-        path: lines of one name stand together.
-        separator: of fields; None = white space, and a name may have several lines.
+        path: the file; a line that is not UTF-8 is broken.
+        separator: of fields: a tab, and a name has one line; None = blanks, and a name may have several lines, which
+            another name's may interrupt.
+
+    Attributes:
+        places: by name first byte, the byte after the last and number of the first line of each block.
+        layout: how many fields a run's lines have, as its first good one: a key of `_LAYOUTS`.
     """
 
     def __init__(self, path: Path, bad_rows: BadRows | None, separator: str | None):
         self.path = path
-        self.places: dict[str, tuple[int, int, int]] = {}  # first byte, the byte after the last, number of the first line
-        self._bad_rows = bad_rows
+        self.places: dict[str, array[int]] = {}
+        self.layout: int = 0
         self._file = _seekable(path)
         last, position = None, 0
         for number, line in enumerate(self._file, 1):
             start, position = position, position + len(line)
-            if not line.strip():
-                continue
-            name = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            name = name.split(separator and separator.encode(), 1)[0].decode(errors="replace").strip()
-            if name == last and separator is None:
-                first, _, first_number = self.places[name]
-                self.places[name] = (first, position, first_number)
-            elif name in self.places:
-                wanted = "its lines must stand together" if separator is None else "it has one text"
-                reject(bad_rows, f"{path}:{number}", f"{name} appeared before; {wanted}")
+            try:
+                name = self._name(line, separator)
+            except ValueError as error:
+                reject(bad_rows, f"{path}:{number}", error)
                 last = None
+                continue
+            if name is None:
+                continue
+            if name == last:
+                self.places[name][-2] = position
             else:
-                self.places[name] = (start, position, number)
+                self.places.setdefault(name, array("q")).extend((start, position, number))
                 last = name
+
+    def _name(self, line: bytes, separator: str | None) -> str | None:
+        text = decode(line)
+        if not text.strip():
+            return None
+        if separator is None:
+            cells = fields(text)
+            if not self.layout and len(cells) in _LAYOUTS:
+                self.layout = len(cells)
+            if not self.layout:
+                raise ValueError(f"expected {_LAYOUTS[6]!r} or {_LAYOUTS[3]!r}, got {text.strip()[:60]!r}")
+            return cells[0]
+        name, found, _ = text.partition(separator)
+        name = name.strip()
+        if not found or not name:
+            raise ValueError(f"expected 'name TAB text', got {text.strip()[:60]!r}")
+        if name in self.places:
+            raise ValueError(f"{name!r} appeared before; it has one text")
+        return name
 
     def close(self) -> None:
         self._file.close()
@@ -188,17 +238,12 @@ class _Index:
 
     def lines(self, name: str) -> Iterator[tuple[str, str]]:
         """("file:line", line) of a name."""
-        if name not in self.places:
-            return
-        start, end, number = self.places[name]
-        self._file.seek(start)
-        for offset, line in enumerate(self._file.read(end - start).split(b"\n")):
-            if not line.strip():
-                continue
-            try:
-                yield f"{self.path}:{number + offset}", line.decode("utf-8-sig" if number + offset == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reject(self._bad_rows, f"{self.path}:{number + offset}", f"not UTF-8: {error.reason}")
+        places = self.places.get(name, ())
+        for start, end, number in zip(places[::3], places[1::3], places[2::3], strict=True):
+            self._file.seek(start)
+            for offset, line in enumerate(self._file.read(end - start).split(b"\n")):
+                if (text := decode(line)).strip():
+                    yield f"{self.path}:{number + offset}", text
 
 
 def _seekable(path: Path) -> IO[bytes]:
@@ -210,6 +255,6 @@ def _seekable(path: Path) -> IO[bytes]:
         with open_bytes(path) as packed:
             shutil.copyfileobj(packed, unpacked)
     except DAMAGED as error:
-        raise ValueError(f"{path}: damaged file: {error}") from error
+        raise DataError(path, f"damaged file: {error}") from error
     unpacked.seek(0)
     return unpacked

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pile_fast.data.files import read_cells
 from pile_fast.data.locate import find_file
+from pile_fast.data.rows import DataError, parse_number
 
 SPLITS = ("train", "dev", "test")
 SYSTEMS = ("CNN", "CNN-Cnt")  # the paper's own; published for dev and test
@@ -47,12 +48,12 @@ def load_wikiqa(folder: str | os.PathLike, split: str) -> list[dict]:
     runs = [read_cells(path, None, 6) for path in run_paths]
     for path, lines in zip((ref_path, *run_paths), (keys, *runs), strict=True):
         if len(lines) != len(pairs):
-            raise ValueError(f"{path}: expected {len(pairs)} lines as in {text_path}, got {len(lines)}")
+            raise DataError(path, f"expected {len(pairs)} lines as in {text_path}, got {len(lines)}")
     rows: dict[str, dict] = {}
     for line, ((question, sentence, label), (query_id, _, doc_id, ref_label)) in enumerate(zip(pairs, keys, strict=True)):
         row = rows.setdefault(query_id, {"query_id": query_id, "query": question, "documents": [], "doc_ids": [], "labels": []})
         if question != row["query"] or label != ref_label or label not in ("0", "1"):
-            raise ValueError(f"{ref_path}:{line + 1}: does not match the line in {text_path}")
+            raise DataError(f"{ref_path}:{line + 1}", f"does not match the line in {text_path}")
         row["documents"].append(sentence)
         row["doc_ids"].append(f"{query_id}-{doc_id}")
         row["labels"].append(float(label))
@@ -62,10 +63,10 @@ def load_wikiqa(folder: str | os.PathLike, split: str) -> list[dict]:
         scores = []
         for path, run in zip(run_paths, runs, strict=True):
             if run[line][0] != query_id or run[line][2] != doc_id:
-                raise ValueError(f"{path}:{line + 1}: does not match the line in {ref_path}")
+                raise DataError(f"{path}:{line + 1}", f"does not match the line in {ref_path}")
             try:
-                scores.append(float(run[line][4]))
-            except ValueError:
-                raise ValueError(f"{path}:{line + 1}: score: expected a number, got {run[line][4]!r}") from None
+                scores.append(parse_number("score", run[line][4]))
+            except ValueError as error:
+                raise DataError(f"{path}:{line + 1}", error) from None
         row.setdefault("teacher_logits", []).append(scores)
     return list(rows.values())
