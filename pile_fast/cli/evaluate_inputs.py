@@ -19,7 +19,7 @@ from pile_fast.cli.errors import UserError, user_errors
 from pile_fast.data import BadRows, read_rows
 from pile_fast.data.files import DAMAGED, open_bytes
 from pile_fast.data.formats import format_of, stem
-from pile_fast.data.trec import read_qrels
+from pile_fast.data.qrels import read_qrels
 
 QUERIES_AT_ONCE = 64  # read, then scored by the models, so that texts of the whole file are never in memory
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
