@@ -19,8 +19,8 @@ from pile_fast.metrics import (
     PairCounts,
     _Lists,
     average_precision_values,
+    count_pairs,
     ndcg_values,
-    pair_counts,
     reciprocal_rank_values,
 )
 from pile_fast.options import choice
@@ -34,7 +34,7 @@ EMPTY = ("zero", "one", "skip")
 BOOTSTRAP_SAMPLES = 2_000
 PERMUTATIONS = 10_000
 # Resampling draws as many units: single queries, or blocks of them where there are more.
-MOST_UNITS = 10_000
+MOST_UNITS = 5_000
 # Resampling goes in chunks of about this many numbers.
 _CHUNK = 2**22
 
@@ -184,7 +184,7 @@ def evaluate(
 
     Confidence intervals are the percentile bootstrap over queries, differences resampled in pairs. The test exchanges
     system and baseline per query at random (Fisher's randomisation test, two-sided); for PNR it compares
-    the shares of pairs in the right order. Holm's correction is per metric, over the systems compared. More than 10,000
+    the shares of pairs in the right order. Holm's correction is per metric, over the systems compared. More than 5,000
     queries are resampled in as many blocks of equal size, drawn once at random.
 
     Args:
@@ -240,19 +240,23 @@ class _Judgements:
         self.judged_queries = self.per_query(self.judged) > 0
         # What was not judged is left out by a label of NaN, and gains nothing by one of 0.
         zero = ~self.judged & self.judged_queries[self.query] if unjudged == "zero" else torch.zeros_like(self.judged)
-        self.ranking_labels = torch.where(zero, 0.0, labels.double())
+        nothing = torch.zeros(len(labels))
+        self.lists = _Lists(nothing, torch.where(zero, 0.0, labels.double()), None, cu_seqlens)
+        self.pairs = _Lists(nothing, labels, None, cu_seqlens)  # of judged documents only
 
     def per_query(self, flags: Tensor) -> Tensor:
         """(Q,) how many of the (D,) flags are set."""
         return torch.zeros(self.cu_seqlens.shape[0] - 1, dtype=torch.long).index_add_(0, self.query, flags.long())
 
     def counts(self) -> QueryCounts:
-        pairs = sum(pair_counts(torch.zeros(len(self.labels)), self.labels, cu_seqlens=self.cu_seqlens))
+        query, labels = self.pairs.query, self.pairs.labels
+        unset = torch.zeros(len(self.judged_queries), dtype=torch.float64)
+        low, high = (unset.scatter_reduce(0, query, labels, way, include_self=False) for way in ("amin", "amax"))
         return QueryCounts(
             len(self.judged_queries),
             int(self.judged_queries.sum()),
             int((self.per_query(self.relevant) > 0).sum()),
-            int((pairs > 0).sum()),
+            int((low < high).sum()),
             int(self.judged.sum()),
         )
 
@@ -267,10 +271,9 @@ def _measure(
 ) -> tuple[dict[str, np.ndarray], Coverage]:
     """A system's fractions (Q, 2), numerator and denominator, by each metric, 0 / 0 for a query that does not count."""
     retrieved = ~scores.isnan()
-    pairs = pair_counts(
-        scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), judgements.labels, cu_seqlens=judgements.cu_seqlens
-    )
-    lists = _Lists(scores, judgements.ranking_labels, None, judgements.cu_seqlens, retrieved)
+    last = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    pairs = count_pairs(judgements.pairs.with_scores(last))
+    lists = judgements.lists.with_scores(scores, retrieved)
     relevant = judgements.relevant[lists.used]
     measured = outside(lists)
     fractions = {}
