@@ -186,7 +186,7 @@ def test_candidate_pairs_are_brute_forces():
     mean = pile_fast.pile_ensemble(lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens, iterations=0).logits
     labels = torch.where(mean.isnan(), torch.nan, lists.labels)
     bounds = lists.cu_seqlens.tolist()
-    above, below, query = pile_fast.inspection._candidates(mean.numpy(), labels.numpy(), bounds)
+    above, below, query = pile_fast.inspection._candidates(mean, labels, lists.cu_seqlens)
     found = {a: b for a, b in zip(above.tolist(), below.tolist(), strict=True)}
     for q in range(len(bounds) - 1):
         for i in range(bounds[q], bounds[q + 1]):
