@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from array import array
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.functional import pile_ensemble
-from pile_fast.metrics import ndcg, pair_counts
+from pile_fast.metrics import _Lists, count_pairs, ndcg_values, pair_counts
 
 # A logit within this share of the teacher's whole range from its end counts as at the extreme.
 NEAR_EXTREME = 0.01
@@ -25,7 +26,7 @@ SAME_ORDER = 0.99
 MOST_LABEL_VALUES = 12
 MOST_NAMED = 20
 # Agreement of every two teachers looks at so many pairs of documents, and multiplies so many numbers, at most.
-MOST_PAIRS = 2 * 10**7
+MOST_PAIRS = 5 * 10**6
 MOST_PRODUCTS = 5 * 10**9
 _SHORT_LIST = 64
 # Numbers worked on at a time.
@@ -109,6 +110,16 @@ class Contents:
     def lengths(self) -> Tensor:
         return self.cu_seqlens.diff()
 
+    @functools.cached_property
+    def query(self) -> Tensor:
+        """(D,) the query of each document."""
+        return torch.arange(len(self.query_ids)).repeat_interleave(self.lengths)
+
+    @functools.cached_property
+    def lists(self) -> _Lists:
+        """The labelled documents, for a teacher that scored them all."""
+        return _Lists(torch.zeros(len(self.labels)), self.labels, None, self.cu_seqlens)
+
     def labels_where(self, scored: Tensor) -> Tensor:
         return torch.where(scored, self.labels, torch.nan)
 
@@ -181,8 +192,7 @@ def _labels(contents: Contents) -> dict:
 
 def _per_query(contents: Contents, values: Tensor) -> Tensor:
     """(Q,) sums of (D,) values."""
-    query = torch.arange(len(contents.query_ids)).repeat_interleave(contents.lengths)
-    return torch.zeros(len(contents.query_ids), dtype=torch.float64).index_add_(0, query, values.double())
+    return torch.zeros(len(contents.query_ids), dtype=torch.float64).index_add_(0, contents.query, values.double())
 
 
 def _teacher(contents: Contents, m: int) -> dict:
@@ -204,7 +214,7 @@ def _teacher(contents: Contents, m: int) -> dict:
     # Two passes: the spread of logits around 1e4 must not drown in their size.
     safe = torch.where(scored, logits.double(), 0.0)
     mean = _per_query(contents, safe) / count.clamp(min=1)
-    deviation = torch.where(scored, safe - mean.repeat_interleave(contents.lengths), 0.0)
+    deviation = torch.where(scored, safe - mean[contents.query], 0.0)
     spread = (_per_query(contents, deviation.square()) / count.clamp(min=1)).sqrt()[several]
     largest, smallest = _extremes(contents, logits)
     constant = (largest == smallest)[several]
@@ -224,8 +234,7 @@ def _teacher(contents: Contents, m: int) -> dict:
 
 
 def _extremes(contents: Contents, logits: Tensor) -> tuple[Tensor, Tensor]:
-    query = torch.arange(len(contents.query_ids)).repeat_interleave(contents.lengths)
-    size = len(contents.query_ids)
+    query, size = contents.query, len(contents.query_ids)
     largest = torch.full((size,), -torch.inf).scatter_reduce(0, query, logits.nan_to_num(nan=-torch.inf), "amax")
     smallest = torch.full((size,), torch.inf).scatter_reduce(0, query, logits.nan_to_num(nan=torch.inf), "amin")
     return largest, smallest
@@ -234,8 +243,13 @@ def _extremes(contents: Contents, logits: Tensor) -> tuple[Tensor, Tensor]:
 def _quality(contents: Contents, m: int) -> dict:
     """Against the labels, on the documents that the teacher scored."""
     logits = contents.teacher_logits[:, m]
-    labels = contents.labels_where(~logits.isnan())
-    right, wrong, tied = (int(count.sum()) for count in pair_counts(logits, labels, cu_seqlens=contents.cu_seqlens))
+    missing = logits.isnan()
+    if bool(missing.any()):
+        lists = _Lists(logits, contents.labels_where(~missing), None, contents.cu_seqlens)
+    else:
+        lists = contents.lists.with_scores(logits)
+    right, wrong, tied = (int(count.sum()) for count in count_pairs(lists))
+    ndcg, filled = ndcg_values(lists, 10, "exponential", ties="average")
     pairs = right + wrong + tied
     good, bad = right + tied / 2, wrong + tied / 2
     return {
@@ -243,7 +257,7 @@ def _quality(contents: Contents, m: int) -> dict:
         "pair_accuracy": good / pairs if pairs else math.nan,
         "pnr": good / bad if bad else math.inf if good else math.nan,
         "tied_pairs": tied / pairs if pairs else math.nan,
-        "ndcg@10": float(ndcg(logits, labels, cu_seqlens=contents.cu_seqlens, k=10, ties="average", empty="skip")),
+        "ndcg@10": float(ndcg[filled].mean()),
     }
 
 
@@ -252,7 +266,7 @@ def _pile_weights(contents: Contents) -> list[dict]:
     logits = contents.teacher_logits
     ensemble = pile_ensemble(logits, contents.labels, cu_seqlens=contents.cu_seqlens, return_weights=True)
     pairs = sum(pair_counts(torch.zeros_like(contents.labels), contents.labels, cu_seqlens=contents.cu_seqlens))
-    used = (pairs > 0).repeat_interleave(contents.lengths) & ~logits.isnan().all(1)
+    used = (pairs > 0)[contents.query] & ~logits.isnan().all(1)
     if not bool(used.any()):
         return [{} for _ in contents.teachers]
     present = ~logits[used].isnan()
