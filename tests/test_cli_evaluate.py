@@ -247,10 +247,11 @@ def test_the_page_on_evaluation_runs_as_written(text_rows, tiny_text_model, tiny
     for name in ("cross-encoder", "student"):
         tiny_text_model("cross-encoder").save_pretrained(f"models/{name}")
         tiny_tokenizer.save_pretrained(f"models/{name}")
-    with open("old.run", "w") as run, open("qrels.txt", "w") as qrels:
+    with open("old.run", "w") as run, open("new.run", "w") as new, open("qrels.txt", "w") as qrels:
         for row in rows:
             for i in range(len(row["documents"])):
                 run.write(f"{row['query_id']} Q0 {row['query_id']}.{i + 1} {i + 1} {-i} old\n")
+                new.write(f"{row['query_id']} Q0 {row['query_id']}.{i + 1} {i + 1} {i} new\n")
             qrels.write(f"{row['query_id']} 0 {row['query_id']}.1 1\n")
     commands = 0
     for language, block in blocks:
@@ -261,7 +262,7 @@ def test_the_page_on_evaluation_runs_as_written(text_rows, tiny_text_model, tiny
             program, *arguments = shlex.split(line)
             assert program == "pile-fast" and main(arguments) == 0, capsys.readouterr().err
             commands += 1
-    assert commands == 4 and "0.75 2\n" in capsys.readouterr().out
+    assert commands == 5 and "0.75 2\n" in capsys.readouterr().out
     runs = json.loads(Path("reports/runs/metrics.json").read_text())
     assert runs["settings"]["baseline"] == "old" and system(runs, "old")["metrics"]["ndcg@10"]["value"] == 1
 
