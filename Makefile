@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test test-lightning-ir sanitize bench bench-peers-setup bench-ensemble text quality quality-text quality-smoke gpu-check triton-table cuda-table lint clean
+.PHONY: setup demo test test-lightning-ir sanitize fuzz bench bench-peers-setup bench-ensemble text quality quality-text quality-smoke gpu-check triton-table cuda-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +42,11 @@ build/peers/%/pyvenv.cfg: $(VENV)/.installed
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
+
+# Mutated files of every format through the readers, some ten minutes: each is read, or refused with file and place.
+FUZZ_FILES ?= 200000
+fuzz: setup
+	$(BIN)/python tests/fuzz.py --files $(FUZZ_FILES)
 
 # On a machine with a GPU: needs a Python with PyTorch and Triton, nvcc for the CUDA kernels, and no installation. GPU_PYTHON=... STAGES="correctness speed"
 GPU_PYTHON ?= $(PYTHON)

@@ -41,6 +41,7 @@ FILES = {
     "trec": "teacher.run",
     "bge": "bge.jsonl",
     "tevatron": "t.jsonl",
+    "qrels": "a.qrels",
 }
 # What each format keeps of a row; document names that BGE drops are made anew.
 KEPT = {
@@ -50,6 +51,7 @@ KEPT = {
     "trec": {"query_id", "doc_ids", "teacher_logits", "teachers"},
     "bge": {"query_id", "query", "documents", "labels", "teacher_logits", "teachers"},
     "tevatron": {"query_id", "query", "documents", "doc_ids", "teacher_logits", "teachers"},
+    "qrels": {"query_id", "doc_ids", "labels"},
 }
 
 
@@ -57,7 +59,7 @@ KEPT = {
 @pytest.mark.parametrize("source", FILES)
 def test_from_every_format_to_every_other(capsys, tmp_path, source, target):
     needed = {"letor": {"features", "labels"}, "trec": {"teacher_logits"}, "bge": {"query", "documents", "labels"}}
-    needed["tevatron"] = {"query", "documents"}
+    needed |= {"tevatron": {"query", "documents"}, "qrels": {"labels"}}
     write_rows(FILES[source], [check_row(ROW)], format=source)
     output = f"out/{FILES[target]}"
     (tmp_path / "out").mkdir()
@@ -90,6 +92,99 @@ def test_runs_with_judgements_and_texts(capsys, tmp_path):
     assert main(["convert", "a.jsonl", "--output", "back.run", "--teacher", "dense"]) == 0
     assert (tmp_path / "back.run").read_text() == "1 Q0 d2 1 0.5 dense\n"
     assert "expected one of 'bm25', 'dense'; none was named" in error_of(capsys, "convert", "a.jsonl", "--output", "c.run")
+
+
+# A11
+@pytest.mark.parametrize(
+    "qrels, skip, reason",
+    [
+        ("x 0 d1 1\n", [], "qrels: judges no query of the runs: theirs are such as '1', here such as 'x'"),
+        ("x 0 d1 1\n", ["--unjudged", "0"], "qrels: judges no query of the runs: theirs are such as '1', here such as 'x'"),
+        ("1 0 d9 1\n", [], "qrels: judges none of the runs' 1 documents, so all would be unlabelled"),
+        (
+            "1 0 d1\n1 d1 1\n",
+            ["--skip-bad-rows"],
+            "qrels: no judgements: all lines are broken, the first: qrels:1: expected 'q",
+        ),
+        ("1 0 d1 nan\n", ["--skip-bad-rows"], "qrels: no judgements: all lines are broken, the first: qrels:1: not a grade: e"),
+        ("", [], "qrels: no judgements"),
+    ],
+)
+def test_qrels_that_label_nothing_stop_the_command(capsys, tmp_path, qrels, skip, reason):
+    (tmp_path / "a.run").write_text("1 Q0 d1 1 7.5 x\n")
+    (tmp_path / "qrels").write_text(qrels)
+    error = error_of(capsys, "convert", "a.run", "--output", "a.jsonl", "--qrels", "qrels", *skip)
+    assert error.startswith(reason) and not (tmp_path / "a.jsonl").exists()
+
+
+# Teachers' names
+def test_runs_are_named_by_the_command_line(capsys, tmp_path):
+    for name in ("run.x.txt", "run.y.txt", "k1=0.9.run"):
+        (tmp_path / name).write_text("1 Q0 d1 1 7.5 x\n")
+
+    def teachers(*arguments):
+        assert main(["convert", *arguments, "--from", "trec", "--output", "a.jsonl"]) == 0
+        return json.loads((tmp_path / "a.jsonl").read_text())["teachers"]
+
+    assert teachers("run.x.txt", "run.y.txt") == ["run.x", "run.y"]
+    assert teachers("first one=run.x.txt", "run.y.txt", "k1=0.9.run") == ["first one", "run.y", "k1=0.9"]
+    assert teachers("a=k1=0.9.run") == ["a"]
+    for arguments in (["run.x.txt", "run.x.txt"], ["a=run.x.txt", "a=run.y.txt"]):
+        error = error_of(capsys, "convert", *arguments, "--from", "trec", "--output", "b.jsonl")
+        assert "expected runs of different names" in error and "NAME=FILE" in error
+    assert error_of(capsys, "convert", "a=none.run", "--output", "b.jsonl") == "a=none.run: no such file"
+
+
+# C8
+def test_documents_without_a_label_can_be_left_out(capsys, tmp_path):
+    write_rows("a.jsonl", [check_row(ROW | {"labels": [1, None]}), check_row(ROW | {"query_id": "r", "labels": None})])
+    for target, name in (("bge", "b.jsonl"), ("letor", "b.txt"), ("tevatron", "b.jsonl")):
+        arguments = ["convert", "a.jsonl", "--output", name, "--to", target]
+        if target != "tevatron":  # which holds the teacher's scores instead
+            error = error_of(capsys, *arguments)
+            assert error.startswith("query 'q'") and "document" in error and "convert --drop-unlabelled" in error
+        assert main([*arguments, "--drop-unlabelled"]) == 0
+        assert capsys.readouterr().out.splitlines()[1] == "Left out 3 documents without a label."
+        (row,) = read_rows(name, format=target)
+        assert row["query_id"] == "q" and len(row["doc_ids"]) == 1
+    write_rows("a.jsonl", [check_row(ROW | {"labels": None})])
+    assert error_of(capsys, "convert", "a.jsonl", "--output", "c.txt", "--drop-unlabelled") == "no query is left to write"
+    assert not (tmp_path / "c.txt").exists()
+
+
+# C8
+def test_labels_become_qrels_and_come_back_beside_a_run(capsys, tmp_path):
+    write_rows("a.jsonl", [check_row(ROW | {"labels": [20000001, 0]})])
+    assert main(["convert", "a.jsonl", "--output", "a.txt", "--to", "qrels"]) == 0
+    assert (tmp_path / "a.txt").read_text() == "q 0 1 20000001\nq 0 2 0\n"
+    assert main(["convert", "a.jsonl", "--output", "teacher.run"]) == 0
+    assert main(["convert", "teacher.run", "--qrels", "a.txt", "--output", "b.parquet"]) == 0
+    assert next(read_rows("b.parquet"))["labels"] == [20000001, 0]
+
+
+def test_control_characters_of_data_do_not_reach_the_terminal(capsys, tmp_path):
+    hostile = "\x1b]0;title\x07\x1b[31m\u202e"
+    texts = {
+        "a.jsonl": json.dumps({"query_id": hostile, "labels": [1]}) * 2 + "\n",
+        "b.jsonl": (json.dumps({"query_id": hostile, "labels": [1]}) + "\n") * 2,
+        "c.jsonl": json.dumps({"query_id": "q", "doc_ids": [hostile, hostile]}),
+        "d.jsonl": json.dumps({"query_id": "q", "labels": [hostile]}),
+        "e.jsonl": json.dumps({"query_id": "q", "teachers": [hostile, "b"], "teacher_logits": [[1]]}),
+        "a.txt": f"1 qid:{hostile} 1:1\n1 qid:x 1:1\n1 qid:{hostile} 1:1\n",
+        "b.txt": f"{hostile} qid:1 1:1\n",
+        "c.txt": f"1 qid:1 {hostile}:1\n",
+        "a.run": f"1 Q0 {hostile} 1 1 x\n1 Q0 {hostile} 1 1 x\n",
+        "b.run": f"1 Q0 a 1 {hostile} x\n",
+        "c.run": f"{hostile}\n",
+        "a.qrels": f"{hostile} 0 {hostile} 1\n{hostile} 0 {hostile} 2\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        for skip in ([], ["--skip-bad-rows"]):
+            main(["convert", name, "--output", "out.jsonl", *skip])
+            told = capsys.readouterr()
+            assert (told.err + told.out).replace("\n", "").isprintable(), name
+            assert name in told.err
 
 
 def test_a_broken_line_stops_the_command_or_is_reported(capsys, tmp_path):
@@ -135,7 +230,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(capsys, tmp_path, disk_full,
     [
         ([], "the following arguments are required: --output"),
         (["a.jsonl", "--output", "b", "--to", "csv"], "argument --to: invalid choice: 'csv'"),
-        (["a.jsonl", "--output", "b", "--unjudged", "none"], "argument --unjudged: invalid float value: 'none'"),
+        (["a.jsonl", "--output", "b", "--unjudged", "none"], "argument --unjudged: expected a number, got 'none'"),
+        (["a.jsonl", "--output", "b", "--unjudged", "nan"], "argument --unjudged: expected a number, got 'nan'"),
+        (["a.jsonl", "--output", "b", "--unjudged", "1_0"], "argument --unjudged: expected a number, got '1_0'"),
     ],
 )
 def test_wrong_command_line(capsys, arguments, message):

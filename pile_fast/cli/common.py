@@ -23,7 +23,7 @@ def whole_number(least: int) -> Callable[[str], int]:
     """An argparse type."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
+        if not (text.isascii() and text.isdecimal()) or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
         return int(text)
 
@@ -35,12 +35,13 @@ def real_number(least: float, most: float = math.inf) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            number = float(text)
+            number = float(text) if text.isascii() and "_" not in text else math.nan
         except ValueError:
             number = math.nan
         if not (least <= number <= most and math.isfinite(number)):
-            wanted = f">= {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a number {wanted}, got {text!r}")
+            wanted = f" >= {least:g}" if most == math.inf else f" from {least:g} to {most:g}"
+            wanted = "" if least == -math.inf else wanted
+            raise argparse.ArgumentTypeError(f"expected a number{wanted}, got {text!r}")
         return number
 
     return parse

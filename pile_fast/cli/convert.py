@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 
-from pile_fast.cli.common import add_format, add_skip_bad_rows, print_left_out
+from pile_fast.cli.common import add_format, add_skip_bad_rows, print_left_out, real_number
 from pile_fast.cli.errors import UserError, user_errors
-from pile_fast.data.formats import FORMATS, read_rows, write_rows
+from pile_fast.data.formats import FORMATS, read_rows, stem, write_rows
 from pile_fast.data.named import NAMED, read_named, with_pairs
-from pile_fast.data.rows import BadRows, check_row
+from pile_fast.data.rows import BadRows, check_row, drop_unlabelled
+from pile_fast.data.trec import named_runs
 
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "convert",
-        help="between JSON lines, Parquet, LETOR/SVMlight, TREC runs, BGE and Tevatron",
+        help="between JSON lines, Parquet, LETOR/SVMlight, TREC runs and qrels, BGE and Tevatron",
         description="Reads queries in one format, checks them and writes them in another. The format of a file is told by "
-        "its name (.jsonl, .parquet, .txt or .svm for LETOR, .run for TREC; then .gz or .xz) or by --from and --to. Several "
-        "TREC runs become one teacher each. A broken line stops the command with its file, number and reason.",
+        "its name (.jsonl, .parquet, .txt or .svm for LETOR, .run and .qrels for TREC; then .gz or .xz) or by --from and --to. "
+        "Several TREC runs become one teacher each. A broken line stops the command with its file, number and reason.",
     )
-    parser.add_argument("input", nargs="*", metavar="INPUT", help="files of one format; TREC: a run per teacher")
+    parser.add_argument(
+        "input", nargs="*", metavar="INPUT", help="files of one format; TREC: a run per teacher, as FILE or NAME=FILE"
+    )
     parser.add_argument(
         "--dataset", choices=NAMED, metavar="NAME", help=f"instead of INPUT, public data that is at hand: {', '.join(NAMED)}"
     )
@@ -30,7 +34,10 @@ def add_parser(commands) -> None:
     parser.add_argument("--to", dest="target", choices=FORMATS, metavar="FORMAT", help="of the output")
     parser.add_argument("--qrels", metavar="FILE", help="TREC: judgements, 'query iteration document grade'")
     parser.add_argument(
-        "--unjudged", type=float, metavar="LABEL", help="TREC: label of what the qrels do not list (default: unlabelled)"
+        "--unjudged",
+        type=real_number(-math.inf),
+        metavar="LABEL",
+        help="TREC: label of what the qrels do not list (default: unlabelled)",
     )
     parser.add_argument("--queries", metavar="FILE", help="TREC: the queries' texts, 'name TAB text'")
     parser.add_argument("--documents", metavar="FILE", help="TREC: the documents' texts, 'name TAB text'")
@@ -40,6 +47,7 @@ def add_parser(commands) -> None:
         help="to TREC, BGE or Tevatron, which hold one: whose scores; 'ensemble' = what pile-fast ensemble wrote "
         "(default: the ensemble if there is one, else the only teacher)",
     )
+    parser.add_argument("--drop-unlabelled", action="store_true", help="leave out documents without a label")
     parser.add_argument("--with-pairs", action="store_true", help="leave out queries whose labels order no two documents")
     add_skip_bad_rows(parser)
     parser.set_defaults(run=run)
@@ -49,34 +57,47 @@ def _rows(args: argparse.Namespace, bad_rows: BadRows | None) -> Iterator[dict]:
     if args.dataset:
         return map(check_row, read_named(args.dataset, args.data))
     options = {name: getattr(args, name) for name in ("qrels", "queries", "documents", "unjudged")}
-    return read_rows(args.input, format=args.source, bad_rows=bad_rows, **options)
+    paths, names = named_runs(args.input)
+    if any(names):
+        options["teachers"] = [name or stem(path) for name, path in zip(names, paths, strict=True)]
+    return read_rows(paths, format=args.source, bad_rows=bad_rows, **options)
 
 
 def run(args: argparse.Namespace) -> int:
     if bool(args.input) == bool(args.dataset):
         raise UserError("expected either INPUT files or --dataset")
     bad_rows = BadRows() if args.skip_bad_rows else None
-    count = 0
+    queries = documents = 0
+
+    def labelled(rows: Iterator[dict]) -> Iterator[dict]:
+        nonlocal documents
+        for row in rows:
+            size = len(row["doc_ids"])
+            row = drop_unlabelled(row)
+            documents += size - (len(row["doc_ids"]) if row else 0)
+            if row:
+                yield row
 
     def counted(rows: Iterator[dict]) -> Iterator[dict]:
-        nonlocal count
+        nonlocal queries
         for row in rows:
-            count += 1
+            queries += 1
             yield row
+        if not queries:
+            raise UserError("no query is left to write")
 
     with user_errors(args.output):
         from tqdm import tqdm
 
         rows = _rows(args, bad_rows)
+        if args.drop_unlabelled:
+            rows = labelled(rows)
         if args.with_pairs:
             rows = with_pairs(rows)
         with tqdm(counted(rows), unit=" queries", disable=None) as progress:  # None: only on a terminal
-            try:
-                write_rows(args.output, progress, format=args.target, teacher=args.teacher)
-            except ValueError as error:
-                if bad_rows is not None and bad_rows.count and count == 0:
-                    raise UserError(f"{error}: all {bad_rows.count} are broken, the first: {bad_rows.reasons[0]}") from None
-                raise
-    print(f"Wrote {count} queries to {args.output}.")
+            write_rows(args.output, progress, format=args.target, teacher=args.teacher)
+    print(f"Wrote {queries:,} queries to {args.output}.")
+    if documents:
+        print(f"Left out {documents:,} documents without a label.")
     print_left_out(bad_rows)
     return 0

@@ -11,11 +11,12 @@ from pile_fast.data.lists import RankedLists
 from pile_fast.data.locate import find_data
 from pile_fast.data.mq2008 import load_mq2008
 from pile_fast.data.resumable import ResumableOutput
-from pile_fast.data.rows import BadRows, check_row, ensemble_as_teacher
+from pile_fast.data.rows import BadRows, DataError, check_row, ensemble_as_teacher
 from pile_fast.data.synthetic import make_synthetic
 
 __all__ = [
     "BadRows",
+    "DataError",
     "RankedLists",
     "ResumableOutput",
     "atomic_path",

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from pile_fast.data.files import atomic_path, byte_lines, decode, open_text
-from pile_fast.data.rows import COLUMNS, UNLABELLED, BadRows, DataError, RowChecker, reject, scores_of, show
+from pile_fast.data.rows import COLUMNS, UNLABELLED, BadRows, DataError, RowChecker, check_row, reject, scores_of, show
 
 
 def read_rows(
@@ -25,7 +25,7 @@ def read_rows(
             teacher is in all rows, and scored nothing in those of the others.
     """
     check = RowChecker()
-    scored = convert is not None and _scored(paths, convert)
+    scored = convert is not None and _scored(paths, convert, bad_rows is not None)
     number = 0  # of the query in all files
     for path in paths:
         for line, text in _objects(path):
@@ -41,17 +41,26 @@ def read_rows(
                 reject(bad_rows, f"{path}:{line}", error)
 
 
-def _scored(paths: list[Path], convert: Callable[[dict, str], dict]) -> bool:
-    """Whether an object of any file has a teacher. It reads until it finds one."""
+def _scored(paths: list[Path], convert: Callable[[dict, str], dict], skipping: bool) -> bool:
+    """Whether a good object of any file has a teacher. It reads until it finds one.
+
+    Args:
+        skipping: broken objects are left out, so that they must not count.
+    """
+    seen: set[str] = set()
+    number = 0
     for path in paths:
         for _, text in _objects(path):
-            if b"score" not in text:  # most objects need no parsing
+            number += 1
+            if not skipping and b"score" not in text:  # most objects need no parsing
                 continue
             try:
-                if "teacher_logits" in convert(_parse(text), "1"):
-                    return True
+                row = check_row(convert(_parse(text), str(number)))
             except ValueError:
-                pass  # the reader will say so
+                continue  # the reader will say so
+            if row["teachers"] and row["query_id"] not in seen:
+                return True
+            seen.add(row["query_id"])
     return False
 
 
@@ -62,7 +71,7 @@ def _objects(path: Path) -> Iterator[tuple[int, bytes]]:
         text = line.removeprefix(b"\xef\xbb\xbf").strip()
         if not text:
             continue
-        if text[:1] == b"[" and text[1:].lstrip()[:1] in (b"", b"{"):
+        if text[:1] == b"[" and text[1:].lstrip()[:1] in (b"", b"{", b"]"):
             yield from _elements(path, number, line + b"".join(rest for _, rest in lines))
             return
         yield number, line
@@ -123,7 +132,7 @@ def _elements(path: Path, first_line: int, text: bytes) -> Iterator[tuple[int, b
 def _parse(text: bytes) -> dict:
     line = decode(text)
     try:
-        row = json.loads(line, object_pairs_hook=_object)
+        row = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         advice = ""
         if line.strip() == "{":
@@ -149,6 +158,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return content
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def write_rows(path: Path, rows: Iterable[dict], convert: Callable[[dict], dict] | None = None) -> None:
     """A line a row: the row without what it does not have, or what `convert` makes of it.
 
@@ -163,7 +175,7 @@ def write_rows(path: Path, rows: Iterable[dict], convert: Callable[[dict], dict]
             try:
                 file.write(_dumps((convert or _present)(row)) + "\n")
             except ValueError as error:
-                raise ValueError(f"query {row['query_id']!r}: {error}") from None
+                raise ValueError(f"query {row.get('query_id')!r}: {error}") from None
 
 
 def _dumps(content: dict) -> str:

@@ -19,10 +19,11 @@ from pile_fast.data.files import atomic_path, byte_lines, decode, open_text, rea
 from pile_fast.data.formats import stem
 from pile_fast.data.lists import RankedLists, float32_labels
 from pile_fast.data.qrels import format_label
-from pile_fast.data.rows import UNLABELLED, BadRows, DataError, RowChecker, parse_count, parse_label, parse_number, reject
+from pile_fast.data.rows import UNLABELLED, BadRows, DataError, RowChecker, parse_count, parse_label, parse_number, reject, show
 
 # A row lists all of its features: an index beyond this is taken for a mistake, not for a table of zeros.
 _MOST_FEATURES = 100_000
+_LARGE = 1e38  # finite in float32 beyond doubt
 _SIZES = (".query", ".group")
 _DOC_ID = re.compile(r"docid\s*=\s*(\S+)")
 
@@ -112,9 +113,9 @@ def _width(paths: list[Path]) -> int:
     width = 0
     for path in paths:
         for _, line in byte_lines(path):
-            last = line.partition(b"#")[0].split()[-1:]
-            index = last[0].partition(b":")[0] if last else b""
-            width = max(width, int(index)) if index.isdigit() and len(index) < 20 else width
+            last = line.partition(b"#")[0].decode(errors="replace").split()[-1:]
+            index = last[0].partition(":")[0] if last else ""
+            width = max(width, int(index)) if index.isascii() and index.isdecimal() and len(index) < 20 else width
     return min(width, _MOST_FEATURES)
 
 
@@ -238,16 +239,30 @@ def _parse(body: str, num_features: int | None, query: str | None) -> tuple[floa
     grade = parse_label("label", label)
     indices, values = [], []
     last, most = 0, num_features or _MOST_FEATURES
+    plain = body.isascii() and "_" not in body
     for token in tokens:
-        index, colon, value = token.partition(":")
-        if not (colon and value):
-            raise ValueError(f"expected a feature 'index:value', got {token!r}")
-        i = parse_count("feature index", index)
+        index, _, value = token.partition(":")
+        # What `parse_count` and `parse_number` would say of most tokens, in a fraction of the time.
+        try:
+            i, v = int(index), float(value)
+            usual = plain and index.isdecimal() and i <= most and -_LARGE < v < _LARGE
+        except ValueError:
+            usual = False
+        if not usual:
+            i, v = _feature(token, most)
         if i <= last:
             raise ValueError(f"feature indices must be 1 or more and increase, got {i} after {last}")
-        if i > most:
-            raise ValueError(f"feature index: expected at most {most}, got {i}")
         indices.append(i)
-        values.append(parse_number(f"feature {i}", value))
+        values.append(v)
         last = i
     return grade, query, indices, values
+
+
+def _feature(token: str, most: int) -> tuple[int, float]:
+    index, colon, value = token.partition(":")
+    if not (colon and value):
+        raise ValueError(f"expected a feature 'index:value', got {show(token)}")
+    i = parse_count("feature index", index)
+    if i > most:
+        raise ValueError(f"feature index: expected at most {most}, got {i}")
+    return i, parse_number(f"feature {i}", value)

@@ -46,6 +46,8 @@ _VALUES_PER_TEXT = 8
 _SAMPLED_GROUPS = 16
 ROWS_PER_TABLE = 1000
 _READ_BUFFER = 2**20
+# What reading a damaged file raises; names in it need not be UTF-8.
+_DAMAGED = (OSError, pa.ArrowException, UnicodeDecodeError)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -59,9 +61,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         # Without a buffer a whole column chunk would be fetched at once.
         file = pq.ParquetFile(path, buffer_size=_READ_BUFFER, pre_buffer=False, page_checksum_verification=True)
         names = file.schema_arrow.names
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except _DAMAGED as error:
         raise DataError(path, f"damaged file: {error}") from error
     file.path = path
     if twice := [name for name in COLUMNS if names.count(name) > 1]:
@@ -77,9 +79,11 @@ def rows_at_a_time(file: pq.ParquetFile, columns: list[str] | None = None) -> in
     Raises:
         DataError: the file is damaged.
     """
-    wanted = [
-        c for c, path in enumerate(column.path for column in file.schema) if columns is None or path.split(".")[0] in columns
-    ]
+    try:
+        paths = [column.path.split(".") for column in file.schema]
+    except _DAMAGED as error:
+        raise DataError(file.path, f"damaged file: {error}") from error
+    wanted = [c for c, path in enumerate(paths) if columns is None or path[0] in columns]
     groups = file.metadata.num_row_groups
     rows = size = values = 0
     for i in sorted({step * (groups - 1) // (_SAMPLED_GROUPS - 1) for step in range(_SAMPLED_GROUPS)} if groups else ()):
@@ -87,7 +91,7 @@ def rows_at_a_time(file: pq.ParquetFile, columns: list[str] | None = None) -> in
         # safe and fails at the same places, so the metadata are looked at once a row of the group has been read.
         try:
             next(file.iter_batches(batch_size=1, row_groups=[i], columns=columns), None)
-        except (OSError, pa.ArrowException) as error:
+        except _DAMAGED as error:
             raise DataError(file.path, f"damaged file: row group {i + 1}: {error}") from error
         group = file.metadata.row_group(i)
         rows += group.num_rows
@@ -101,7 +105,9 @@ def rows_at_a_time(file: pq.ParquetFile, columns: list[str] | None = None) -> in
         )
     rows = max(1, rows)
     # A damaged file may give any figures.
-    return max(1, min(rows, BATCH_VALUES, BATCH_BYTES * rows // max(size, 1), BATCH_VALUES * rows // max(values, 1)))
+    return max(
+        1, min(file.metadata.num_rows, BATCH_VALUES, BATCH_BYTES * rows // max(size, 1), BATCH_VALUES * rows // max(values, 1))
+    )
 
 
 def read_rows(paths: list[Path], bad_rows: BadRows | None = None) -> Iterator[dict]:
@@ -126,7 +132,7 @@ def read_rows(paths: list[Path], bad_rows: BadRows | None = None) -> Iterator[di
                             reject(bad_rows, f"{path}: row {number}", error)
                             continue
                         yield row
-            except (OSError, pa.ArrowException) as error:
+            except _DAMAGED as error:
                 raise DataError(path, f"damaged file after row {number}: {error}") from error
             if number != file.metadata.num_rows:
                 raise DataError(path, f"damaged file: it counts {file.metadata.num_rows} rows, and has {number}")
@@ -157,7 +163,11 @@ def _readable(path: Path, name: str, type: pa.DataType) -> pa.DataType:
             for _ in range(depth):
                 plain = pa.list_(plain)
             return plain
-    raise DataError(path, f"column {name}: expected {'lists of ' * depth}{kind}, got {type}")
+    try:
+        given = str(type)
+    except UnicodeDecodeError:
+        given = "a type with a name that is not UTF-8"
+    raise DataError(path, f"column {name}: expected {'lists of ' * depth}{kind}, got {given}")
 
 
 _TEXTS = (pa.types.is_string, pa.types.is_large_string, getattr(pa.types, "is_string_view", pa.types.is_string))
@@ -186,7 +196,8 @@ def _to_rows(batch: pa.RecordBatch, types: dict[str, pa.DataType]) -> list[dict 
     except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:
         if batch.num_rows == 1:
             return [error]
-        return [row for i in range(batch.num_rows) for row in _to_rows(batch.slice(i, 1), types)]
+        # Taken, not sliced: a slice is checked together with what lies around it.
+        return [row for i in range(batch.num_rows) for row in _to_rows(batch.take(pa.array([i])), types)]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -214,7 +225,7 @@ def read_tables(
                 if rows == size or start + rows == stop:
                     yield start, pa.Table.from_batches(waiting)
                     start, waiting, rows = start + rows, [], 0
-    except (OSError, pa.ArrowException) as error:
+    except _DAMAGED as error:
         raise DataError(file.path, f"damaged file after row {position}: {error}") from error
 
 

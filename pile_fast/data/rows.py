@@ -176,6 +176,18 @@ def ensemble_as_teacher(row: dict) -> dict:
     return row | {"teacher_logits": [[logit] for logit in row["ensemble_logits"]], "teachers": ["ensemble"]}
 
 
+def drop_unlabelled(row: dict) -> dict | None:
+    """A checked row without the documents that have no label; None if that is all of them.
+
+    >>> drop_unlabelled(check_row({"query_id": "q", "documents": ["a", "b"], "labels": [None, 2]}))["documents"]
+    ['b']
+    """
+    kept = [i for i, label in enumerate(row["labels"]) if label is not None]
+    if not kept:
+        return None
+    return row | {name: [row[name][i] for i in kept] for name in PER_DOCUMENT if row[name] is not None}
+
+
 def scores_of(row: dict, teacher: str | None) -> tuple[str, list[float | None]]:
     """(name, a score per document) of one teacher of a checked row.
 
@@ -288,8 +300,6 @@ def parse_count(name: str, text: str) -> int:
 
 def _name(name: str, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
-        if not -(2**64) < value < 2**64:
-            raise ValueError(f"{name}: expected a name, got {show(value)}; write a long number as a text")
         return str(value)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}: expected a name, got {show(value)}")

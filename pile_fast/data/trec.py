@@ -93,6 +93,20 @@ def read_rows(
             raise DataError(qrels, f"judges none of the runs' {unlabelled} documents, so all would be unlabelled")
 
 
+def named_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str | None]]:
+    """(files, a teacher's name or None for each) of a command's arguments, each a FILE or NAME=FILE.
+
+    What is a file as it stands is one, so that names of files may have an "=".
+    """
+    paths, names = [], []
+    for argument in arguments:
+        name, equals, file = argument.partition("=")
+        named = bool(name and equals and file) and not Path(argument).exists() and Path(file).exists()
+        paths.append(Path(file if named else argument))
+        names.append(name if named else None)
+    return paths, names
+
+
 def _names(paths: list[Path], teachers: Sequence[str] | None) -> list[str]:
     names = [stem(path) for path in paths] if teachers is None else list(teachers)
     if len(names) != len(paths):
@@ -150,15 +164,15 @@ def write_rows(path: Path, rows: Iterable[dict], *, teacher: str | None = None) 
 
 
 def _parse_run(line: str, layout: int) -> tuple[str, float]:
-    cells = fields(line)
+    cells = line.encode().split()  # at ASCII blanks, as `fields`, which would decode all of them
     if len(cells) != layout:
         raise ValueError(f"expected {_LAYOUTS[layout]!r}, got {line.strip()[:60]!r}")
     if layout == 6:
-        return cells[2], parse_number("score", cells[4])
-    rank = parse_count("rank", cells[2])
+        return cells[2].decode(), parse_number("score", cells[4].decode())
+    rank = parse_count("rank", cells[2].decode())
     if rank < 1:
         raise ValueError(f"rank: expected 1 or more, got {rank}")
-    return cells[1], -float(rank)
+    return cells[1].decode(), -float(rank)
 
 
 def _read_texts(path: Path, bad_rows: BadRows | None) -> dict[str, str]:
@@ -216,12 +230,13 @@ class _Index:
         if not text.strip():
             return None
         if separator is None:
-            cells = fields(text)
-            if not self.layout and len(cells) in _LAYOUTS:
-                self.layout = len(cells)
             if not self.layout:
-                raise ValueError(f"expected {_LAYOUTS[6]!r} or {_LAYOUTS[3]!r}, got {text.strip()[:60]!r}")
-            return cells[0]
+                cells = fields(text)
+                if len(cells) == 6 or (len(cells) == 3 and cells[2].isdecimal()):
+                    self.layout = len(cells)
+                else:
+                    raise ValueError(f"expected {_LAYOUTS[6]!r} or {_LAYOUTS[3]!r}, got {text.strip()[:60]!r}")
+            return text.encode().split(None, 1)[0].decode()
         name, found, _ = text.partition(separator)
         name = name.strip()
         if not found or not name:
