@@ -28,13 +28,19 @@ class Evaluator:
     Args:
         metrics: (name, base, k) of each.
         judgements: what is relevant, and in which queries.
+        query_ids: names of the queries, for errors; None = their numbers from 0.
 
     Raises:
         ValueError: labels that ERR does not know, or a program that ir-measures needs is missing.
         ImportError: ir-measures is not installed.
     """
 
-    def __init__(self, metrics: Sequence[tuple[str, str, int | None]], judgements: _Judgements):
+    def __init__(
+        self,
+        metrics: Sequence[tuple[str, str, int | None]],
+        judgements: _Judgements,
+        query_ids: Sequence[str] | None = None,
+    ):
         self._evaluators, self._names = [], {}
         if not metrics:
             return
@@ -58,7 +64,7 @@ class Evaluator:
             if not wanted:
                 continue
             if wanted is by_grade:
-                _check_err(judgements)
+                _check_err(judgements, query_ids)
             documents = judgements.judged.nonzero()[:, 0]
             qrels: dict[str, dict[str, int]] = {}
             for q, d, grade in zip(
@@ -93,11 +99,13 @@ class Evaluator:
         return values
 
 
-def _check_err(judgements: _Judgements) -> None:
-    labels = judgements.labels[judgements.judged]
-    bad = (labels > _HIGHEST_ERR_GRADE) | (labels != labels.round())
+def _check_err(judgements: _Judgements, query_ids: Sequence[str] | None) -> None:
+    labels = judgements.labels
+    bad = ((labels > _HIGHEST_ERR_GRADE) | (labels != labels.round())) & judgements.judged
     if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        query = int(judgements.query[first])
         raise ValueError(
             f"err: expected whole labels up to {_HIGHEST_ERR_GRADE}, where the scale of gdeval, which computes it, ends; "
-            f"got {labels[bad][0]:g}"
+            f"got {labels[first].item():g} in query {query if query_ids is None else query_ids[query]!r}"
         )

@@ -173,6 +173,7 @@ def evaluate(
     unjudged: str = "zero",
     empty: str = "zero",
     seed: int = 0,
+    query_ids: Sequence[str] | None = None,
 ) -> Evaluation:
     """Metrics of several systems on the same queries, by trec_eval's conventions.
 
@@ -199,6 +200,7 @@ def evaluate(
         empty: a query without a relevant document counts as "zero" or "one", or is left out ("skip"); not of PNR and OPA,
             which count the queries with two different labels.
         seed: of the resampling.
+        query_ids: Q names, for errors.
 
     Raises:
         ValueError: a metric, an option or the baseline is unknown, or labels do not fit a metric.
@@ -217,7 +219,7 @@ def evaluate(
     parsed = list({metric.name: metric for metric in map(Metric, metrics)}.values())
     names = list(systems)
     judgements = _Judgements(labels, cu_seqlens, relevant_at, unjudged)
-    outside = _ir_measures.Evaluator([(m.name, m.base, m.k) for m in parsed if m.outside], judgements)
+    outside = _ir_measures.Evaluator([(m.name, m.base, m.k) for m in parsed if m.outside], judgements, query_ids)
     fractions, coverage = {}, {}
     for name, scores in systems.items():
         fractions[name], coverage[name] = _measure(scores, judgements, parsed, gain, empty, outside)

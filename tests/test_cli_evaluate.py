@@ -5,6 +5,7 @@ import lzma
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import ir_measures
@@ -213,7 +214,8 @@ def test_any_label_will_do(text_rows, gain, capsys):  # B2
     write_rows("data.jsonl", rows)
     report = evaluate("data.jsonl", "--teachers", "--gain", gain)
     assert report["per_query"]["t0"]["ndcg@10"] == [1, 1, 1] and 0 < system(report, "t1")["metrics"]["ndcg@10"]["value"] < 1
-    assert "err: expected whole labels up to 4" in error_of(capsys, "data.jsonl", "--teachers", "--metrics", "err@10")
+    error = error_of(capsys, "data.jsonl", "--teachers", "--metrics", "err@10")
+    assert error.startswith("err: expected whole labels up to 4") and error.endswith("in query 'q1'")
 
 
 def test_a_file_without_teachers_says_so(text_rows, capsys):
@@ -512,6 +514,24 @@ def test_what_does_not_fit_together_is_one_line(capsys, arguments, message):
     lines("q.txt", "q 0 d 1")
     lines("unlabelled.jsonl", '{"query_id": "q", "doc_ids": ["d"], "teacher_logits": [[1]]}')
     assert error_of(capsys, *arguments).startswith(message)
+
+
+def test_without_ir_measures_its_metrics_say_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ir_measures", None)
+    random_files(0)
+    error = error_of(capsys, "a.run", "--qrels", "q.txt", "--metrics", "map,p@5")
+    assert error == "evaluate --metrics map,p@5 needs ir_measures: pip install 'pile_fast[ir-measures]'"
+    assert evaluate("a.run", "--qrels", "q.txt", "--metrics", "map")["systems"]
+
+
+def test_a_folder_of_parquet_files_is_data(text_rows):
+    Path("parts").mkdir()
+    for part in range(2):
+        rows = text_rows(3, seed=part)
+        for row in rows:
+            row["query_id"] += f".{part}"
+        write_rows(f"parts/{part}.parquet", rows)
+    assert evaluate("parts", "--teachers")["queries"]["total"] == 6
 
 
 def test_run_files_are_called_as_they_are_named():

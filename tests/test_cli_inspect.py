@@ -330,8 +330,7 @@ def test_broken_rows_and_files(capsys):
 @pytest.mark.parametrize("labels", [[-2, -1, 0, 3], [300, 1024, 0, -5], [1e6, 10, 20000000, 20000001]])
 def test_any_label_will_do(labels):  # B2
     order = [float(sorted(labels).index(y)) for y in labels]
-    write_rows("data.jsonl", [row(labels, order, [-place for place in order])])
-    right, wrong = run("data.jsonl")["teachers"]
+    right, wrong = inspect(Contents.from_rows([row(labels, order, [-place for place in order])]))["teachers"]
     assert right["ndcg@10"] == 1 and 0 < wrong["ndcg@10"] < 1 and right["pair_accuracy"] == 1
     assert right["pairs"] == 6  # labels that float32 does not tell apart are different
 
@@ -371,15 +370,15 @@ def test_agreement_of_long_lists_and_of_many_queries_is_sampled(monkeypatch):  #
     exact = inspect(contents)["agreement"]
     assert exact["documents"] is None
     monkeypatch.setattr(pile_fast.inspection, "_SHORT_LIST", 40)
-    for most in (60_000, 5_000):  # thinner lists; fewer lists, too
+    for most, tolerance in ((60_000, 0.06), (5_000, 0.2)):  # thinner lists; fewer lists, too
         monkeypatch.setattr(pile_fast.inspection, "MOST_PAIRS", most)
         report = inspect(contents)
         sampled = report["agreement"]
         assert 100 < sampled["documents"] < 0.9 * len(contents.labels)
         assert max(map(max, sampled["pairs"])) <= most
         assert f"measured on {sampled['documents']:,} documents drawn at random" in report["findings"][-1]
-        np.testing.assert_allclose(sampled["pair_agreement"], exact["pair_agreement"], atol=0.06)
-        np.testing.assert_allclose(sampled["kendall_tau"], exact["kendall_tau"], atol=0.12)
+        np.testing.assert_allclose(sampled["pair_agreement"], exact["pair_agreement"], atol=tolerance)
+        np.testing.assert_allclose(sampled["kendall_tau"], exact["kendall_tau"], atol=2 * tolerance)
 
 
 def test_chunks_make_no_difference_to_agreement(monkeypatch):
@@ -409,6 +408,7 @@ def test_a_list_of_many_documents_takes_linear_time():  # B14
 
 
 def test_texts_are_read_again_only_where_there_are_any(monkeypatch):
+    monkeypatch.setattr("pile_fast.cli.inspect.plot", lambda contents, report, title, path: path.write_bytes(b""))
     calls = []
     read = pile_fast.cli.inspect.read_rows
     monkeypatch.setattr("pile_fast.cli.inspect.read_rows", lambda *a, **k: calls.append(a) or read(*a, **k))

@@ -104,6 +104,8 @@ def _unjudged(text: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     require("evaluate", "rich", "tqdm", *["matplotlib"] * bool(args.output), *["transformers"] * bool(args.model))
+    if any(Metric(name).outside for name in args.metrics):
+        require(f"evaluate --metrics {','.join(args.metrics)}", "ir_measures", extra="ir-measures")
     if not (args.teachers or args.column or args.model or args.runs or args.qrels):
         raise UserError(
             "nothing to evaluate: give --teachers, --column, --model or --run for a file of queries, --qrels for TREC runs"
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         evaluation = evaluate(
             {name: system.scores for name, system in inputs.systems.items()}, inputs.labels, inputs.cu_seqlens,
             metrics=args.metrics, baseline=args.baseline, relevant_at=args.relevant_at, gain=args.gain,
-            unjudged=args.unjudged, empty=args.empty, seed=args.seed,
+            unjudged=args.unjudged, empty=args.empty, seed=args.seed, query_ids=inputs.query_ids,
         )  # fmt: skip
         if output:
             write_report(output / "metrics.json", evaluation, inputs, args, bad_rows)

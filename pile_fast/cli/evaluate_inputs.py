@@ -181,7 +181,9 @@ def read_inputs(args: argparse.Namespace, bad_rows: BadRows | None) -> Inputs:
 
 def _by_format(args: argparse.Namespace) -> tuple[list[str], list[tuple[str, str]]]:
     """The files of rows, and (name, path) of the runs, those of --run last."""
-    is_run = {path: (args.source or format_of(path)) == "trec" for path in args.data}
+    is_run = {
+        path: not Path(path).is_dir() and (args.source or format_of(path)) == "trec" for path in args.data
+    }  # a folder holds Parquet files
     runs = [(stem(path), path) for path in args.data if is_run[path]]
     return [path for path in args.data if not is_run[path]], [*runs, *args.runs]
 
