@@ -535,11 +535,14 @@ def test_a_folder_of_parquet_files_is_data(text_rows):
 
 
 def test_run_files_are_called_as_they_are_named():
-    for path in ("run.bm25.k1=0.9.run", "run.x.txt", "run.y.txt"):
+    """And with qrels alone beside them they are runs, whatever their suffix."""
+    paths = ("run.bm25.k1=0.9.run", "run.x.txt", "run.y.txt", "input.bm25")
+    for path in paths:
         lines(path, "q Q0 d 1 1.0 t")
     lines("q.txt", "q 0 d 1")
-    report = evaluate("run.bm25.k1=0.9.run", "run.x.txt", "run.y.txt", "--from", "trec", "--qrels", "q.txt")
-    assert [entry["name"] for entry in report["systems"]] == ["run.bm25.k1=0.9", "run.x", "run.y"]
+    for source in ([], ["--from", "trec"]):
+        report = evaluate(*paths, *source, "--qrels", "q.txt")
+        assert [entry["name"] for entry in report["systems"]] == ["run.bm25.k1=0.9", "run.x", "run.y", "input.bm25"]
 
 
 def test_interleaved_and_three_column_runs():

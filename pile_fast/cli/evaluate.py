@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
         "evaluate",
         help="models, TREC runs, teachers and ensembles on the same judged queries, with confidence intervals and tests",
         description="Compares rankers on the same judged queries: TREC runs against qrels, or what a file of labelled queries "
-        "holds. Means as trec_eval and ir-measures give them, 95 %% confidence intervals, and paired significance tests "
+        "holds. Means as trec_eval and ir-measures give them, 95 % confidence intervals, and paired significance tests "
         "against a baseline. With --output also metrics.json, with every query's values, and metrics.png.",
     )
     parser.add_argument(

@@ -181,11 +181,23 @@ def read_inputs(args: argparse.Namespace, bad_rows: BadRows | None) -> Inputs:
 
 def _by_format(args: argparse.Namespace) -> tuple[list[str], list[tuple[str, str]]]:
     """The files of rows, and (name, path) of the runs, those of --run last."""
-    is_run = {
-        path: not Path(path).is_dir() and (args.source or format_of(path)) == "trec" for path in args.data
-    }  # a folder holds Parquet files
+    is_run = {path: _is_run(path, args) for path in args.data}
     runs = [(stem(path), path) for path in args.data if is_run[path]]
     return [path for path in args.data if not is_run[path]], [*runs, *args.runs]
+
+
+def _is_run(path: str, args: argparse.Namespace) -> bool:
+    if args.source or Path(path).is_dir():  # a folder holds Parquet files
+        return args.source == "trec"
+    # Runs often have the suffix of LETOR, .txt, or none that tells. With qrels and nothing else to score, they are runs.
+    runs_alone = args.qrels and not (args.teachers or args.column or args.model)
+    try:
+        format = format_of(path)
+    except ValueError:
+        if runs_alone:
+            return True
+        raise
+    return format == "trec" or bool(runs_alone) and format == "letor"
 
 
 def _refuse_without_rows(args: argparse.Namespace, runs: list[tuple[str, str]]) -> None:
