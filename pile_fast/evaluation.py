@@ -1,9 +1,11 @@
-"""Compare rankers on the same labelled queries: means with confidence intervals, and paired tests against a baseline."""
+"""Compare rankers on the same judged queries: means with confidence intervals, and paired tests against a baseline.
+
+The conventions are trec_eval's (`evaluate` has the list), and the mean is over all judged queries, as ir-measures takes it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,13 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pile_fast.metrics import average_precision, mrr, ndcg, opa, pair_counts
+from pile_fast import _ir_measures
+from pile_fast.metrics import (
+    GAINS,
+    PairCounts,
+    _Lists,
+    average_precision_values,
+    count_pairs,
+    ndcg_values,
+    reciprocal_rank_values,
+)
+from pile_fast.options import choice
 
-_RANKED = {"ndcg": ndcg, "mrr": mrr, "map": average_precision}
+_RANKED = ("ndcg", "mrr", "map")
 _PAIRWISE = ("pnr", "opa")
+_ALIASES = {"ap": "map", "rr": "mrr", "precision": "p", "r": "recall"}
 DEFAULT_METRICS = ("ndcg@10", "mrr", "map", "pnr")
+UNJUDGED = ("zero", "skip")
+EMPTY = ("zero", "one", "skip")
 BOOTSTRAP_SAMPLES = 2_000
 PERMUTATIONS = 10_000
+# Resampling draws as many units: single queries, or blocks of them where there are more.
+MOST_UNITS = 5_000
 # Resampling goes in chunks of about this many numbers.
 _CHUNK = 2**22
 
@@ -52,15 +69,18 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """How much of the labelled documents a system scored; the others rank last.
+    """How much a system returned.
 
     Attributes:
-        documents: labelled documents with a score.
-        queries: queries with a scored labelled document.
-        right_pairs, wrong_pairs, tied_pairs: of the pairs that the labels order. Any variant of PNR follows from them.
+        documents: judged documents that it returned; it earns nothing by the others.
+        unjudged: documents of judged queries that it returned and nobody judged.
+        queries: judged queries for which it returned anything; the others count as 0.
+        right_pairs, wrong_pairs, tied_pairs: of the pairs that the labels order; what it did not return is last, and ties.
+            Any variant of PNR follows from them.
     """
 
     documents: int
+    unjudged: int
     queries: int
     right_pairs: int
     wrong_pairs: int
@@ -79,10 +99,10 @@ class QueryCounts:
 
     Attributes:
         total: queries.
-        labelled: queries with a labelled document.
+        labelled: queries with a judged document.
         relevant: queries with a document whose label is at least `relevant_at`.
         paired: queries with two documents of different labels.
-        documents: labelled documents.
+        documents: judged documents.
     """
 
     total: int
@@ -102,36 +122,36 @@ class Evaluation:
 
 
 class Metric:
-    """A metric by its name: "ndcg@10", "mrr", "map", "pnr", "opa"; @k goes with the first three.
+    """A metric by its name: "ndcg@10", "ndcg", "mrr", "map", "pnr", "opa", or one of ir-measures': "p@5", "recall@100",
+    "success@5", "judged@10", "err@20", "rbp". Case does not matter; "ap", "rr" and "r" are other names for "map", "mrr"
+    and "recall".
 
     Per query it is a fraction whose numerator and denominator add up over queries: their ratio is the value of any set of
-    queries. A ranked metric's denominator is 1. PNR's fraction is x, the share of pairs in the right order, a tied one
-    half right (as in training: what a system did not score ties), and PNR is x / (1 − x).
+    queries. The denominator is 1 but for PNR, whose fraction is x, the share of pairs in the right order, a tied one
+    half right (as in training: what a system did not return ties), and PNR is x / (1 − x).
 
-    >>> Metric("ndcg@10").k
-    10
+    >>> Metric("nDCG@10").name
+    'ndcg@10'
     """
 
     def __init__(self, name: str):
-        base, at, k = name.partition("@")
-        good = base in _RANKED and (not at or k.isdecimal() and int(k) > 0) or name in _PAIRWISE
+        base, at, k = name.lower().partition("@")
+        base = _ALIASES.get(base, base)
+        with_k = k.isascii() and k.isdecimal() and int(k) > 0
+        good = base in _RANKED and (not at or with_k)
+        good = good or base in _PAIRWISE + _ir_measures.PLAIN and not at or base in _ir_measures.AT_K and with_k
         if not good:
-            raise ValueError(f"metrics: expected ndcg, mrr or map, with @k or without, pnr or opa; got {name!r}")
-        self.name, self.base, self.k = name, base, int(k) if at else None
-
-    def fractions(self, scores: Tensor, labels: Tensor, cu_seqlens: Tensor, relevant_at: float, empty: str) -> np.ndarray:
-        """(Q, 2) numerator and denominator, 0 / 0 for a query that does not count."""
-        if self.base == "pnr":
-            right, wrong, tied = (count.double() for count in pair_counts(scores, labels, cu_seqlens=cu_seqlens))
-            return torch.stack([right + tied / 2, right + wrong + tied], 1).numpy()
-        if self.base == "opa":
-            values = opa(scores, labels, cu_seqlens=cu_seqlens, reduction="none")
-        else:
-            options = {} if self.base == "ndcg" else {"relevant_at": relevant_at}
-            values = _RANKED[self.base](
-                scores, labels, cu_seqlens=cu_seqlens, k=self.k, empty=empty, reduction="none", **options
+            raise ValueError(
+                f"metrics: expected ndcg, mrr or map, with @k or without, {', '.join(_ir_measures.AT_K)} with @k, "
+                f"{', '.join(_PAIRWISE + _ir_measures.PLAIN)}; got {name!r}"
             )
-        return torch.stack([values.nan_to_num(0.0), (~values.isnan()).double()], 1).numpy()
+        self.base, self.k = base, int(k) if at else None
+        self.name = f"{base}@{self.k}" if at else base
+
+    @property
+    def outside(self) -> bool:
+        """Whether ir-measures computes it."""
+        return self.base in _ir_measures.PLAIN + _ir_measures.AT_K
 
     def value(self, fraction: np.ndarray) -> np.ndarray:
         """The metric of a set of queries from the ratio of its sums."""
@@ -139,16 +159,6 @@ class Metric:
             return fraction
         with np.errstate(divide="ignore"):
             return fraction / (1 - fraction)
-
-
-def tie_order(query_id: str, doc_ids: Sequence[str]) -> list[int]:
-    """An order of a query's documents that depends on their names alone: in it, equal scores keep no one's favour.
-
-    A ranking metric lets documents with equal scores, so also those without one, stand as they come. In a file they often
-    come best first; in this order, the same for every system, they do not.
-    """
-    keys = [hashlib.blake2b(f"{query_id}\0{doc_id}".encode(), digest_size=8).digest() for doc_id in doc_ids]
-    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def evaluate(
@@ -159,64 +169,147 @@ def evaluate(
     metrics: Sequence[str] = DEFAULT_METRICS,
     baseline: str | None = None,
     relevant_at: float = 1.0,
-    empty: str = "skip",
+    gain: str = "linear",
+    unjudged: str = "zero",
+    empty: str = "zero",
     seed: int = 0,
+    query_ids: Sequence[str] | None = None,
 ) -> Evaluation:
-    """Metrics of several systems on the same queries.
+    """Metrics of several systems on the same queries, by trec_eval's conventions.
+
+    A query's documents are those that were judged and those that any system returned. The ideal ranking and the number of
+    relevant documents come from all that were judged; what a system did not return earns it nothing. Documents with
+    equal scores keep their order: give them in descending order of their names, and ties are broken as by trec_eval. A
+    query without a judged document does not count; one for which a system returned nothing counts as 0 for it. PNR and OPA
+    look at pairs of judged documents only.
 
     Confidence intervals are the percentile bootstrap over queries, differences resampled in pairs. The test exchanges
     system and baseline per query at random (Fisher's randomisation test, two-sided); for PNR it compares
-    the shares of pairs in the right order. Holm's correction is per metric, over the systems compared.
+    the shares of pairs in the right order. Holm's correction is per metric, over the systems compared. More than 5,000
+    queries are resampled in as many blocks of equal size, drawn once at random.
 
     Args:
-        systems: name → (D,) scores, higher ranks first; NaN = not scored, ranks last.
-        labels: (D,), >= 0 for NDCG; NaN = unlabelled, left out.
+        systems: name → (D,) scores, higher ranks first; NaN = not returned.
+        labels: (D,), float or integer; NaN = not judged. A label below 0 gains nothing.
         cu_seqlens: (Q + 1,) where each query starts.
-        metrics: see `Metric`.
+        metrics: see `Metric`; ERR takes whole labels up to 4, the scale of its program.
         baseline: a system to test the others against.
-        relevant_at: for MRR and MAP a document is relevant if its label is at least this.
-        empty: a query without a relevant document is left out of NDCG, MRR and MAP ("skip"), or counts as "zero" or "one".
+        relevant_at: a document is relevant if its label is at least this; for all metrics that know only relevant or not.
+        gain: of NDCG: "linear", the label, as trec_eval has it, or "exponential", 2^label − 1.
+        unjudged: documents that were not judged keep their ranks and are not relevant ("zero"), or are left out ("skip").
+        empty: a query without a relevant document counts as "zero" or "one", or is left out ("skip"); not of PNR and OPA,
+            which count the queries with two different labels.
         seed: of the resampling.
+        query_ids: Q names, for errors.
 
     Raises:
-        ValueError: a metric or the baseline is unknown, or labels do not fit a metric.
+        ValueError: a metric, an option or the baseline is unknown, or labels do not fit a metric.
+        ImportError: a metric needs ir-measures, and it is not installed.
 
     >>> scores, labels = torch.tensor([3.0, 2.0, 1.0, 1.0, 2.0]), torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0])
     >>> result = evaluate({"a": scores}, labels, torch.tensor([0, 3, 5]), metrics=["mrr"]).results["a"]["mrr"]
     >>> result.value, result.queries, result.per_query.tolist()
     (0.75, 2, [1.0, 0.5])
     """
+    choice("gain", gain, GAINS)
+    choice("unjudged", unjudged, UNJUDGED)
+    choice("empty", empty, EMPTY)
     if baseline is not None and baseline not in systems:
         raise ValueError(f"baseline: expected one of {', '.join(systems)}, got {baseline!r}")
-    parsed = [Metric(name) for name in dict.fromkeys(metrics)]
+    parsed = list({metric.name: metric for metric in map(Metric, metrics)}.values())
     names = list(systems)
-    labelled = ~labels.isnan()
-    per_query = _per_query(cu_seqlens)
-    ranked = {name: scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf) for name, scores in systems.items()}
+    judgements = _Judgements(labels, cu_seqlens, relevant_at, unjudged)
+    outside = _ir_measures.Evaluator([(m.name, m.base, m.k) for m in parsed if m.outside], judgements, query_ids)
+    fractions, coverage = {}, {}
+    for name, scores in systems.items():
+        fractions[name], coverage[name] = _measure(scores, judgements, parsed, gain, empty, outside)
     results: dict[str, dict[str, Result]] = {name: {} for name in names}
     for metric in parsed:
-        fractions = np.stack([metric.fractions(ranked[name], labels, cu_seqlens, relevant_at, empty) for name in names])
-        for name, result in zip(names, _results(metric, fractions, names, baseline, seed), strict=True):
+        stacked = np.stack([fractions[name].pop(metric.name) for name in names]) if names else np.zeros((0, 0, 2))
+        for name, result in zip(names, _results(metric, stacked, names, baseline, seed), strict=True):
             results[name][metric.name] = result
-    coverage = {}
-    for name, scores in systems.items():
-        scored = ~scores.isnan() & labelled
-        counts = [count.sum().item() for count in pair_counts(ranked[name], labels, cu_seqlens=cu_seqlens)]
-        coverage[name] = Coverage(int(scored.sum()), int((per_query(scored) > 0).sum()), *counts)
-    pairs = sum(pair_counts(torch.zeros_like(labels), labels, cu_seqlens=cu_seqlens))
-    queries = QueryCounts(
-        cu_seqlens.shape[0] - 1,
-        int((per_query(labelled) > 0).sum()),
-        int((per_query(labels >= relevant_at) > 0).sum()),
-        int((pairs > 0).sum()),
-        int(labelled.sum()),
+    return Evaluation(results, coverage, judgements.counts())
+
+
+class _Judgements:
+    """What was judged: labels (D,), their queries, and what follows from them for every system alike."""
+
+    def __init__(self, labels: Tensor, cu_seqlens: Tensor, relevant_at: float, unjudged: str):
+        self.labels, self.cu_seqlens = labels, cu_seqlens
+        self.query = torch.arange(cu_seqlens.shape[0] - 1).repeat_interleave(cu_seqlens.diff())
+        self.judged = ~labels.isnan()
+        self.relevant = labels >= relevant_at
+        self.judged_queries = self.per_query(self.judged) > 0
+        # What was not judged is left out by a label of NaN, and gains nothing by one of 0.
+        zero = ~self.judged & self.judged_queries[self.query] if unjudged == "zero" else torch.zeros_like(self.judged)
+        nothing = torch.zeros(len(labels))
+        self.lists = _Lists(nothing, torch.where(zero, 0.0, labels.double()), None, cu_seqlens)
+        self.pairs = _Lists(nothing, labels, None, cu_seqlens)  # of judged documents only
+
+    def per_query(self, flags: Tensor) -> Tensor:
+        """(Q,) how many of the (D,) flags are set."""
+        return torch.zeros(self.cu_seqlens.shape[0] - 1, dtype=torch.long).index_add_(0, self.query, flags.long())
+
+    def counts(self) -> QueryCounts:
+        query, labels = self.pairs.query, self.pairs.labels
+        unset = torch.zeros(len(self.judged_queries), dtype=torch.float64)
+        low, high = (unset.scatter_reduce(0, query, labels, way, include_self=False) for way in ("amin", "amax"))
+        return QueryCounts(
+            len(self.judged_queries),
+            int(self.judged_queries.sum()),
+            int((self.per_query(self.relevant) > 0).sum()),
+            int((low < high).sum()),
+            int(self.judged.sum()),
+        )
+
+
+def _measure(
+    scores: Tensor,
+    judgements: _Judgements,
+    metrics: Sequence[Metric],
+    gain: str,
+    empty: str,
+    outside: _ir_measures.Evaluator,
+) -> tuple[dict[str, np.ndarray], Coverage]:
+    """A system's fractions (Q, 2), numerator and denominator, by each metric, 0 / 0 for a query that does not count."""
+    retrieved = ~scores.isnan()
+    last = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    pairs = count_pairs(judgements.pairs.with_scores(last))
+    lists = judgements.lists.with_scores(scores, retrieved)
+    relevant = judgements.relevant[lists.used]
+    measured = outside(lists)
+    fractions = {}
+    for metric in metrics:
+        if metric.base in _PAIRWISE:
+            fractions[metric.name] = _pair_fractions(metric, pairs)
+            continue
+        if metric.base == "ndcg":
+            values, filled = ndcg_values(lists, metric.k, gain)
+        elif metric.base == "mrr":
+            values, filled = reciprocal_rank_values(lists, relevant, metric.k)
+        elif metric.base == "map":
+            values, filled = average_precision_values(lists, relevant, metric.k)
+        else:
+            values, filled = measured[metric.name]
+        counted = judgements.judged_queries & (filled | (empty != "skip"))
+        values = torch.where(filled, values, 1.0 if empty == "one" else 0.0)
+        fractions[metric.name] = torch.stack([torch.where(counted, values, 0.0), counted.double()], 1).numpy()
+    in_judged = retrieved & judgements.judged_queries[judgements.query]
+    coverage = Coverage(
+        int((retrieved & judgements.judged).sum()),
+        int((in_judged & ~judgements.judged).sum()),
+        int((judgements.per_query(in_judged) > 0).sum()),
+        *(int(count.sum()) for count in pairs),
     )
-    return Evaluation(results, coverage, queries)
+    return fractions, coverage
 
 
-def _per_query(cu_seqlens: Tensor):
-    query = torch.arange(cu_seqlens.shape[0] - 1).repeat_interleave(cu_seqlens.diff())
-    return lambda flags: torch.zeros(cu_seqlens.shape[0] - 1, dtype=torch.long).index_add_(0, query, flags.long())
+def _pair_fractions(metric: Metric, pairs: PairCounts) -> np.ndarray:
+    right, wrong, tied = (count.double() for count in pairs)
+    total = right + wrong + tied
+    if metric.base == "pnr":
+        return torch.stack([right + tied / 2, total], 1).numpy()
+    return torch.stack([(right / total).nan_to_num(0.0), (total > 0).double()], 1).numpy()
 
 
 def _results(metric: Metric, fractions: np.ndarray, names: list[str], baseline: str | None, seed: int) -> list[Result]:
@@ -226,8 +319,9 @@ def _results(metric: Metric, fractions: np.ndarray, names: list[str], baseline: 
     counted = (fractions[..., 1] > 0).any(0)
     fractions = fractions[:, counted]
     count = fractions.shape[1]
+    units = _units(fractions, seed)
     values = metric.value(_ratio(fractions.sum(1)))
-    samples = metric.value(_ratio(_bootstrap(fractions, seed)))  # (B, S)
+    samples = metric.value(_ratio(_bootstrap(units, seed)))  # (B, S)
     low, high = _interval(samples)
     results = [
         Result(float(values[s]), float(low[s]), float(high[s]), count, per_query[s]) for s in range(len(names))
@@ -238,7 +332,7 @@ def _results(metric: Metric, fractions: np.ndarray, names: list[str], baseline: 
     with np.errstate(invalid="ignore"):  # a PNR without a wrong pair is infinite
         differences, sampled = values - values[base], samples - samples[:, base : base + 1]
     low, high = _interval(sampled)
-    p = _randomisation_test(fractions, base, seed)
+    p = _randomisation_test(units, base, seed)
     others = [s for s in range(len(names)) if s != base]
     for s, p_holm in zip(others, holm(p[others]), strict=True):
         results[s] = dataclasses.replace(
@@ -261,6 +355,20 @@ def _interval(samples: np.ndarray) -> np.ndarray:
     """(2, S) 95 % percentile interval; NaN where a sample has no value."""
     # Not interpolated: between two infinite samples there is no number.
     return np.quantile(samples, [0.025, 0.975], axis=0, method="nearest")
+
+
+def _units(fractions: np.ndarray, seed: int) -> np.ndarray:
+    """What is resampled: the queries (S, Q, 2), or the sums over at most `MOST_UNITS` random blocks of them.
+
+    Blocks of independent queries are as independent and vary as much together, so neither the interval nor the level
+    of the test changes, and the time stays linear.
+    """
+    systems, count, _ = fractions.shape
+    if count <= MOST_UNITS:
+        return fractions
+    block = np.random.default_rng(seed).permutation(count) % MOST_UNITS
+    sums = [np.bincount(block, fractions[s, :, i], MOST_UNITS) for s in range(systems) for i in range(2)]
+    return np.stack(sums, 1).reshape(MOST_UNITS, systems, 2).transpose(1, 0, 2)
 
 
 def _bootstrap(fractions: np.ndarray, seed: int) -> np.ndarray:

@@ -13,6 +13,7 @@ Where libraries differ (gain, score ties, queries without a relevant document) t
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import NamedTuple
@@ -66,7 +67,6 @@ class _Lists:
             if retrieved.dtype is not torch.bool or retrieved.shape != labels.shape:
                 given = f"{retrieved.dtype} {tuple(retrieved.shape)}"
                 raise ValueError(f"retrieved: expected torch.bool {tuple(labels.shape)} like labels, got {given}")
-            scores = torch.where(retrieved, scores, -torch.inf)
         self.num_queries = batch.num_queries
         if batch.packed:
             check_cu_seqlens(cu_seqlens, scores.shape[0])
@@ -80,17 +80,32 @@ class _Lists:
             used = ~labels.isnan() if mask is None else mask & ~labels.isnan()
             self.query = used.nonzero()[:, 0]
         self.used = used  # which of the slots given are documents here
-        # + 0.0: -0.0 becomes 0.0, which not every sort takes for its equal.
-        self.scores, self.labels = scores[used].double() + 0.0, labels[used].double() + 0.0
-        if bool(self.scores.isnan().any()):
-            raise ValueError("scores: expected numbers, got NaN for a labelled document")
+        self.labels = labels[used].double() + 0.0
         if bool(self.labels.isinf().any()):
             raise ValueError("labels: expected finite numbers (NaN = unlabelled), got inf")
-        self.retrieved = None if retrieved is None else retrieved[used]
+        self._set_scores(scores, retrieved)
         self.size = self.per_query(torch.ones_like(self.query))
         self.start = (self.size.cumsum(0) - self.size)[self.query]  # of each document's query
         self.position = torch.arange(self.query.shape[0], device=scores.device) - self.start
         self.rank = self.position.double() + 1
+
+        self.ideals: dict[tuple[str, int | None], Tensor] = {}  # ideal DCG by gain and k
+
+    def _set_scores(self, scores: Tensor, retrieved: Tensor | None) -> None:
+        # + 0.0: -0.0 becomes 0.0, which not every sort takes for its equal.
+        self.scores = scores[self.used].double() + 0.0
+        self.retrieved = None if retrieved is None else retrieved[self.used]
+        if self.retrieved is not None:
+            self.scores = torch.where(self.retrieved, self.scores, -torch.inf)
+        if bool(self.scores.isnan().any()):
+            raise ValueError("scores: expected numbers, got NaN for a labelled document")
+
+    def with_scores(self, scores: Tensor, retrieved: Tensor | None = None) -> _Lists:
+        """The same documents and labels with another system's scores."""
+        lists = copy.copy(self)
+        lists.__dict__.pop("ranking", None)
+        lists._set_scores(scores, retrieved)
+        return lists
 
     def per_query(self, values: Tensor) -> Tensor:
         """(documents,) → (Q,) sums."""
@@ -98,17 +113,28 @@ class _Lists:
 
     def order(self, *keys: Tensor, descending: bool = False) -> Tensor:
         """Indices that sort every query by the last key, its ties by the key before it, and so on; stable."""
-        order = torch.arange(self.query.shape[0], device=self.query.device)
-        for key in keys:
-            order = order[key[order].argsort(descending=descending, stable=True)]
-        return order[self.query[order].argsort(stable=True)]
+        order = None
+        for key in keys[:-1]:
+            key = key if order is None else key[order]
+            step = key.argsort(descending=descending, stable=True)
+            order = step if order is None else order[step]
+        last, query = (keys[-1], self.query) if order is None else (keys[-1][order], self.query[order])
+        short = last.float()
+        if bool((short == last).all()):
+            # A float32 and the query fit in one whole number: one sort instead of two.
+            bits = (-short if descending else short).add(0.0).view(torch.int32).long()
+            step = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + (query << 32)).argsort(stable=True)
+        else:
+            step = last.argsort(descending=descending, stable=True)
+            step = step[query[step].argsort(stable=True)]
+        return step if order is None else order[step]
 
     @functools.cached_property
     def ranking(self) -> Tensor:
         """Indices that put the documents of every query in the order of their scores; what was not returned is last."""
-        if self.retrieved is None:
+        if self.retrieved is None or not bool((self.retrieved & (self.scores == -torch.inf)).any()):
             return self.order(self.scores, descending=True)
-        return self.order(self.scores, self.retrieved.to(torch.uint8), descending=True)
+        return self.order(self.scores, self.retrieved.double(), descending=True)
 
     def ranked(self, values: Tensor) -> Tensor:
         """Values of the documents in the order of their ranks; 0 where the document was not returned."""
@@ -195,7 +221,9 @@ def ndcg_values(lists: _Lists, k: int | None, gain: str, ties: str = "stable") -
         sums = torch.zeros_like(ranked).index_add_(0, run, ranked)
         ranked = (sums / run.bincount(minlength=run.shape[0]).clamp(min=1))[run]
     dcg = lists.per_query(ranked * discount)
-    ideal = lists.per_query(gains[lists.order(gains, descending=True)] * discount)
+    if (gain, k) not in lists.ideals:
+        lists.ideals[gain, k] = lists.per_query(gains[lists.order(lists.labels.clamp(min=0), descending=True)] * discount)
+    ideal = lists.ideals[gain, k]
     return dcg / ideal, ideal > 0
 
 
@@ -330,7 +358,11 @@ def pair_counts(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, c
     >>> [count.tolist() for count in pair_counts(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), torch.tensor([[2, 1, 0, 0]]))]
     [[3], [1], [1]]
     """
-    lists = _Lists(scores, labels, mask, cu_seqlens)
+    return count_pairs(_Lists(scores, labels, mask, cu_seqlens))
+
+
+def count_pairs(lists: _Lists) -> PairCounts:
+    """`pair_counts` of documents and labels that are in place."""
     # By label, and by score among equal labels: then a pair is out of order exactly if it is discordant.
     order = lists.order(lists.scores, lists.labels)
     s, y = lists.scores[order], lists.labels[order]

@@ -5,6 +5,7 @@ import html.parser
 import json
 import math
 import re
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import scipy.stats
 import torch
 
 import pile_fast
+import pile_fast.cli.inspect
 import pile_fast.inspection
 from pile_fast.cli import main
 from pile_fast.data import make_synthetic, write_rows
@@ -186,7 +188,7 @@ def test_candidate_pairs_are_brute_forces():
     mean = pile_fast.pile_ensemble(lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens, iterations=0).logits
     labels = torch.where(mean.isnan(), torch.nan, lists.labels)
     bounds = lists.cu_seqlens.tolist()
-    above, below, query = pile_fast.inspection._candidates(mean.numpy(), labels.numpy(), bounds)
+    above, below, query = pile_fast.inspection._candidates(mean, labels, lists.cu_seqlens)
     found = {a: b for a, b in zip(above.tolist(), below.tolist(), strict=True)}
     for q in range(len(bounds) - 1):
         for i in range(bounds[q], bounds[q + 1]):
@@ -323,3 +325,94 @@ def test_broken_rows_and_files(capsys):
     assert "Left out 1 broken rows or lines:\n  data.jsonl:2:" in capsys.readouterr().err
     assert main(["inspect", "data.jsonl", "--output", "data.jsonl/out"]) == 1
     assert "cannot write there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", [[-2, -1, 0, 3], [300, 1024, 0, -5], [1e6, 10, 20000000, 20000001]])
+def test_any_label_will_do(labels):  # B2
+    order = [float(sorted(labels).index(y)) for y in labels]
+    right, wrong = inspect(Contents.from_rows([row(labels, order, [-place for place in order])]))["teachers"]
+    assert right["ndcg@10"] == 1 and 0 < wrong["ndcg@10"] < 1 and right["pair_accuracy"] == 1
+    assert right["pairs"] == 6  # labels that float32 does not tell apart are different
+
+
+def test_names_of_any_kind_are_shown_and_plotted(capsys):  # B13
+    nasty = "$x_{$ <script>alert(1)</script> [b]x[/b] :smile: a\\b {{ 7 }} \x1b[2J\u202e \n %s"
+    names = [nasty, "$x$", "n" * 5000]
+    rows = [row([1, 0], [0.0, 1.0], [1.0, 1.0], [0.0, None], query_id=nasty, doc_ids=[nasty, "d"], teachers=names)]
+    write_rows("data$.jsonl", rows)
+    report = run("data$.jsonl")
+    assert [teacher["name"] for teacher in report["teachers"]] == names
+    assert report["suspicious_pairs"][0]["higher"] == {"label": 1, "doc_id": nasty, "document": None}
+    page, out = Page("out/report.html"), capsys.readouterr().out
+    assert "script" not in page.tags and "{{ 7 }}" in page.text
+    for text in (page.content, out):
+        assert "\x1b" not in text and "\u202e" not in text and "\\x1b[2J\\u202e \\n" in " ".join(text.split())
+    assert "[b]x[/b]" in out and ":smile:" in out
+
+
+def test_many_teachers_fit_in_the_report(capsys, monkeypatch):  # B14
+    monkeypatch.setattr("pile_fast.cli.inspect_report._MOST_PLOTTED", 3)
+    monkeypatch.setattr("pile_fast.cli.inspect.MOST_PRINTED", 5)
+    lists = make_synthetic(4, documents=(5, 9))
+    logits = torch.randn(len(lists.labels), 1).repeat(1, 12)
+    lists = lists.with_teachers(logits, [f"t{m}" for m in range(12)])
+    write_rows("data.jsonl", rows_of(lists))
+    report = run("data.jsonl")
+    out = capsys.readouterr().out
+    assert len(report["teachers"]) == 12 and "And 7 more teachers, in the report." in out
+    assert "46 more pairs of teachers order their documents alike" in out and len(report["findings"]) < 30
+    assert "t11" in Page("out/report.html").text
+
+
+def test_agreement_of_long_lists_and_of_many_queries_is_sampled(monkeypatch):  # B14
+    lists = make_synthetic(60, documents=(2, 300))
+    contents = Contents.from_rows(rows_of(lists))
+    exact = inspect(contents)["agreement"]
+    assert exact["documents"] is None
+    monkeypatch.setattr(pile_fast.inspection, "_SHORT_LIST", 40)
+    for most, tolerance in ((60_000, 0.06), (5_000, 0.2)):  # thinner lists; fewer lists, too
+        monkeypatch.setattr(pile_fast.inspection, "MOST_PAIRS", most)
+        report = inspect(contents)
+        sampled = report["agreement"]
+        assert 100 < sampled["documents"] < 0.9 * len(contents.labels)
+        assert max(map(max, sampled["pairs"])) <= most
+        assert f"measured on {sampled['documents']:,} documents drawn at random" in report["findings"][-1]
+        np.testing.assert_allclose(sampled["pair_agreement"], exact["pair_agreement"], atol=tolerance)
+        np.testing.assert_allclose(sampled["kendall_tau"], exact["kendall_tau"], atol=2 * tolerance)
+
+
+def test_chunks_make_no_difference_to_agreement(monkeypatch):
+    lists = make_synthetic(30, documents=(1, 40))
+    lists.labels[::5] = torch.nan
+    contents = Contents.from_rows(rows_of(lists))
+    whole = inspect(contents)["agreement"]
+    monkeypatch.setattr(pile_fast.inspection, "_CHUNK", 500)
+    chunked = inspect(contents)["agreement"]
+    assert chunked["pairs"] == whole["pairs"]
+    np.testing.assert_allclose(chunked["kendall_tau"], whole["kendall_tau"], rtol=1e-12)
+
+
+def test_a_list_of_many_documents_takes_linear_time():  # B14
+    """100,000 documents, 4 teachers: seconds; listing its pairs would take minutes, and 40 GB."""
+    size = 100_000
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, 4, generator=rng)
+    names = pile_fast.inspection.Names()
+    names.extend(map(str, range(size)))
+    labels = torch.randint(0, 3, (size,), generator=rng).double()
+    contents = Contents(["q"], names, labels, logits, torch.tensor([0, size]), list("abcd"), 0, False, 1)
+    start = time.process_time()
+    report = inspect(contents)
+    assert time.process_time() - start < 20
+    assert report["agreement"]["documents"] < size and abs(report["agreement"]["kendall_tau"][0][1]) < 0.05
+
+
+def test_texts_are_read_again_only_where_there_are_any(monkeypatch):
+    monkeypatch.setattr("pile_fast.cli.inspect.plot", lambda contents, report, title, path: path.write_bytes(b""))
+    calls = []
+    read = pile_fast.cli.inspect.read_rows
+    monkeypatch.setattr("pile_fast.cli.inspect.read_rows", lambda *a, **k: calls.append(a) or read(*a, **k))
+    write_rows("data.jsonl", [row([1, 0], [0.0, 1.0])])
+    assert run("data.jsonl")["suspicious_pairs"][0]["higher"]["doc_id"] == "q.0" and len(calls) == 1
+    write_rows("data.jsonl", [row([1, 0], [0.0, 1.0], query="why", documents=["a", "b"], features=None)])
+    assert run("data.jsonl")["suspicious_pairs"][0]["higher"]["document"] == "a" and len(calls) == 3

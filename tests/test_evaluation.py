@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import pile_fast.evaluation
-from pile_fast.evaluation import BOOTSTRAP_SAMPLES, PERMUTATIONS, Metric, evaluate, holm, tie_order
+from pile_fast.evaluation import BOOTSTRAP_SAMPLES, PERMUTATIONS, Metric, evaluate, holm
 from pile_fast.metrics import average_precision, mrr, ndcg, opa, pair_counts, pnr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,35 +34,41 @@ def lists():
     return {"good": good, "other": other, "gaps": gaps}, labels, cu_seqlens
 
 
-def test_values_are_the_metrics(lists):
+@pytest.mark.parametrize("gain", ["linear", "exponential"])
+@pytest.mark.parametrize("unjudged", ["zero", "skip"])
+def test_values_are_the_metrics(lists, gain, unjudged):
     systems, labels, cu_seqlens = lists
-    results = evaluate(systems, labels, cu_seqlens, metrics=ALL).results
+    results = evaluate(systems, labels, cu_seqlens, metrics=ALL, gain=gain, unjudged=unjudged, empty="skip").results
     layout = {"cu_seqlens": cu_seqlens}
+    query = torch.arange(60).repeat_interleave(cu_seqlens.diff())
+    judged = torch.zeros(60).index_add_(0, query, (~labels.isnan()).float()) > 0
+    ranked = labels if unjudged == "skip" else torch.where(labels.isnan() & judged[query], 0.0, labels)
     for name, scores in systems.items():
-        scores = scores.nan_to_num(nan=-math.inf)
+        options = {"empty": "skip", "retrieved": ~scores.isnan(), **layout}
+        last = scores.nan_to_num(nan=-math.inf)
         wanted = {
-            "ndcg@3": ndcg(scores, labels, k=3, empty="skip", **layout),
-            "ndcg": ndcg(scores, labels, empty="skip", **layout),
-            "mrr": mrr(scores, labels, empty="skip", **layout),
-            "mrr@2": mrr(scores, labels, k=2, empty="skip", **layout),
-            "map": average_precision(scores, labels, empty="skip", **layout),
-            "map@4": average_precision(scores, labels, k=4, empty="skip", **layout),
-            "pnr": pnr(scores, labels, ties="half", **layout),
-            "opa": opa(scores, labels, **layout),
+            "ndcg@3": ndcg(scores, ranked, k=3, gain=gain, **options),
+            "ndcg": ndcg(scores, ranked, gain=gain, **options),
+            "mrr": mrr(scores, ranked, **options),
+            "mrr@2": mrr(scores, ranked, k=2, **options),
+            "map": average_precision(scores, ranked, **options),
+            "map@4": average_precision(scores, ranked, k=4, **options),
+            "pnr": pnr(last, labels, ties="half", **layout),
+            "opa": opa(last, labels, **layout),
         }
         assert {metric: result.value for metric, result in results[name].items()} == {
             metric: pytest.approx(value.item()) for metric, value in wanted.items()
         }
-        ratios = pnr(scores, labels, average="none", ties="half", **layout)
+        ratios = pnr(last, labels, average="none", ties="half", **layout)
         np.testing.assert_allclose(results[name]["pnr"].per_query, ratios)
-        np.testing.assert_allclose(results[name]["map"].per_query, average_precision(
-            scores, labels, empty="skip", reduction="none", **layout
-        ))  # fmt: skip
+        np.testing.assert_allclose(
+            results[name]["map"].per_query, average_precision(scores, ranked, reduction="none", **options)
+        )
 
 
 def test_queries_are_counted_by_what_they_can_tell(lists):
     systems, labels, cu_seqlens = lists
-    evaluation = evaluate(systems, labels, cu_seqlens, metrics=ALL)
+    evaluation = evaluate(systems, labels, cu_seqlens, metrics=ALL, empty="skip")
     rows = [labels[a:b] for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
     known = [row[~row.isnan()] for row in rows]
     counts = evaluation.queries
@@ -80,29 +86,75 @@ def test_queries_are_counted_by_what_they_can_tell(lists):
 def test_queries_without_a_relevant_document_can_be_counted(lists, empty, value):
     systems, labels, cu_seqlens = lists
     result = evaluate(systems, labels, cu_seqlens, metrics=["ndcg@3"], empty=empty).results["good"]["ndcg@3"]
-    skipped = evaluate(systems, labels, cu_seqlens, metrics=["ndcg@3"]).results["good"]["ndcg@3"]
+    skipped = evaluate(systems, labels, cu_seqlens, metrics=["ndcg@3"], empty="skip").results["good"]["ndcg@3"]
     added = result.queries - skipped.queries
     assert added > 0
     assert result.value == pytest.approx((skipped.value * skipped.queries + value * added) / result.queries)
 
 
-def test_what_a_system_did_not_score_ranks_last_and_is_counted(lists):
+def test_what_a_system_did_not_return_earns_nothing_and_is_counted(lists):
     systems, labels, cu_seqlens = lists
-    coverage = evaluate(systems, labels, cu_seqlens, metrics=["mrr"]).coverage
-    known = ~labels.isnan()
+    evaluation = evaluate(systems, labels, cu_seqlens, metrics=["mrr"])
+    coverage, known = evaluation.coverage, ~labels.isnan()
+    bounds = list(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
     assert coverage["good"].documents == int(known.sum()) and coverage["good"].tied_share == 0
-    scored = known & ~systems["gaps"].isnan()
-    assert coverage["gaps"].documents == int(scored.sum()) < int(known.sum())
-    assert coverage["gaps"].queries == sum(
-        bool(scored[a:b].any()) for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-    )
-    last = torch.where(systems["gaps"].isnan(), -1e9, systems["gaps"])
+    assert coverage["good"].unjudged == sum(int((~known[a:b]).sum()) for a, b in bounds if known[a:b].any()) > 0
+    returned = ~systems["gaps"].isnan()
+    assert coverage["gaps"].documents == int((known & returned).sum()) < int(known.sum())
+    assert coverage["gaps"].queries == sum(bool(returned[a:b].any() and known[a:b].any()) for a, b in bounds)
+    last = systems["gaps"].nan_to_num(nan=-1e9)
     right, wrong, tied = (count.sum().item() for count in pair_counts(last, labels, cu_seqlens=cu_seqlens))
     counts = coverage["gaps"]
     assert (counts.right_pairs, counts.wrong_pairs, counts.tied_pairs) == (right, wrong, tied)
     assert counts.tied_share == tied / (right + wrong + tied) > 0
-    together = evaluate({"gaps": systems["gaps"], "last": last}, labels, cu_seqlens, metrics=ALL).results
-    assert {m: r.value for m, r in together["gaps"].items()} == {m: r.value for m, r in together["last"].items()}
+
+
+def test_a_query_that_a_system_lacks_is_worth_nothing():  # C1
+    """Not even where the relevant document happens to come first in the tensors."""
+    labels, cu_seqlens = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 2, 4])
+    lacks = torch.tensor([2.0, 1.0, NAN, NAN])
+    results = evaluate({"lacks": lacks, "all": torch.ones(4)}, labels, cu_seqlens, metrics=["ndcg", "mrr", "map"]).results
+    for metric in ("ndcg", "mrr", "map"):
+        assert results["lacks"][metric].per_query.tolist() == [1, 0] and results["lacks"][metric].value == 0.5
+        assert results["all"][metric].per_query.tolist() == [1, 1]
+
+
+def test_what_nobody_judged_is_never_relevant():
+    labels, cu_seqlens = torch.tensor([NAN, 0.0, 1.0]), torch.tensor([0, 3])
+    scores = {"a": torch.tensor([3.0, 2.0, 1.0])}
+    for relevant_at, wanted in ((1, 1 / 3), (0, 1 / 2), (-1, 1 / 2)):
+        assert (
+            evaluate(scores, labels, cu_seqlens, metrics=["mrr"], relevant_at=relevant_at).results["a"]["mrr"].value == wanted
+        )
+    left_out = evaluate(scores, labels, cu_seqlens, metrics=["mrr"], unjudged="skip").results["a"]["mrr"]
+    assert left_out.value == 1 / 2
+
+
+@pytest.mark.parametrize("largest", [300, 1024, 10**6])
+def test_large_and_negative_labels(largest):  # B2
+    labels, cu_seqlens = torch.tensor([-2, largest, largest - 1]), torch.tensor([0, 3])
+    systems = {"best": torch.tensor([1.0, 3.0, 2.0]), "worst": torch.tensor([3.0, 1.0, 2.0])}
+    for gain in ("linear", "exponential"):
+        results = evaluate(systems, labels, cu_seqlens, metrics=ALL, gain=gain, baseline="worst").results
+        assert results["best"]["ndcg"].value == 1 and 0.3 < results["worst"]["ndcg"].value < 0.9
+
+
+def test_a_million_queries_are_resampled_in_blocks(monkeypatch):  # B14
+    """Their interval and p are those of the single queries, but for chance."""
+    rng = torch.Generator().manual_seed(0)
+    queries = 3000
+    labels, cu_seqlens = torch.tensor([1.0, 0.0, 0.0]).repeat(queries), torch.arange(0, 3 * queries + 1, 3)
+    systems = {name: labels + noise * torch.randn(3 * queries, generator=rng) for name, noise in (("a", 1.0), ("b", 1.03))}
+    arguments = {"metrics": ["mrr", "pnr"], "baseline": "a"}
+    single = evaluate(systems, labels, cu_seqlens, **arguments).results["b"]
+    monkeypatch.setattr(pile_fast.evaluation, "MOST_UNITS", 700)
+    blocks = evaluate(systems, labels, cu_seqlens, **arguments).results["b"]
+    for metric in ("mrr", "pnr"):
+        one, other = single[metric], blocks[metric]
+        assert one.value == other.value and other.queries == queries
+        width = one.high - one.low
+        assert (other.low, other.high) == pytest.approx((one.low, one.high), abs=0.12 * width)
+        assert other.p == pytest.approx(one.p, abs=0.1) and 0.01 < one.p < 0.9
 
 
 def test_interval_is_scipys_percentile_bootstrap(lists):
@@ -211,10 +263,17 @@ def test_holm_by_hand():
     assert holm(np.array([])).tolist() == []
 
 
-@pytest.mark.parametrize("name", ["recall", "ndcg@0", "ndcg@", "ndcg@ten", "pnr@5", "opa@3", "", "NDCG"])
+@pytest.mark.parametrize(
+    "name", ["recall", "p", "err", "ndcg@0", "ndcg@", "ndcg@ten", "ndcg@²", "pnr@5", "opa@3", "rbp@5", "", "dcg", "p@-1"]
+)
 def test_unknown_metrics_are_refused(name):
     with pytest.raises(ValueError, match="metrics: expected ndcg, mrr or map"):
         Metric(name)
+
+
+def test_metrics_have_one_name():
+    names = ["nDCG@010", "AP", "RR@10", "R@5", "Recall@5", "P@5", "RBP", "ERR@20"]
+    assert [Metric(name).name for name in names] == ["ndcg@10", "map", "mrr@10", "recall@5", "recall@5", "p@5", "rbp", "err@20"]
 
 
 def test_unknown_baseline_is_refused(lists):
@@ -222,10 +281,7 @@ def test_unknown_baseline_is_refused(lists):
         evaluate(*lists, baseline="best")
 
 
-def test_ties_are_broken_by_names_whatever_the_order_of_the_file():
-    names = [f"d{i}" for i in range(50)]
-    order = [names[i] for i in tie_order("q", names)]
-    assert sorted(order) == sorted(names) and order != names
-    backwards = names[::-1]
-    assert [backwards[i] for i in tie_order("q", backwards)] == order
-    assert [names[i] for i in tie_order("p", names)] != order
+@pytest.mark.parametrize("option", ["gain", "unjudged", "empty"])
+def test_unknown_options_are_refused(lists, option):
+    with pytest.raises(ValueError, match=f"{option}: expected one of .* got 'best'"):
+        evaluate(*lists, **{option: "best"})

@@ -195,22 +195,29 @@ def percent(share: float | None) -> str:
     return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
 
 
-def decimal(value: float | None) -> str:
+def decimal(value: float | None, places: int = 3) -> str:
     """A number in a table: three decimals or so, ∞, or – where there is none."""
     if value is None or math.isnan(value):
         return "–"
-    return "∞" if value == math.inf else f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+    return "∞" if value == math.inf else f"{value:.{places}f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def short(name: str, most: int) -> str:
+    """A name in a plot: printable, and cut where it is long."""
+    name = printable(name)
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def write_json(path: Path, value: object) -> None:
     """A number that is not finite, for which JSON has no word, is null."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def _finite(value):
+def finite(value):
+    """The value for JSON: a number that is not finite, for which it has no word, is None."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

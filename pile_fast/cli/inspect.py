@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pile_fast
 from pile_fast.cli.common import add_input, decimal, percent, print_left_out, require, whole_number, writable_folder, write_json
-from pile_fast.cli.errors import user_errors
+from pile_fast.cli.errors import printable, user_errors
 from pile_fast.cli.inspect_report import plot, write_html
 from pile_fast.data import BadRows, atomic_path, read_rows
 from pile_fast.inspection import Contents, inspect
 
 LONGEST_EXCERPT = 300
+MOST_PRINTED = 50
 
 
 def add_parser(commands) -> None:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     with user_errors(args.output):
         contents = Contents.from_rows(_rows(args, bad_rows))
         report = inspect(contents, most=args.most)
-        _add_texts(report, args)
+        _add_texts(contents, report, args)
         report = {
             "data": args.data,
             "pile_fast": pile_fast.__version__,
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             **report,
         }
         paths = {kind: output / f"report.{kind}" for kind in ("html", "png", "json")}
-        title = f"{Path(args.data).name}: labels and teachers"
+        title = f"{printable(Path(args.data).name)}: labels and teachers"
         write_json(paths["json"], report)
         with atomic_path(paths["png"]) as temporary:
             plot(contents, report, title, temporary)
@@ -64,20 +65,29 @@ def _rows(args: argparse.Namespace, bad_rows: BadRows | None):
     return tqdm(read_rows(args.data, format=args.source, bad_rows=bad_rows), unit=" queries", disable=None)
 
 
-def _add_texts(report: dict, args: argparse.Namespace) -> None:
-    """Query and documents of what is suspicious: the file is read once more, for the few texts that are shown."""
+def _add_texts(contents: Contents, report: dict, args: argparse.Namespace) -> None:
+    """Names of the suspicious documents; query and documents, if the file has texts: it is read again up to the last wanted."""
     wanted: dict[str, list[dict]] = {}
     for entry in report["suspicious_queries"] + report["suspicious_pairs"]:
         wanted.setdefault(entry["query_id"], []).append(entry)
-    if not wanted:
-        return
-    for row in _rows(args, BadRows() if args.skip_bad_rows else None):
-        for entry in wanted.get(row["query_id"], ()):
+        entry["query"] = None
+    starts = dict(zip(contents.query_ids, contents.cu_seqlens.tolist(), strict=False)) if wanted else {}
+    for entry in report["suspicious_pairs"]:
+        for side in ("lower", "higher"):
+            entry[side]["doc_id"] = contents.doc_ids[starts[entry["query_id"]] + entry[side]["position"]]
+            entry[side]["document"] = None
+    if not contents.any_text:
+        wanted = {}
+    for row in _rows(args, BadRows() if args.skip_bad_rows else None) if wanted else ():
+        for entry in wanted.pop(row["query_id"], ()):
             entry["query"] = _excerpt(row["query"])
             for document in (entry[side] for side in ("lower", "higher") if side in entry):
-                position = document.pop("position")
-                document["doc_id"] = row["doc_ids"][position]
-                document["document"] = _excerpt(row["documents"][position]) if row["documents"] else None
+                document["document"] = _excerpt(row["documents"][document["position"]]) if row["documents"] else None
+        if not wanted:
+            break
+    for entry in report["suspicious_pairs"]:
+        for side in ("lower", "higher"):
+            del entry[side]["position"]
 
 
 def _excerpt(text: str | None) -> str | None:
@@ -87,8 +97,8 @@ def _excerpt(text: str | None) -> str | None:
 def _print(report: dict) -> None:
     import rich.box
     import rich.console
-    import rich.markup
     import rich.table
+    from rich.text import Text  # not markup: a name may hold brackets and :colons:
 
     labels, lengths = report["labels"], report["list_lengths"]
     print(
@@ -110,13 +120,15 @@ def _print(report: dict) -> None:
             "mean\nweight",
         ):
             table.add_column(name, justify="right")
-        for teacher in report["teachers"]:
+        for teacher in report["teachers"][:MOST_PRINTED]:
             table.add_row(
-                rich.markup.escape(teacher["name"]),
+                Text(printable(teacher["name"])),
                 percent(teacher["coverage"]),
                 *(percent(teacher.get(key)) for key in ("near_min", "near_max", "constant_lists")),
                 *(decimal(teacher.get(key)) for key in ("pnr", "ndcg@10", "pile_weight", "mean_weight")),
             )
         rich.console.Console().print(table)
-        print("PNR and NDCG@10 on the documents that the teacher scored, against the labels.")
-    print("\n".join(f"- {finding}" for finding in report["findings"]))
+        if len(report["teachers"]) > MOST_PRINTED:
+            print(f"And {len(report['teachers']) - MOST_PRINTED:,} more teachers, in the report.")
+        print("PNR and NDCG@10 (gain 2^label - 1) on the documents that the teacher scored, against the labels.")
+    print("\n".join(f"- {printable(finding)}" for finding in report["findings"]))

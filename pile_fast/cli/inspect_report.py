@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pile_fast.cli.common import decimal, percent
+from pile_fast.cli.common import decimal, percent, short
+from pile_fast.cli.errors import printable
 from pile_fast.inspection import Contents
 
 _BINS = 40
+_MOST_PLOTTED = 60  # teachers
+_LONGEST_NAME = 40  # in the plot
 _MOST_ANNOTATED = 10  # names along a matrix; more numbers than these would not be legible
 
 
@@ -20,25 +23,28 @@ def plot(contents: Contents, report: dict, title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(contents.teachers)
+    count = min(len(contents.teachers), _MOST_PLOTTED)
+    if count < len(contents.teachers):
+        title += f"; the first {count} of {len(contents.teachers):,} teachers"
     tall = max(3.2, 1.2 + 0.19 * count)
     heights = [max(3.0, 0.8 * tall), tall, tall] if count else [3.0]  # without teachers there is no more than one row
     figure = Figure(figsize=(15 if count else 10, 0.5 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     panels = figure.subplots(len(heights), 3 if count else 2, height_ratios=heights).ravel()
     for axes in panels:
         axes.tick_params(labelsize=8)
     _plot_lengths(panels[0], contents)
     _plot_labels(panels[1], contents, report["labels"])
     if count:
-        teachers, agreement = report["teachers"], report["agreement"]
+        teachers, agreement = report["teachers"][:count], report["agreement"]
+        shown = [*range(count), *range(len(contents.teachers), len(agreement["names"]))]  # the labels are last
         _plot_coverage(panels[2], teachers)
-        _plot_logits(panels[3], contents)
+        _plot_logits(panels[3], contents, count)
         _plot_saturation(panels[4], teachers)
         _plot_quality(panels[5], teachers)
-        _plot_matrix(figure, panels[6], agreement, "pair_agreement", "Share of pairs ordered alike", 0.0)
-        _plot_matrix(figure, panels[7], agreement, "kendall_tau", "Kendall's tau-b, mean over queries", -1.0)
+        _plot_matrix(figure, panels[6], agreement, shown, "pair_agreement", "Share of pairs ordered alike", 0.0)
+        _plot_matrix(figure, panels[7], agreement, shown, "kendall_tau", "Kendall's tau-b, mean over queries", -1.0)
         _plot_weights(panels[8], teachers)
     figure.savefig(path, dpi=110)
 
@@ -80,7 +86,7 @@ def _plot_labels(axes, contents: Contents, labels: dict) -> None:
 def _rows(axes, teachers: list[dict]) -> np.ndarray:
     """Teachers from top to bottom; their heights."""
     positions = np.arange(len(teachers))[::-1]
-    axes.set_yticks(positions, [teacher["name"] for teacher in teachers], fontsize=7)
+    axes.set_yticks(positions, [short(teacher["name"], _LONGEST_NAME) for teacher in teachers], fontsize=7, parse_math=False)
     axes.set_ylim(-0.6, len(teachers) - 0.4)
     axes.grid(axis="x", alpha=0.3)
     return positions
@@ -101,15 +107,16 @@ def _plot_coverage(axes, teachers: list[dict]) -> None:
     axes.set_title("Share of documents scored", fontsize=10)
 
 
-def _plot_logits(axes, contents: Contents) -> None:
-    density = np.zeros((len(contents.teachers), _BINS))
-    for m, logits in enumerate(contents.teacher_logits.double().numpy().T):
+def _plot_logits(axes, contents: Contents, count: int) -> None:
+    density = np.zeros((count, _BINS))
+    for m, logits in enumerate(contents.teacher_logits[:, :count].double().numpy().T):
         known = logits[~np.isnan(logits)]
         if len(known) and known.min() < known.max():
             place = (known - known.min()) / (known.max() - known.min())
             density[m] = np.histogram(place, bins=_BINS, range=(0, 1))[0] / len(known)
     axes.imshow(density, aspect="auto", cmap="Blues", extent=(0, 1, len(density) - 0.5, -0.5), vmin=0, vmax=0.2)
-    axes.set_yticks(range(len(density)), contents.teachers, fontsize=7)
+    names = [short(name, _LONGEST_NAME) for name in contents.teachers[:count]]
+    axes.set_yticks(range(count), names, fontsize=7, parse_math=False)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["lowest", "", "middle", "", "highest"])
     axes.set_title("Logits between the teacher's lowest and highest", fontsize=10)
 
@@ -141,16 +148,17 @@ def _plot_quality(axes, teachers: list[dict]) -> None:
     axes.set_title(title, fontsize=10)
 
 
-def _plot_matrix(figure, axes, agreement: dict, key: str, title: str, low: float) -> None:
+def _plot_matrix(figure, axes, agreement: dict, shown: list[int], key: str, title: str, low: float) -> None:
     if len(agreement["names"]) < 2:
         _missing(axes, title, "needs two teachers, or a teacher and labels")
         return
     from matplotlib import colormaps
 
-    names, matrix = agreement["names"], np.array(agreement[key], dtype=float)
+    names = [short(agreement["names"][m], _LONGEST_NAME) for m in shown]
+    matrix = np.array(agreement[key], dtype=float)[np.ix_(shown, shown)]
     image = axes.imshow(matrix, cmap=colormaps["RdBu"].with_extremes(bad="lightgray"), vmin=low, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 4 else 0, fontsize=7)
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 4 else 0, fontsize=7, parse_math=False)
+    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     if len(names) <= _MOST_ANNOTATED:
         middle, reach = (1 + low) / 2, (1 - low) / 2
         for (a, b), value in np.ndenumerate(matrix):
@@ -178,7 +186,7 @@ def write_html(report: dict, title: str, picture: Path, path: Path) -> None:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "decimal": decimal}
+    environment.filters |= {"percent": percent, "decimal": decimal, "printable": printable}
     encoded = base64.b64encode(picture.read_bytes()).decode()
     path.write_text(environment.from_string(_PAGE).render(report=report, title=title, picture=encoded), encoding="utf-8")
 
@@ -215,7 +223,7 @@ queries have a label above 0, {{ "{:,}".format(report.labels.queries_with_pairs)
 <h2>Look at this first</h2>
 <ul>
 {% for finding in report.findings %}
-<li>{{ finding }}</li>
+<li>{{ finding | printable }}</li>
 {% else %}
 <li>Nothing stands out.</li>
 {% endfor %}
@@ -232,7 +240,7 @@ queries have a label above 0, {{ "{:,}".format(report.labels.queries_with_pairs)
 <th>in the<br>right order</th><th>PNR</th><th>tied</th><th>NDCG@10</th>
 <th>weight<br>in PILE</th><th>weight in<br>the mean</th></tr>
 {% for t in report.teachers %}
-<tr><td>{{ t.name }}</td><td>{{ t.coverage | percent }}</td><td>{{ "{:,}".format(t.queries_scored) }}</td>
+<tr><td>{{ t.name | printable }}</td><td>{{ t.coverage | percent }}</td><td>{{ "{:,}".format(t.queries_scored) }}</td>
 {% if t.scored %}
 <td>{{ t.min | decimal }}</td><td>{{ t.max | decimal }}</td><td>{{ t.median_query_std | decimal }}</td>
 <td>{{ t.near_min | percent }}</td><td>{{ t.near_max | percent }}</td><td>{{ t.constant_lists | percent }}</td>
@@ -256,7 +264,7 @@ right.</small></p>
 <table>
 <tr><th>query</th><th></th><th>pairs against<br>the labels</th><th>pairs with<br>the labels</th></tr>
 {% for q in report.suspicious_queries %}
-<tr><td>{{ q.query_id }}</td><td class="text">{{ q.query or "" }}</td>
+<tr><td>{{ q.query_id | printable }}</td><td class="text">{{ q.query or "" }}</td>
 <td>{{ q.pairs_against }}</td><td>{{ q.pairs_alike }}</td></tr>
 {% endfor %}
 </table>
@@ -267,9 +275,9 @@ right.</small></p>
 <table>
 <tr><th>query</th><th></th><th>lower label</th><th></th><th>higher label</th><th></th><th>teachers against : with</th></tr>
 {% for p in report.suspicious_pairs %}
-<tr><td>{{ p.query_id }}</td><td class="text">{{ p.query or "" }}</td>
+<tr><td>{{ p.query_id | printable }}</td><td class="text">{{ p.query or "" }}</td>
 {% for d in (p.lower, p.higher) %}
-<td>{{ "{:g}".format(d.label) }}</td><td class="text"><small>{{ d.doc_id }}</small><br>{{ d.document or "" }}</td>
+<td>{{ "{:g}".format(d.label) }}</td><td class="text"><small>{{ d.doc_id | printable }}</small><br>{{ d.document or "" }}</td>
 {% endfor %}
 <td>{{ p.teachers_against }} : {{ p.teachers_alike }}</td></tr>
 {% endfor %}

@@ -21,7 +21,7 @@ def read_qrels(path: Path, bad_rows: BadRows | None = None) -> dict[str, dict[st
         bad_rows: counts broken lines, which are left out; None = the first one raises.
 
     Raises:
-        DataError: a line is broken, or grades a document anew and otherwise.
+        DataError: a line is broken, or grades a document anew.
     """
     grades: dict[str, dict[str, float]] = {}
     columns = _COLUMNS
@@ -40,8 +40,11 @@ def read_qrels(path: Path, bad_rows: BadRows | None = None) -> dict[str, dict[st
                 value = parse_label("grade", grade)
             except ValueError as error:
                 raise ValueError(f"not a {error}") from None
-            if grades.setdefault(query, {}).setdefault(document, value) != value:
-                raise ValueError(f"query {query!r}, document {document!r}: appears twice, with different grades")
+            judged = grades.setdefault(query, {})
+            if document in judged:  # trec_eval stops there, too, also where the grade is the same
+                different = ", with different grades" * (judged[document] != value)
+                raise ValueError(f"query {query!r}, document {document!r}: appears twice{different}")
+            judged[document] = value
         except ValueError as error:
             reject(bad_rows, f"{path}:{number}", error)
     return {query: judged for query, judged in grades.items() if judged}

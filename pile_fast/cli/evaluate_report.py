@@ -1,0 +1,256 @@
+"""What ``pile-fast evaluate`` says and writes: the table, the conventions in words, metrics.json and metrics.png."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import pile_fast
+from pile_fast.cli.common import decimal, finite, percent, short
+from pile_fast.cli.errors import printable
+from pile_fast.cli.evaluate_inputs import Inputs, System
+from pile_fast.data import BadRows, atomic_path
+from pile_fast.evaluation import BOOTSTRAP_SAMPLES, MOST_UNITS, PERMUTATIONS, Evaluation, Metric
+
+SIGNIFICANT = 0.05
+_MOST_LISTED = 10
+_MOST_PLOTTED = 100
+_LONGEST_NAME = 60  # in the plot
+
+
+def _sorted(evaluation: Evaluation, metrics: list[str]) -> list[str]:
+    """The systems, best first by the first metric."""
+
+    def key(name: str) -> float:
+        value = evaluation.results[name][metrics[0]].value
+        return math.inf if math.isnan(value) else -value
+
+    return sorted(evaluation.results, key=key)
+
+
+def print_table(evaluation: Evaluation, systems: dict[str, System], args: argparse.Namespace) -> None:
+    import rich.box
+    import rich.console
+    import rich.table
+    from rich.text import Text  # not markup: a name may hold brackets and :colons:
+
+    sources = dict.fromkeys([*args.data, *(path for _, path in args.runs)])
+    table = rich.table.Table(title=Text(printable(", ".join(sources))), box=rich.box.SIMPLE_HEAD, leading=1)
+    table.add_column("system", overflow="fold", min_width=8)
+    any_system = next(iter(evaluation.results.values()))
+    for name in args.metrics:
+        table.add_column(f"{name.upper()}\nn = {any_system[name].queries:,}", justify="right", no_wrap=True)
+    table.add_column("not\nreturned", justify="right")
+    table.add_column("tied\npairs", justify="right")
+    for name in _sorted(evaluation, args.metrics):
+        coverage = evaluation.coverage[name]
+        label = Text(printable(name))
+        label.append(f"\n{systems[name].kind}{', baseline' * (name == args.baseline)}", "dim")
+        cells = []
+        for result in evaluation.results[name].values():
+            cell = Text(_value(result.value), "bold")
+            cell.append_text(Text(f"\n{_value(result.low)}–{_value(result.high)}", "not bold dim"))
+            if result.p is not None:
+                significant = result.p_holm < SIGNIFICANT
+                color = ("green" if result.difference > 0 else "red") if significant else "dim"
+                difference = "+" * (result.difference > 0) + _value(result.difference)
+                text = f"\n{difference} p {_p(result.p_holm)}{'*' if significant else ' '}"
+                cell.append_text(Text(text, f"not bold {color}"))
+            cells.append(cell)
+        table.add_row(label, *cells, f"{evaluation.queries.documents - coverage.documents:,}", percent(coverage.tied_share))
+    console = rich.console.Console()
+    if not console.is_terminal:  # a pipe has no width; never break numbers for it
+        console = rich.console.Console(width=60 + 22 * len(args.metrics))
+    console.print(table)
+
+
+def _value(value: float | None) -> str:
+    return decimal(value, places=4)  # as trec_eval prints
+
+
+def _p(value: float) -> str:
+    return "<.001" if value < 0.001 else decimal(value)
+
+
+def explain(evaluation: Evaluation, inputs: Inputs, args: argparse.Namespace) -> Iterator[str]:
+    """The lines under the table: which queries count, by which conventions, what was filled in, what was tested."""
+    queries, coverage = evaluation.queries, evaluation.coverage
+    yield (
+        f"{queries.total:,} queries, {queries.labelled:,} with a label, {queries.relevant:,} with a relevant document "
+        f"(label >= {args.relevant_at:g}), {queries.paired:,} with documents of different labels."
+    )
+    if not queries.paired:
+        yield "No query has documents of different labels: nothing here can tell rankers apart."
+    ranked = [name for name in args.metrics if Metric(name).base not in ("pnr", "opa")]
+    if ranked:
+        yield from _conventions(evaluation, ranked, args)
+    if args.column:
+        yield (
+            f"{', '.join(args.column)}: an ensemble that was given these queries' labels (pile, ca_mkd, best) is a training "
+            "target; its figures say nothing about a ranker."
+        )
+    pairs = [name.upper() for name in args.metrics if name in ("pnr", "opa")]
+    partial = sum(entry.documents < queries.documents for entry in coverage.values())
+    if partial and pairs:
+        yield (
+            f"{', '.join(pairs)}: pairs of the {queries.documents:,} labelled documents; {partial} of {len(coverage)} systems "
+            "did not return all of them. What a system did not return ranks last; two such documents tie, which PNR counts "
+            "as half right and OPA as wrong."
+        )
+    units = "queries" if queries.labelled <= MOST_UNITS else f"{MOST_UNITS:,} random blocks of queries"
+    yield f"Below each value: its 95 % confidence interval (bootstrap over {units}, {BOOTSTRAP_SAMPLES:,} samples)."
+    if args.baseline is None:
+        yield "No tests: name a --baseline to test the others against."
+    elif len(evaluation.results) > 1:
+        yield (
+            f"Then the difference from {printable(args.baseline)}, and p of a paired randomisation test ({PERMUTATIONS:,} "
+            f"exchanges, Holm-corrected over the systems, a metric at a time); * = p < {SIGNIFICANT}."
+        )
+
+
+def _conventions(evaluation: Evaluation, ranked: list[str], args: argparse.Namespace) -> Iterator[str]:
+    """How the ranked metrics count, and whom it concerns."""
+    queries, coverage = evaluation.queries, evaluation.coverage
+    bases = {Metric(name).base for name in ranked}
+    source = f"the qrels, {printable(args.qrels)}" if args.qrels else "the file's labels, which are all that is known"
+    yield (
+        f"{', '.join(map(str.upper, ranked))} as trec_eval counts: relevant and ideal documents are those of {source}; what "
+        "a system did not return earns nothing; equal scores (float32) in descending order of document names; the mean is "
+        "over all queries with a label, as in ir-measures and trec_eval -c."
+    )
+    if "ndcg" in bases:
+        meaning = "the label, as trec_eval" if args.gain == "linear" else "2^label - 1, as LightGBM; trec_eval: --gain linear"
+        yield f"NDCG's gain: {args.gain} ({meaning}); a label below 0 gains nothing."
+    if unlabelled := queries.total - queries.labelled:
+        yield f"Dropped: {unlabelled:,} queries without a label."
+    most = max(entry.unjudged for entry in coverage.values())
+    if most:
+        least = min(entry.unjudged for entry in coverage.values())
+        number = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        treated = (
+            "count as not relevant (--unjudged skip leaves them out)"
+            if args.unjudged == "zero"
+            else "were dropped from the rankings (--unjudged 0 counts them as not relevant, as trec_eval does)"
+        )
+        yield f"Unlabelled: {number} documents that a system returned for these queries; they {treated}."
+    if empty := queries.labelled - queries.relevant:
+        treated = {
+            "skip": "they do not count (dropped; --empty zero counts them as 0, as trec_eval does)",
+            "zero": "they count as 0 (--empty skip leaves them out)",
+            "one": "they count as 1",
+        }[args.empty]
+        names = ", ".join(map(str.upper, ranked))
+        yield f"No relevant document, so nothing to tell rankers apart: {empty:,} queries; in {names} {treated}."
+    lacking = {name: queries.labelled - entry.queries for name, entry in coverage.items() if entry.queries < queries.labelled}
+    for name, missing in list(lacking.items())[:_MOST_LISTED]:
+        yield f"{printable(name)} returned nothing for {missing:,} of the {queries.labelled:,} queries; they count as 0."
+    if len(lacking) > _MOST_LISTED:
+        yield f"So did {len(lacking) - _MOST_LISTED:,} more systems for some queries."
+
+
+def write_report(
+    path: Path, evaluation: Evaluation, inputs: Inputs, args: argparse.Namespace, bad_rows: BadRows | None
+) -> None:
+    """metrics.json: all numbers, and for every query each system's values (null where a query does not count)."""
+    report = {
+        "data": args.data[0] if len(args.data) == 1 else args.data,
+        "qrels": args.qrels,
+        "pile_fast": pile_fast.__version__,
+        "settings": {
+            "metrics": args.metrics, "baseline": args.baseline, "relevant_at": args.relevant_at, "gain": args.gain,
+            "unjudged": args.unjudged, "empty": args.empty, "ties": "document name, descending",
+            "mean_over": "all queries with a label", "seed": args.seed, "bootstrap_samples": BOOTSTRAP_SAMPLES,
+            "permutations": PERMUTATIONS,
+        },
+        "queries": dataclasses.asdict(evaluation.queries),
+        "bad_rows": bad_rows.count if bad_rows else 0,
+        "systems": [
+            {
+                "name": name,
+                "kind": system.kind,
+                "source": system.source,
+                "coverage": dataclasses.asdict(evaluation.coverage[name]),
+                "metrics": {
+                    metric: {
+                        field.name: getattr(result, field.name)
+                        for field in dataclasses.fields(result)
+                        if field.name != "per_query"
+                    }
+                    for metric, result in evaluation.results[name].items()
+                },
+            }
+            for name, system in inputs.systems.items()
+        ],
+    }  # fmt: skip
+    # The long lists in one line each: a million numbers on lines of their own take Python's slow encoder.
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(finite(report), indent=1, allow_nan=False).removesuffix("\n}"))
+        file.write(f',\n "query_ids": {json.dumps(inputs.query_ids)},\n "per_query": {{')
+        for s, (name, results) in enumerate(evaluation.results.items()):
+            file.write(f"{',' * (s > 0)}\n  {json.dumps(name)}: {{")
+            for m, (metric, result) in enumerate(results.items()):
+                file.write(f"{',' * (m > 0)}\n   {json.dumps(metric)}: {_numbers(result.per_query)}")
+            file.write("\n  }")
+        file.write("\n }\n}\n")
+
+
+def _numbers(values: np.ndarray) -> str:
+    known = np.isfinite(values)
+    numbers = values.tolist()
+    return json.dumps(numbers if known.all() else [x if k else None for x, k in zip(numbers, known.tolist(), strict=True)])
+
+
+def plot(evaluation: Evaluation, args: argparse.Namespace, path: Path) -> None:
+    """A panel per metric: every system's value and interval, coloured by the test against the baseline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = _sorted(evaluation, args.metrics)
+    best, names = len(names), names[:_MOST_PLOTTED][::-1]
+    shown = [short(name, _LONGEST_NAME) for name in names]
+    widest = max(map(len, shown))
+    figure = Figure(figsize=(1.5 + 0.07 * widest + 2.6 * len(args.metrics), 1.6 + 0.26 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(args.metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, args.metrics, strict=True):
+        for position, name in enumerate(names):
+            result = evaluation.results[name][metric]
+            color = _color(result, name == args.baseline)
+            if math.isfinite(result.value):
+                axes.hlines(position, result.low, result.high, color=color, linewidth=1.5)
+                axes.plot(result.value, position, "o", color=color, markersize=5)
+            else:
+                axes.annotate(
+                    _value(result.value), (0.97, position), xycoords=("axes fraction", "data"), ha="right", va="center"
+                )
+        if args.baseline is not None:
+            axes.axvline(evaluation.results[args.baseline][metric].value, color="black", linestyle=":", linewidth=1)
+        axes.set_title(f"{metric.upper()}  (n = {evaluation.results[names[0]][metric].queries:,})", fontsize=10)
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="x", alpha=0.3)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), shown, fontsize=8, parse_math=False)
+    panels[0].set_ylim(-0.6, len(names) - 0.4)
+    note = "95 % confidence intervals over queries"
+    if best > len(names):
+        note += f"; the best {len(names)} of {best:,} systems by {args.metrics[0].upper()}"
+    if args.baseline is not None:
+        name = short(args.baseline, _LONGEST_NAME)
+        note += f"; dotted: {name}; green better, red worse (paired test, Holm-corrected p < {SIGNIFICANT})"
+    figure.supxlabel(note, fontsize=8, parse_math=False)
+    figure.savefig(path, dpi=130)
+
+
+def _color(result, is_baseline: bool) -> str:
+    if is_baseline:
+        return "black"
+    if result.p is None or not result.p_holm < SIGNIFICANT:
+        return "tab:blue" if result.p is None else "tab:gray"
+    return "tab:green" if result.difference > 0 else "tab:red"
