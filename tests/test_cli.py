@@ -87,7 +87,7 @@ def test_broken_data_file_is_one_line(capsys, tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "mq2008/S1.txt").write_text("1 qid:1 1:1\n1 qid:1 one:1\n")
     assert main(["demo", "--data", str(tmp_path)]) == 1
-    assert f"{tmp_path}/mq2008/S1.txt:2: expected a feature" in last_line(capsys.readouterr().err)
+    assert f"{tmp_path}/mq2008/S1.txt:2: feature index: expected a whole number" in last_line(capsys.readouterr().err)
 
 
 def test_unwritable_output_is_refused_before_any_work(capsys, tmp_path, monkeypatch):

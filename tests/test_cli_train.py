@@ -230,7 +230,7 @@ BEST = ("--load-best-model-at-end", "--save-strategy", "epoch")
         ((*FEATURES, "--alpha", "2"), "alpha: expected a number >= 0 and <= 1, got 2.0"),
         ((*FEATURES, "--teacher-columns", "bm25"), "--teacher-columns: no teacher 'bm25' in the data, there are: teacher 1, "),
         ((*FEATURES, "--prior", "1", "2"), "--prior: expected a weight for each of the 6 teachers, got 2"),
-        ((*FEATURES, "--ensemble-logits"), "query q0: no ensemble_logits; write them with pile-fast ensemble"),
+        ((*FEATURES, "--ensemble-logits"), "query 'q0': no ensemble_logits; write them with pile-fast ensemble"),
         ((*FEATURES, "--ensemble-logits", "--iterations", "3"), "--iterations: does not go with --ensemble-logits"),
         ((*FEATURES, "--ensemble-logits", "--teacher-columns", "a"), "--teacher-columns: does not go with --ensemble-logits"),
         ((*FEATURES, "--save-strategy", "steps", "--load-best-model-at-end", "--validation", "validation.jsonl"),
@@ -341,7 +341,7 @@ def test_validation_s_teachers_are_matched_by_name(kind, text, features, text_ro
         (lambda row: row | {"features": [xs[:-1] for xs in row["features"]]},
          "query 'q30' of the evaluation rows: features: expected 5 per document as in the training rows, got 4"),
         (lambda row: row | {"teachers": ["x", *row["teachers"][1:]]}, "--validation: no teacher 'teacher 1' in its rows, as "),
-        (lambda row: without([row], "features")[0], "query q30: expected features, the row has none"),
+        (lambda row: without([row], "features")[0], "query 'q30': expected features, the row has none"),
     ],
 )  # fmt: skip
 def test_validation_that_does_not_fit_is_known_before_the_first_step(capsys, features, change, message):
