@@ -24,7 +24,7 @@ from pile_fast.options import EnsembleOptions, LossOptions
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None  # without importing it
-# The `gpu` extra's bound. PyTorch 2.6 and 2.7 bring an older one along.
+# The `gpu` extra's bound in pyproject.toml. PyTorch 2.6 and 2.7 bring an older one along.
 OLDEST = (3, 4)
 DEVICES = ("cuda", "cpu") if _INTERPRET else ("cuda",)
 
