@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,8 +112,7 @@ def _parser(stub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         stub.exit(1, f"pile-fast: error: training needs {error.name}: pip install 'pile_fast[train]'\n")
     own = _own_options()
     taken = {action.dest for action in own._actions} | {"remove_unused_columns", "label_names"}
-    own_fields = (field for field in dataclasses.fields(TrainingArguments) if field.init)  # transformers 4 has others
-    fields = [copy.copy(field) for field in own_fields if field.name not in taken]
+    fields = [copy.copy(field) for field in dataclasses.fields(TrainingArguments) if field.name not in taken]
     options = dataclasses.make_dataclass(
         "TrainerOptions",
         [(field.name, field.type, field) for field in fields],
@@ -122,9 +120,6 @@ def _parser(stub: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     trainer = HfArgumentParser(options, add_help=False)
     trainer.set_defaults(eval_strategy=None)
-    for action in trainer._actions:
-        if dict in (action.type, typing.get_origin(action.type)):  # transformers 4, whose TrainingArguments read JSON
-            action.type = str
     parser = type(stub)(
         prog=stub.prog,
         usage="%(prog)s DATA [DATA ...] --student KIND --output-dir DIR [--model NAME] [options]",
