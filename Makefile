@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test test-lightning-ir sanitize fuzz bench bench-peers-setup bench-ensemble text quality quality-text quality-smoke gpu-check triton-table cuda-table lint clean
+.PHONY: setup demo test wheel test-pythons test-oldest test-lightning-ir sanitize fuzz bench bench-peers-setup bench-ensemble text quality quality-text quality-smoke gpu-check triton-table cuda-table lint clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,21 @@ test: setup lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# An sdist, and of that a wheel for this Python, in dist/.
+wheel: setup
+	rm -rf dist
+	PILE_FAST_OBJECTS="$(CURDIR)/build" $(BIN)/python -m build
+
+# The sdist built and installed with every supported Python found here; PYTHONS_TORCH="torch==2.13.0" also runs the demo with each.
+PYTHONS_TORCH ?=
+test-pythons: setup
+	$(BIN)/python tests/interpreters.py $(if $(PYTHONS_TORCH),--torch "$(PYTHONS_TORCH)") -- $(PIP_FLAGS)
+
+# The tests with the oldest versions that pyproject.toml promises, in build/oldest: some 6 GB, as PyTorch 2.6 comes with CUDA.
+PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
+test-oldest: setup
+	$(BIN)/python tests/oldest.py --python $(PYTHON_OLDEST)
 
 # Lightning-IR needs transformers 4, so its tests run in an environment of their own.
 test-lightning-ir: setup build/peers/lightning-ir/pyvenv.cfg

@@ -2,8 +2,10 @@
 
 import doctest
 import importlib
+import importlib.metadata
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import pile_fast
+from pile_fast.backends import triton
 
 
 def run_python(code, cwd=None, **env):
@@ -25,7 +28,32 @@ def test_public_names():
     for name in pile_fast.__all__:
         thing = getattr(pile_fast, name)
         assert thing.__doc__, name
-    assert pile_fast.__version__ == "0.1.0"
+
+
+def test_the_version_needs_no_metadata_and_agrees_with_it():
+    assert importlib.metadata.version("pile_fast") == pile_fast.__version__
+    none = "import importlib.metadata as m; m.MetadataPathFinder.find_distributions = lambda *context: iter(())"
+    asked = "assert not list(m.distributions()); import pile_fast; print(pile_fast.__version__)"
+    assert run_python(f"{none}; {asked}") == pile_fast.__version__
+
+
+def test_the_gpu_extra_promises_what_the_triton_backend_takes():
+    (bound,) = (line for line in importlib.metadata.requires("pile_fast") if re.match(r"triton\b.*extra == .gpu", line))
+    assert bound.startswith("triton>=" + ".".join(map(str, triton.OLDEST)))
+
+
+@pytest.mark.parametrize("version, too_old", [("3.2.0", True), ("3.3.1+git", True), ("3.4.0", False), ("3.10.0", False)])
+def test_an_older_triton_which_pytorch_brought_along_is_not_used(version, too_old):
+    # C6: bounds that hold. PyTorch 2.6 comes with Triton 3.2, which lacks what the kernels use.
+    code = f"""if True:
+        import importlib.metadata as m, importlib.util as u
+        version, find = m.version, u.find_spec
+        m.version = lambda name: {version!r} if name == "triton" else version(name)
+        u.find_spec = lambda name, *a: find("json") if name == "triton" else find(name, *a)
+        import pile_fast
+        print(pile_fast.available_backends()["triton"].reason)
+    """
+    assert ("needs triton >= 3.4, found " + version in run_python(code)) == too_old
 
 
 @pytest.mark.parametrize(

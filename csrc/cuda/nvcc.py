@@ -19,7 +19,7 @@ CSRC = Path(__file__).resolve().parents[1]
 ARCHS = ("80", "86", "89", "90", "100")
 FLAGS = (
     "-std=c++17", "-O3", "--ftz=true", "--expt-relaxed-constexpr", "--Werror=all-warnings",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=0", f"-I{CSRC / 'include'}",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--threads=0",
 )  # fmt: skip
 SOURCES = (*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "bindings/cuda_module.cpp")
 HEADERS = tuple(sorted(path for folder in ("bindings", "cuda", "include") for path in (CSRC / folder).rglob("*.h")))
@@ -82,7 +82,8 @@ def build(target: Path, pybind11_include: str, objects: Path, archs=()) -> None:
         raise RuntimeError("nvcc was not found; install the CUDA toolkit, or name its nvcc in PILE_FAST_NVCC")
     wanted = [arch for arch in os.environ.get("PILE_FAST_CUDA_ARCHS", "").split(";") if arch]
     flags = [*architectures(archs or wanted or ARCHS), *FLAGS]
-    includes = [f"-I{pybind11_include}", f"-I{sysconfig.get_path('include')}"]  # under build isolation in new folders each time
+    # Not in the key: in a build of its own environment or of an sdist these lie in new folders each time.
+    includes = [f"-I{folder}" for folder in (CSRC / "include", pybind11_include, sysconfig.get_path("include"))]
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     bindings = contents((Path(pybind11_include) / "pybind11").rglob("*.h")) + sys.version.encode()
     made_from = [version, " ".join(flags).encode(), contents(HEADERS), bindings]

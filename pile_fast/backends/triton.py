@@ -11,8 +11,10 @@ name, serves CPU tensors: for tests.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from pile_fast.options import EnsembleOptions, LossOptions
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None  # without importing it
+# The `gpu` extra's bound in pyproject.toml. PyTorch 2.6 and 2.7 bring an older one along.
+OLDEST = (3, 4)
 DEVICES = ("cuda", "cpu") if _INTERPRET else ("cuda",)
 
 MAX_TEACHERS = 128
@@ -40,9 +44,24 @@ PAIRS_LINEAR = 2**26
 _BARRIER_ORDERS_MEMORY = torch.version.hip is None
 
 
+def _version() -> str:
+    """The installed Triton's, without importing it; "" where no distribution of the known names has it."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return ""
+
+
+_VERSION = _version()
+_TOO_OLD = bool(_VERSION) and tuple(map(int, re.findall(r"\d+", _VERSION)[:2])) < OLDEST
+
+
 def unavailable() -> str:
     if not _INSTALLED:
         return "triton is not installed; pip install 'pile_fast[gpu]' (Linux; CUDA and ROCm builds of PyTorch bring it along)"
+    if _TOO_OLD:
+        wanted = ".".join(map(str, OLDEST))
+        return f"needs triton >= {wanted}, found {_VERSION}; it comes with PyTorch, so install PyTorch >= 2.8"
     if not (_INTERPRET or torch.cuda.is_available()):
         return "PyTorch sees no CUDA or ROCm GPU; on a CPU use backend='auto', or TRITON_INTERPRET=1 to test the kernels"
     return ""
