@@ -42,7 +42,7 @@ PYTHONS_TORCH ?=
 test-pythons: setup
 	$(BIN)/python tests/interpreters.py $(if $(PYTHONS_TORCH),--torch "$(PYTHONS_TORCH)") -- $(PIP_FLAGS)
 
-# The tests with the oldest versions that pyproject.toml promises, in build/oldest: some 6 GB, as PyTorch 2.6 comes with CUDA.
+# The tests with the oldest versions that pyproject.toml promises, in build/oldest: several GB, as PyTorch 2.6 comes with CUDA.
 PYTHON_OLDEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
 test-oldest: setup
 	$(BIN)/python tests/oldest.py --python $(PYTHON_OLDEST)
