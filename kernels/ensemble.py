@@ -47,12 +47,14 @@ MIN_SHARE = tl.constexpr(2.0**-10)  # see pile_fast/reference.py
 
 @triton.jit
 def load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP: tl.constexpr):
-    """(BR, MP) float32, NaN = not present, as infinite scores are."""
+    """(BR, MP) float32, NaN = not present, as infinite scores are. `energy`: where some teachers do not take part."""
     m = tl.arange(0, MP)
     inside = valid[:, None] & (m < M)[None, :]
     at = slots.to(tl.int64)[:, None] * stride_d + m.to(tl.int64)[None, :] * stride_m
     t = tl.load(teachers + at, mask=inside, other=float("nan")).to(tl.float32)
-    return tl.where((energy > -float("inf"))[None, :] & (tl.abs(t) < float("inf")), t, float("nan"))
+    if energy is not None:
+        t += tl.where(energy > -float("inf"), 0.0, float("nan"))[None, :]
+    return t + (t - t)  # NaN where t is infinite, in two instructions and no mask: registers are short here
 
 
 @triton.jit
@@ -83,6 +85,9 @@ def teacher_statistics(
     """Mean and scale of each teacher, its starting energy, and the range the ensemble's logits lie in."""
     inf = float("inf")
     energy = prior_energy(prior, prior_stride, M, MP)
+    veto = None
+    if prior is not None:
+        veto = energy
     total = tl.zeros((MP,), tl.float64)
     count = tl.zeros((MP,), tl.float32)
     low = tl.full((MP,), inf, tl.float32)
@@ -90,7 +95,7 @@ def teacher_statistics(
     for begin in range(0, n, BR):
         rows = begin + tl.arange(0, BR)
         valid = load_valid(mask, rows, mask_stride, n, MASKED)
-        t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, energy, MP)
+        t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, veto, MP)
         present = t == t
         total += tl.sum(tl.where(present, t, 0.0), 0).to(tl.float64)
         count += tl.sum(tl.where(present, 1.0, 0.0), 0)
@@ -102,20 +107,21 @@ def teacher_statistics(
     variance = mean
     if NORMALIZE != "none":
         mean = total.to(tl.float32) / at_least_one
-        # t − mean is nearly exact, so what rounding the mean lost comes out of a second pass.
-        off = tl.zeros((MP,), tl.float64)
+        # t − mean is nearly exact, so what rounding the mean lost comes out of a second pass. It is lifted: two exact products.
+        off = tl.zeros((MP,), tl.float32)  # small beside the deviation, and so is its rounding
         square = tl.zeros((MP,), tl.float64)
+        up = lift(low, high)
+        lifted_mean = mean * up
         for begin in range(0, n, BR):
             rows = begin + tl.arange(0, BR)
             valid = load_valid(mask, rows, mask_stride, n, MASKED)
-            t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, energy, MP)
-            d = tl.where(t == t, t - mean[None, :], 0.0)
-            off += tl.sum(d, 0).to(tl.float64)
-            d *= lift(low, high)[None, :]
+            t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, veto, MP)
+            d = tl.where(t == t, t * up[None, :] - lifted_mean[None, :], 0.0)
+            off += tl.sum(d, 0)
             square += tl.sum(d * d, 0).to(tl.float64)
-        correction = off.to(tl.float32) / at_least_one
-        lifted = correction * lift(low, high)
-        variance = square.to(tl.float32) / at_least_one - lifted * lifted
+        off = off / at_least_one
+        correction = off / up
+        variance = square.to(tl.float32) / at_least_one - off * off
     store_statistics(
         count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, False, MP, NORMALIZE, TRACE
     )

@@ -46,18 +46,20 @@ def load_logits(student, student_stride, target, target_stride, slots, valid, ot
 
 @triton.jit
 def find_pivots(
-    student, student_stride, target, target_stride, mask, mask_stride, n, scalars, BR: tl.constexpr, MASKED: tl.constexpr
+    student, student_stride, target, target_stride, mask, mask_stride, n, scalars,
+    BR: tl.constexpr, MASKED: tl.constexpr, OWN_TARGET: tl.constexpr,
 ):  # fmt: skip
-    """The query's lowest logit and its lowest target."""
+    """The query's lowest logit and its lowest target; not OWN_TARGET: an ensemble's, which has no offset left."""
     inf = float("inf")
     z_low = tl.full((BR,), inf, tl.float32)
-    s_low = z_low
+    s_low = tl.full((BR,), inf if OWN_TARGET else 0.0, tl.float32)
     for begin in range(0, n, BR):
         rows = begin + tl.arange(0, BR)
         valid = load_valid(mask, rows, mask_stride, n, MASKED)
-        z, s = load_logits(student, student_stride, target, target_stride, rows, valid, inf, True)
+        z, s = load_logits(student, student_stride, target, target_stride, rows, valid, inf, OWN_TARGET)
         z_low = tl.minimum(z_low, tl.where(tl.abs(z) < inf, z, inf))
-        s_low = tl.minimum(s_low, tl.where(s == s, s, inf))
+        if OWN_TARGET:
+            s_low = tl.minimum(s_low, tl.where(s == s, s, inf))
     store_pivots(tl.min(z_low, 0), tl.min(s_low, 0), scalars)
 
 

@@ -163,7 +163,7 @@ def pile_kernel(
         student += q * student_q + slot * student_d
         if USE_D:
             target += q * target_q + slot * target_d
-            find_pivots(student, student_d, target, target_d, mask, mask_d, n, scalars, BR, MASKED)
+            find_pivots(student, student_d, target, target_d, mask, mask_d, n, scalars, BR, MASKED, not ENSEMBLE)
             tl.debug_barrier()
         for row in range(0, padded, BR):
             rows = row + tl.arange(0, BR)

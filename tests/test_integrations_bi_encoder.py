@@ -173,7 +173,9 @@ def test_the_wrong_class_says_which_is_right(model, tmp_path, tiny_text_model, t
     other = CrossEncoder(str(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="expected a SentenceTransformer, got a CrossEncoder; for it there is PILELoss"):
         BiEncoderPILELoss(other)
-    wanted = r"expected tensors, got a batch's columns; .* has PILELoss\(model, ...\) and BiEncoderPILELoss\(model, ...\)"
+    wanted = (
+        r"student_logits: expected a torch.Tensor, got .*; .* has PILELoss\(model, ...\) and BiEncoderPILELoss\(model, ...\)"
+    )
     with pytest.raises(TypeError, match=wanted):
         trainer(model, tmp_path, TEXTS | {"label": [[1.0, 0.0, 0.0]] * 4}, pile_fast.PILELoss()).evaluate()
     arguments = CrossEncoderTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)

@@ -80,7 +80,7 @@ def short_blocks(monkeypatch):
 
 @pytest.fixture
 def long_list(short_blocks):
-    return 100
+    return 66
 
 
 ENSEMBLES = [
