@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -29,7 +29,8 @@ _UNSIGNED_LABELS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Labels are compared as float64, which tells integers apart up to here.
 LABEL_LIMIT = 2**53
-_NO_DISPATCH = Tensor.__torch_dispatch__
+# Plain memory; subclasses are if they do not dispatch on their own, as fake and distributed tensors do.
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -80,8 +81,11 @@ class RankingBatch:
     ):
         self.packed = packed = cu_seqlens is not None
         self._compiling = torch.compiler.is_compiling()
-        if not self._compiling and peek_interpreter_stack() is not None:
-            self._refuse_transform(student_logits, teacher_logits)
+        if not self._compiling:
+            if peek_interpreter_stack() is not None:
+                self._refuse_transform(student_logits, teacher_logits)
+            if forward_ad._current_level >= 0:
+                self._refuse_tangents(student_logits=student_logits, teacher_logits=teacher_logits, target_logits=target_logits)
 
         # The student, else the teachers, fix shape and device; the others are held against them.
         shape = device = first = dtype = None
@@ -114,16 +118,19 @@ class RankingBatch:
         self.dtype = torch.float64 if wide else torch.float32
         self.slots = shape[-1]
         self.device = device
-        # A subclass that dispatches on its own (a fake tensor, a distributed one) is no plain memory.
+        # Spelt out: a loop over the tensors would take as long as the rest.
         self.concrete = (
             not self._compiling
             and _len_torch_dispatch_stack() == 0
-            and not torch.jit.is_tracing()
+            and not _is_tracing()
             and device.type != "meta"
-            and all(
-                type(tensor) is Tensor or tensor is None or getattr(type(tensor), "__torch_dispatch__", None) is _NO_DISPATCH
-                for tensor in (student_logits, teacher_logits, target_logits, labels, mask, cu_seqlens, prior)
-            )
+            and (type(student_logits) in _PLAIN or _is_plain(student_logits))
+            and (type(teacher_logits) in _PLAIN or _is_plain(teacher_logits))
+            and (type(target_logits) in _PLAIN or _is_plain(target_logits))
+            and (type(labels) in _PLAIN or _is_plain(labels))
+            and (type(mask) in _PLAIN or _is_plain(mask))
+            and (type(cu_seqlens) in _PLAIN or _is_plain(cu_seqlens))
+            and (type(prior) in _PLAIN or _is_plain(prior))
         )
         if labels is not None:
             labels = self._check_labels(labels)
@@ -165,8 +172,6 @@ class RankingBatch:
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise TypeError(f"{name}: expected a dense tensor, got a {kind} one; pad it, or pack it and pass cu_seqlens")
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{name}: carries a forward-mode tangent, but pile_fast has reverse-mode gradients only")
         # While compiling there is no sign to ask for; the compiled op comes by here again with real tensors.
         return tensor.resolve_neg() if not self._compiling and tensor.is_neg() else tensor
 
@@ -201,6 +206,12 @@ class RankingBatch:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+
+    @staticmethod
+    def _refuse_tangents(**tensors) -> None:
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(f"{name}: carries a forward-mode tangent, but pile_fast has reverse-mode gradients only")
 
     @staticmethod
     def _refuse_transform(student_logits, teacher_logits) -> None:
@@ -244,6 +255,10 @@ class RankingBatch:
             if not (prior.amax(-1) > 0).all():
                 raise ValueError("prior: expected a weight > 0 for some teacher (of each query), got zeros alone")
         return prior
+
+
+def _is_plain(tensor) -> bool:
+    return isinstance(tensor, Tensor) and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def label_error(*, integer: bool, query: int | None) -> ValueError:

@@ -49,14 +49,16 @@ def ensemble(
 ) -> tuple[Tensor, Tensor, Tensor]:
     teachers = batch.teacher_logits
     dtype = batch.dtype
-    logits = teachers.new_empty(teachers.shape[:-1], dtype=dtype)
+    # Sizes as arguments, not as a tuple: that takes PyTorch half a microsecond longer.
+    queries, slots = batch.num_queries, batch.slots
+    logits = teachers.new_empty(slots, dtype=dtype) if batch.packed else teachers.new_empty(queries, slots, dtype=dtype)
     if not return_weights:
         weights = teachers.new_empty(0, dtype=dtype)
     elif options.granularity == "document":
         weights = teachers.new_empty(teachers.shape, dtype=dtype)
     else:
-        weights = teachers.new_empty((batch.num_queries, teachers.shape[-1]), dtype=dtype)
-    trace = teachers.new_empty((batch.num_queries, options.iterations + 1 if return_trace else 0), dtype=dtype)
+        weights = teachers.new_empty(queries, batch.num_teachers, dtype=dtype)
+    trace = teachers.new_empty(queries, options.iterations + 1 if return_trace else 0, dtype=dtype)
     outputs = (
         logits.data_ptr(),
         weights.data_ptr() if return_weights else 0,
