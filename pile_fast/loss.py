@@ -73,7 +73,8 @@ class PILELoss(torch.nn.Module):
         if isinstance(student_logits, (list, tuple)):  # a trainer of sentence-transformers, with its columns
             raise TypeError(
                 f"student_logits: expected a torch.Tensor, got {type(student_logits).__name__}; for sentence-transformers' "
-                "trainers pile_fast.integrations.sentence_transformers has PILELoss(model, ...) and BiEncoderPILELoss(model, ...)"
+                "trainers pile_fast.integrations.sentence_transformers has PILELoss(model, ...) and "
+                "BiEncoderPILELoss(model, ...)"
             )
         return pile_loss(
             student_logits, teacher_logits, labels, mask=mask, cu_seqlens=cu_seqlens, prior=self.prior, **self.options

@@ -190,6 +190,8 @@ def test_runs_as_they_come(capsys, tmp_path):
     row = next(read_rows("c.jsonl"))
     assert row["teachers"] == ["a", "b"]
     assert dict(zip(row["doc_ids"], row["ensemble_logits"], strict=True)) == {"d1": 2.5, "d2": 5.0}
+    assert main(["ensemble", "bm25=a.run", "b.run", "--output", "named.jsonl", "--method", "mean"]) == 0
+    assert json.loads((tmp_path / "named.jsonl").read_text())["teachers"] == ["bm25", "b"]
     assert main(["ensemble", "a.run", "b.run", "--output", "c.run", "--qrels", "qrels", "--unjudged", "0"]) == 0
     best = (tmp_path / "c.run").read_text().split()[2]
     assert best == "d1"
@@ -210,11 +212,11 @@ def test_parquet_rows_as_other_formats_are_checked_rows(capsys, tmp_path):
     capsys.readouterr()
     pq.write_table(table.append_column("doc_ids", pa.array([["d", "e"], ["d", "d"]])), "a.parquet")
     assert error_of(capsys, "a.parquet", "--output", "c.run", "--method", "mean") == (
-        "a.parquet: row 2: doc_ids: document d appears twice"
+        "a.parquet: row 2: doc_ids: document 'd' appears twice"
     )
     pq.write_table(table.set_column(0, "query_id", pa.array(["q", "q"])), "a.parquet")
     assert error_of(capsys, "a.parquet", "--output", "c.run", "--method", "mean") == (
-        "a.parquet: row 2: query q appeared before; the documents of a query must be one row"
+        "a.parquet: row 2: query 'q' appeared before; the documents of a query must be one row"
     )
     assert not os.path.exists("c.run")
 

@@ -93,7 +93,7 @@ def test_what_cannot_be_one_data_set(folder, tmp_path):
     assert error_of(["data", "lists.parquet"]).startswith(
         "lists.parquet: expected columns of the same types as in data/a.parquet"
     )
-    assert error_of("twice.parquet") == "twice.parquet: two columns are called query_id"
+    assert error_of("twice.parquet") == "twice.parquet: column query_id: appears 2 times"
     assert error_of(["data", "a.jsonl"]) == "expected files of one format, got jsonl, parquet"
     assert error_of("data", format="jsonl") == "data: a folder is one of Parquet files, not of jsonl; name the files"
     assert error_of(["data", "data/a.parquet"]) == "data/a.parquet: given twice"

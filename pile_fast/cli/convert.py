@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from pile_fast.cli.common import add_format, add_skip_bad_rows, print_left_out, real_number
 from pile_fast.cli.errors import UserError, user_errors
-from pile_fast.data.formats import FORMATS, read_rows, stem, write_rows
+from pile_fast.data.formats import FORMATS, read_rows, write_rows
 from pile_fast.data.named import NAMED, read_named, with_pairs
 from pile_fast.data.rows import BadRows, check_row, drop_unlabelled
 from pile_fast.data.trec import named_runs
@@ -57,10 +57,8 @@ def _rows(args: argparse.Namespace, bad_rows: BadRows | None) -> Iterator[dict]:
     if args.dataset:
         return map(check_row, read_named(args.dataset, args.data))
     options = {name: getattr(args, name) for name in ("qrels", "queries", "documents", "unjudged")}
-    paths, names = named_runs(args.input)
-    if any(names):
-        options["teachers"] = [name or stem(path) for name, path in zip(names, paths, strict=True)]
-    return read_rows(paths, format=args.source, bad_rows=bad_rows, **options)
+    paths, teachers = named_runs(args.input)
+    return read_rows(paths, format=args.source, bad_rows=bad_rows, teachers=teachers, **options)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
-        help="a file of rows, several of one format (TREC: a run per teacher), or a folder of Parquet files",
+        help="a file of rows, several of one format (TREC: a run per teacher, as FILE or NAME=FILE), or a folder of Parquet files",
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FILE", help=".parquet or .jsonl; with --ray a new folder")
     add_format(parser, "the input")
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise UserError(f"{flags}: not an option of --method {args.method}")
     from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_fit
+    from pile_fast.data.trec import named_runs
 
     fit = None
     if args.fit:
@@ -88,9 +89,10 @@ def run(args: argparse.Namespace) -> int:
 
         # A core reads, one writes: more threads than the others only take time from them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 2))
-        runs = {"qrels": args.qrels, "unjudged": args.unjudged}
+        inputs, teachers = named_runs(args.inputs)
+        runs = {"qrels": args.qrels, "unjudged": args.unjudged, "teachers": teachers}
         with tqdm(unit=" queries", disable=None) as progress:  # None: only on a terminal
-            ensemble_file(args.inputs, args.output, ensemble, format=args.source, progress=progress.update, **runs)
+            ensemble_file(inputs, args.output, ensemble, format=args.source, progress=progress.update, **runs)
     print(f"Wrote {printable(args.output)}.")
     return 0
 

@@ -61,10 +61,14 @@ class DataSet:
 
     def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike], *, format: str | None = None, **options):
         self.name = ", ".join(map(str, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
-        paths = as_paths(paths)
-        self.files = [file for path in paths for file in _files(path)]
-        if format not in (None, "parquet") and (folder := next((path for path in paths if path.is_dir()), None)):
-            raise ValueError(f"{folder}: a folder is one of Parquet files, not of {format}; name the files")
+        self.files = as_paths(paths, format)
+        for path in self.files:
+            if path.is_dir() and format not in (None, "parquet"):
+                raise ValueError(f"{path}: a folder is one of Parquet files, not of {format}; name the files")
+            if path.is_dir():
+                raise ValueError(f"{path}: a folder without Parquet files; give a file, or a folder of Parquet files")
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
         if twice := _twice(self.files):
             raise ValueError(f"{twice}: given twice")
         formats = {format} if format else {format_of(path) for path in self.files}
@@ -135,8 +139,6 @@ class DataSet:
         for path in self.files:
             with parquet.open_parquet(path) as file:
                 schemas.append(file.schema_arrow)
-            if twice := _twice(schemas[-1].names):
-                raise ValueError(f"{path}: two columns are called {twice}")
             if set(schemas[-1].names) != set(schemas[0].names):
                 others = set(schemas[-1].names) ^ set(schemas[0].names)
                 raise ValueError(f"{path}: expected the columns of {self.files[0]}; they differ in {', '.join(sorted(others))}")
@@ -151,17 +153,6 @@ def _twice(values: Sequence):
     """The first that appeared before, or None."""
     seen = set()
     return next((value for value in values if value in seen or seen.add(value)), None)
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-        return [path]
-    files = [file for file in sorted(path.iterdir()) if file.suffix in (".parquet", ".pq") and file.name[0] not in "._"]
-    if not files:
-        raise ValueError(f"{path}: a folder without Parquet files; give a file, or a folder of Parquet files")
-    return [file for file in files if file.is_file()]
 
 
 def _read(path: Path, file, start: int, stop: int, size: int, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:

@@ -93,8 +93,8 @@ def read_rows(
             raise DataError(qrels, f"judges none of the runs' {unlabelled} documents, so all would be unlabelled")
 
 
-def named_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str | None]]:
-    """(files, a teacher's name or None for each) of a command's arguments, each a FILE or NAME=FILE.
+def named_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:
+    """(files, teachers' names) of a command's arguments, each a FILE or NAME=FILE; None if no argument names its teacher.
 
     What is a file as it stands is one, so that names of files may have an "=".
     """
@@ -104,7 +104,9 @@ def named_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str | None]]:
         named = bool(name and equals and file) and not Path(argument).exists() and Path(file).exists()
         paths.append(Path(file if named else argument))
         names.append(name if named else None)
-    return paths, names
+    if not any(names):
+        return paths, None
+    return paths, [name or stem(path) for name, path in zip(names, paths, strict=True)]
 
 
 def _names(paths: list[Path], teachers: Sequence[str] | None) -> list[str]:
