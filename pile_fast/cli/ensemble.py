@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
-        help="a file of rows, several of one format (TREC: a run per teacher, as FILE or NAME=FILE), or a folder of Parquet files",
+        help="a file of rows, several of one format (TREC: a run per teacher, FILE or NAME=FILE), or a folder of Parquet files",
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FILE", help=".parquet or .jsonl; with --ray a new folder")
     add_format(parser, "the input")
