@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -57,6 +58,10 @@ def logits_of(function):
 FUNCTIONS = {
     "pile_loss": (pile_fast.pile_loss, ("student_logits", "teacher_logits", "labels", "prior")),
     "pile_loss, labels": (lambda **kw: pile_fast.pile_loss(alpha=0, **kw), ("student_logits", "teacher_logits", "labels")),
+    "pile_loss, by query": (
+        lambda **kw: pile_fast.pile_loss(granularity="query", alpha=0.5, distillation="mse", pair_weight="label_gap", **kw),
+        ("student_logits", "teacher_logits", "labels", "prior"),
+    ),
     "pile_ensemble": (logits_of(pile_fast.pile_ensemble), ("teacher_logits", "labels", "prior")),
     "pairwise_distillation_loss": (pile_fast.pairwise_distillation_loss, ("student_logits", "target_logits")),
     "mse": (lambda **kw: pile_fast.pairwise_distillation_loss(kind="mse", **kw), ("student_logits", "target_logits")),
@@ -98,6 +103,12 @@ SAME = {
     "a parameter": lambda x: torch.nn.Parameter(x, requires_grad=False),
     "a buffer": lambda x: torch.nn.Buffer(x) if hasattr(torch.nn, "Buffer") else None,
     "memory of numpy": lambda x: torch.from_numpy(x.numpy()),
+    "memory of numpy in Fortran's order": lambda x: torch.from_numpy(np.asfortranarray(x.numpy())) if x.dim() > 1 else None,
+    "from DLPack": lambda x: torch.from_dlpack(x),
+    "part of a wider tensor": lambda x: torch.stack([torch.full_like(x, 9), x, torch.full_like(x, 9)], -1)[..., 1],
+    "view of a view": lambda x: x.unsqueeze(0).expand(2, *x.shape)[1].view(x.shape),
+    "detached": lambda x: (x.clone().requires_grad_() * 1).detach() if x.is_floating_point() else None,
+    "whole numbers": lambda x: x.int() if x.is_floating_point() and (x == x.round()).all() else None,
     "shared memory": lambda x: x.clone().share_memory_(),
     "inference mode": lambda x: _inference(x),
     "float64": lambda x: x.double() if x.is_floating_point() else None,
@@ -115,12 +126,21 @@ REFUSED = {
     "float8": lambda x: x.to(torch.float8_e4m3fn) if x.is_floating_point() else None,
     "a list": lambda x: x.tolist(),
     "an array": lambda x: x.numpy(),
+    "a tuple": lambda x: tuple(x),
+    "a number": lambda x: 1.0,
+    "logits of whole numbers": lambda x: x.int() if x.is_floating_point() and not (x == x.round()).all() else None,
+    "of bits": lambda x: x > 0 if x.is_floating_point() and not (x == x.round()).all() else None,
+    "without a document": lambda x: x[:0],
     "a scalar": lambda x: torch.tensor(1.0, dtype=x.dtype),
     "one axis more": lambda x: x.unsqueeze(0).unsqueeze(0),
     "one document more": lambda x: torch.cat([x, x[-1:]]),
     "meta": lambda x: x.to("meta"),
     "a string": lambda x: "logits",
 }
+
+
+# Then two arguments disagree, and either may be named.
+DISAGREE = ("meta", "one document more", "without a document")
 
 
 def _inference(x):
@@ -179,10 +199,7 @@ def test_what_cannot_be_read_is_refused_by_name(oddity, backend):
         call = odd_call(function, layout, argument, REFUSED[oddity], backend)
         if call is None or (argument == "cu_seqlens" and oddity == "one document more"):
             continue
-        # Two arguments disagree: either may be named.
-        names = (
-            f"{argument}|student_logits|teacher_logits|labels|backend" if oddity in ("meta", "one document more") else argument
-        )
+        names = f"{argument}|student_logits|teacher_logits|target_logits|labels|backend" if oddity in DISAGREE else argument
         with pytest.raises((TypeError, ValueError, RuntimeError), match=f"({names})"):
             call()
         refused += 1
