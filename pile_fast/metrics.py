@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pile_fast.batch import RankingBatch, check_cu_seqlens
+from pile_fast.batch import LABEL_LIMIT, RankingBatch, check_cu_seqlens, label_error
 from pile_fast.options import REDUCTIONS, choice
 
 GAINS = ("exponential", "linear")
@@ -83,6 +83,8 @@ class _Lists:
         self.labels = labels[used].double() + 0.0
         if bool(self.labels.isinf().any()):
             raise ValueError("labels: expected finite numbers (NaN = unlabelled), got inf")
+        if not labels.is_floating_point() and bool((self.labels.abs() >= LABEL_LIMIT).any()):
+            raise label_error(integer=True, query=None)
         self._set_scores(scores, retrieved)
         self.size = self.per_query(torch.ones_like(self.query))
         self.start = (self.size.cumsum(0) - self.size)[self.query]  # of each document's query

@@ -348,6 +348,12 @@ def test_metrics_read_odd_tensors(metric, oddity):
     same(function(SAME[oddity](z), SAME[oddity](y.float())), function(z, y.float()))
 
 
+@pytest.mark.parametrize("metric", ["ndcg", "mrr", "average_precision", "pnr", "opa"])
+def test_metrics_refuse_labels_that_tie_in_float64(metric):
+    with pytest.raises(ValueError, match="labels: expected integers below 2\\^53"):
+        getattr(metrics, metric)(torch.tensor([[0.3, 0.2]]), torch.tensor([[2**53, 2**53 + 1]]))
+
+
 # -- without the compiled library, and Ctrl-C
 
 
