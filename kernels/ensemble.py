@@ -290,7 +290,7 @@ def count_rows(rows, n, padded, fields, S, BR: tl.constexpr, BC: tl.constexpr, W
 
 @triton.jit
 def load_order(rows, n, ranks, gains, WEIGHTED: tl.constexpr):
-    """The rows' ranks and gains; gains are rank-shaped nonsense where no pair is weighted."""
+    """The rows' ranks and gains; gains are the ranks again, and unused, where no pair is weighted."""
     rank = tl.load(ranks + rows, mask=rows < n, other=float("nan"))
     gain = rank
     if WEIGHTED:

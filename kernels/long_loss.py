@@ -162,7 +162,7 @@ def loss_sums_kernel(
     broken = sum_partials(partials, width, BROKEN, c_first, c_last, TILE) > 0.0
     tl.store(scalars + POISON, tl.where(broken, float("nan"), 0.0))
     low, high = range_of(partials, width, LABEL_LOW, c_first, c_last, TILE)
-    # The numbers of a broken query are nobody's; one cell keeps them cheap.
+    # The sums of a broken query are not used; one cell keeps them cheap.
     linear = n >= WINDOW
     store_grid(scalars + LABEL_GRID, tl.where(broken, 0.0, low), tl.where(broken, 0.0, high), linear)
     if USE_D:

@@ -13,8 +13,8 @@ namespace PILE_ISA {
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
 
-// Lists from this length on ask whether the call is to end (Member::poll), and in each iteration from that length on; for shorter
-// ones it would cost too much, and they are soon over.
+// From how many documents on a list asks whether the call is to end (Member::poll): once, and in each iteration. Shorter lists are
+// soon over, and the question would cost them too much.
 constexpr int kPollQuery = 64, kPollIteration = 512;
 
 // Positions [begin, end).

@@ -275,7 +275,7 @@ class LongLists:
     def _room(self, sets: int, sides: int) -> None:
         row = fields.ROW.value
         self.moments = self._floats(self.moment_rows, sets, row)
-        # By chunk, so that some of them are nobody's.
+        # By chunk, so that some of them are not used.
         self.supers = self._floats(-(-self.count // fields.SUPER.value), sets, row) if self.two_levels else self.moments
         self.sides = self._floats(self.blocks, sides, sets, row)
 
