@@ -19,7 +19,9 @@ inline int64_t integer(PyObject* tuple, Py_ssize_t index) {
   return value;
 }
 
-inline void* address(PyObject* tuple, Py_ssize_t index) { return reinterpret_cast<void*>(static_cast<uintptr_t>(integer(tuple, index))); }
+inline void* address(PyObject* tuple, Py_ssize_t index) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(integer(tuple, index)));
+}
 
 // What the strides of a tensor count, in order.
 enum Axis { query, document, teacher };
@@ -30,7 +32,8 @@ View view(PyObject* views, Py_ssize_t index, const Axis (&axes)[N]) {
   PyObject* item = PyTuple_GET_ITEM(views, index);
   View v;
   if (item == Py_None) return v;
-  if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(item, 2))) throw py::type_error("malformed view");
+  if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(item, 2)))
+    throw py::type_error("malformed view");
   v.data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(item, 0)));
   v.dtype = static_cast<DType>(integer(item, 1));
   PyObject* strides = PyTuple_GET_ITEM(item, 2);
@@ -38,9 +41,15 @@ View view(PyObject* views, Py_ssize_t index, const Axis (&axes)[N]) {
   for (Py_ssize_t k = 0; k < rank && k < N; ++k) {
     const int64_t stride = integer(strides, rank - 1 - k);
     switch (axes[N - 1 - k]) {
-      case query: v.query = stride; break;
-      case document: v.document = stride; break;
-      case teacher: v.teacher = stride; break;
+      case query:
+        v.query = stride;
+        break;
+      case document:
+        v.document = stride;
+        break;
+      case teacher:
+        v.teacher = stride;
+        break;
     }
   }
   return v;
@@ -81,13 +90,17 @@ inline void bind_options(py::module_& m) {
   py::class_<EnsembleOptions>(m, "EnsembleOptions", py::module_local())
       .def(py::init([](int64_t iterations, double step_size, int granularity, int normalize, double temperature, double margin,
                        int pair_weight, int pairwise) {
-        return EnsembleOptions{iterations, step_size, static_cast<Granularity>(granularity), static_cast<Normalize>(normalize), temperature,
-                               margin, static_cast<PairWeight>(pair_weight), static_cast<PairSum>(pairwise)};
+        return EnsembleOptions{iterations,  step_size, static_cast<Granularity>(granularity), static_cast<Normalize>(normalize),
+                               temperature, margin,    static_cast<PairWeight>(pair_weight),  static_cast<PairSum>(pairwise)};
       }));
   py::class_<LossOptions>(m, "LossOptions", py::module_local())
       .def(py::init([](double alpha, int distillation, double temperature, int pair_weight, int reduction, int pairwise) {
-        return LossOptions{alpha, static_cast<Distillation>(distillation), temperature, static_cast<PairWeight>(pair_weight),
-                           static_cast<Reduction>(reduction), static_cast<PairSum>(pairwise)};
+        return LossOptions{alpha,
+                           static_cast<Distillation>(distillation),
+                           temperature,
+                           static_cast<PairWeight>(pair_weight),
+                           static_cast<Reduction>(reduction),
+                           static_cast<PairSum>(pairwise)};
       }));
 }
 

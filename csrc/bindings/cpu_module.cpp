@@ -28,8 +28,8 @@ bool offsets_fit(const pile::Batch& batch) {
   return end <= batch.slots;
 }
 
-int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss, py::tuple outputs,
-            bool wide, int threads) {
+int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss,
+            py::tuple outputs, bool wide, int threads) {
   pile::Job job;
   job.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   job.out = pile::bindings::read_outputs(outputs.ptr());
@@ -55,7 +55,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pile_fast.";
   pile::bindings::bind_options(m);
   m.attr("DONE") = py::int_(int64_t{kDone});
-  m.def("run", &run, "Run one call. DONE; less if cu_seqlens does not fit or a query is too long; or the first query with wrong labels.");
+  m.def("run", &run,
+        "Run one call. DONE; less if cu_seqlens does not fit or a query is too long; or the first query with wrong labels.");
   m.def("has_threads", &pile::has_threads, "Whether calls find threads beside their own: those of PyTorch's OpenMP runtime.");
   m.def("instruction_set", &pile::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &pile::instruction_sets, "Those this processor and this build have, best first.");

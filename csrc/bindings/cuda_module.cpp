@@ -7,8 +7,8 @@ namespace py = pybind11;
 
 namespace {
 
-using pile::gpu::Device;
 using pile::gpu::check;
+using pile::gpu::Device;
 
 // Makes a device current and the caller's again.
 class OnDevice {
@@ -42,8 +42,8 @@ std::string unavailable() {
   return count > 0 ? "" : "no CUDA device";
 }
 
-pile::gpu::Call read_call(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss,
-                          const py::tuple& outputs, const py::tuple& more) {
+pile::gpu::Call read_call(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble,
+                          const pile::LossOptions* loss, const py::tuple& outputs, const py::tuple& more) {
   pile::gpu::Call call;
   call.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   pile::bindings::check_inputs(call.batch, ensemble, loss);
@@ -65,7 +65,8 @@ void reduce(const pile::gpu::Call& call, const py::tuple& more, const Device& de
 // `more`: addresses of losses and has_pairs by query and of the scratch buffer, the gradient's dtype, the address of the scaled
 // gradient and its dtype. `where`: device index, stream.
 void run(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss,
-         const py::tuple& outputs, const py::tuple& more, const pile::gpu::ShortPlan& plan, const Device& device, const py::tuple& where) {
+         const py::tuple& outputs, const py::tuple& more, const pile::gpu::ShortPlan& plan, const Device& device,
+         const py::tuple& where) {
   const pile::gpu::Call call = read_call(sizes, views, ensemble, loss, outputs, more);
   const auto stream = static_cast<cudaStream_t>(pile::bindings::address(where.ptr(), 1));
   OnDevice on(int(pile::bindings::integer(where.ptr(), 0)));
@@ -75,23 +76,27 @@ void run(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOpt
 
 // Lists of any length. Sorting is PyTorch's, so a call comes in parts: the keys, then, with `order` what sorting gave (addresses of sorted
 // keys and of the order, 0 where there is none), an ensemble into outputs or a loss against the target.
-void long_keys(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, int64_t keys, const py::tuple& where) {
+void long_keys(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, int64_t keys,
+               const py::tuple& where) {
   pile::gpu::Call call;
   call.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   call.set_options(ensemble, nullptr);
   OnDevice on(int(pile::bindings::integer(where.ptr(), 0)));
-  pile::gpu::launch_keys(call, reinterpret_cast<int64_t*>(keys), call.has_ensemble, static_cast<cudaStream_t>(pile::bindings::address(where.ptr(), 1)));
+  pile::gpu::launch_keys(call, reinterpret_cast<int64_t*>(keys), call.has_ensemble,
+                         static_cast<cudaStream_t>(pile::bindings::address(where.ptr(), 1)));
 }
 
-int64_t long_bytes(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss) {
+int64_t long_bytes(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble,
+                   const pile::LossOptions* loss) {
   pile::gpu::Call call;
   call.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   call.set_options(ensemble, loss);
   return ensemble ? pile::gpu::long_ensemble_bytes(call) : pile::gpu::long_loss_bytes(call);
 }
 
-void run_long(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss,
-              const py::tuple& outputs, const py::tuple& more, const py::tuple& order, const Device& device, const py::tuple& where) {
+void run_long(const py::tuple& sizes, const py::tuple& views, const pile::EnsembleOptions* ensemble,
+              const pile::LossOptions* loss, const py::tuple& outputs, const py::tuple& more, const py::tuple& order,
+              const Device& device, const py::tuple& where) {
   const pile::gpu::Call call = read_call(sizes, views, ensemble, loss, outputs, more);
   const auto stream = static_cast<cudaStream_t>(pile::bindings::address(where.ptr(), 1));
   const auto* keys = static_cast<const int64_t*>(pile::bindings::address(order.ptr(), 0));
@@ -107,7 +112,9 @@ void run_long(const py::tuple& sizes, const py::tuple& views, const pile::Ensemb
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of pile_fast.";
   pile::bindings::bind_options(m);
-  py::class_<Device>(m, "Device").def_readonly("processors", &Device::processors).def_readonly("shared_bytes", &Device::shared_bytes);
+  py::class_<Device>(m, "Device")
+      .def_readonly("processors", &Device::processors)
+      .def_readonly("shared_bytes", &Device::shared_bytes);
   py::class_<pile::gpu::ShortPlan>(m, "ShortPlan")
       .def_readonly("capacity", &pile::gpu::ShortPlan::capacity)
       .def_readonly("scratch_words", &pile::gpu::ShortPlan::scratch_words)

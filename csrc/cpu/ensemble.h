@@ -424,7 +424,8 @@ class EnsembleQuery {
     const auto grid = Grid<T>::over(low, high, n);
     int groups = 0;
     for (int k = 0; k < n && groups < 64; k = order_->below[k]) ++groups;
-    const double blocks = smaller(double(groups < 64 ? groups : n), larger(1.0, double(n) / Fields::least_block(grid.cells) * 2));
+    const double blocks =
+        smaller(double(groups < 64 ? groups : n), larger(1.0, double(n) / Fields::least_block(grid.cells) * 2));
     direct_ = direct_is_faster(options_->pairwise, grid, double(n) * n / 2, n, blocks, kEnsembleCosts<T>);
     bool inner = direct_;
     if (!direct_) {
@@ -602,13 +603,13 @@ class EnsembleQuery {
   bool missing_ = false, by_document_ = true, has_prior_ = false, active_ = false, direct_ = true;
   PairWeights<T> weights_;
   T offset_ = 0;
-  T *t_ = nullptr;                                                // [M][row_], calibrated; NaN = missing
-  T *a_ = nullptr, *u_ = nullptr, *traced_ = nullptr;             // exponents; logits / temperature
-  T *low_ = nullptr, *high_ = nullptr;                            // each document's lowest and highest teacher
-  T *energy_ = nullptr, *weight_ = nullptr;                       // by teacher
+  T* t_ = nullptr;                                     // [M][row_], calibrated; NaN = missing
+  T *a_ = nullptr, *u_ = nullptr, *traced_ = nullptr;  // exponents; logits / temperature
+  T *low_ = nullptr, *high_ = nullptr;                 // each document's lowest and highest teacher
+  T *energy_ = nullptr, *weight_ = nullptr;            // by teacher
   T *bounds_ = nullptr, *pull_ = nullptr;
   double *mean_ = nullptr, *scale_ = nullptr, *unit_ = nullptr;  // by teacher: calibrated is (t unit − mean) scale
-  double common_ = 0;                          // what came off all teachers alike and goes back onto the logits
+  double common_ = 0;  // what came off all teachers alike and goes back onto the logits
   Stats *partial_ = nullptr, *total_ = nullptr;
   Exponentials<T> near_;
   PairOutput<T> sums_;

@@ -111,7 +111,8 @@ class FieldSums {
     for (int b = 0; b < blocks; ++b) {
       const int size = block[b].end - block[b].begin, pieces = (size + longest - 1) / longest;
       for (int c = 0; c < pieces; ++c) {
-        chunk_[chunks++] = {b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces), 0, {}};
+        chunk_[chunks++] = {
+            b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces), 0, {}};
       }
     }
     row_ = grid.cells * (weighted ? 2 : 1);
@@ -236,7 +237,8 @@ class FieldSums {
       const Row* own = block_moments_ + int64_t(b) * row_;
       const Row* low = low_ + int64_t(b) * row_;
       if (weighted)
-        total += between<true>(plus, own + grid.cells, low, block[b].filled) - between<true>(plus, own, low + grid.cells, block[b].filled);
+        total += between<true>(plus, own + grid.cells, low, block[b].filled) -
+                 between<true>(plus, own, low + grid.cells, block[b].filled);
       else
         total += between<true>(plus, own, low, block[b].filled);
     }
@@ -312,7 +314,8 @@ class FieldSums {
     return filled;
   }
   template <int N>
-  PILE_INLINE void add_cells(Row* to, int first, int n, const T* x, const typename Simd<T>::integer* cell, const T* weight) const {
+  PILE_INLINE void add_cells(Row* to, int first, int n, const T* x, const typename Simd<T>::integer* cell,
+                             const T* weight) const {
     Vec<T> sums[N][P] = {};
     int k = 0;
     do {
@@ -373,8 +376,10 @@ class FieldSums {
   // Coefficients of the field that the source cells within reach make at target cells c + 1 and c, one after the other.
   typedef T Pair __attribute__((vector_size(2 * P * sizeof(T))));
   // Not inlined: the sanitized build of its many copies would take minutes.
-  __attribute__((noinline)) Pair near_fields(const Table& table, const typename Table::Matrices& matrices, const Row* source, int c) const {
-    const int from = larger(filled_.first, near(table, c).from), to = smaller(filled_.last, near(table, smaller(c + 1, grid.cells - 1)).to);
+  __attribute__((noinline)) Pair near_fields(const Table& table, const typename Table::Matrices& matrices, const Row* source,
+                                             int c) const {
+    const int from = larger(filled_.first, near(table, c).from),
+              to = smaller(filled_.last, near(table, smaller(c + 1, grid.cells - 1)).to);
     Pair part[4] = {};  // four chains of additions, or each would wait for the last
     for (int s = from; s <= to; ++s) {
 #pragma GCC unroll 16
@@ -388,7 +393,8 @@ class FieldSums {
   }
   // visit(c, coefficients at c) for the target cells in rising order.
   template <class Visit>
-  void each_near_field(const Table& table, const typename Table::Matrices& matrices, const Row* source, Range targets, Visit visit) const {
+  void each_near_field(const Table& table, const typename Table::Matrices& matrices, const Row* source, Range targets,
+                       Visit visit) const {
     for (int c = targets.first; c <= targets.last; c += 2) {
       const Pair both = near_fields(table, matrices, source, c);
       Row rows[2];

@@ -53,7 +53,8 @@ class Run {
     if (job_.out.logits && m.leads())  // documents of no query
       for (int64_t d = covered(); d < documents(); ++d) static_cast<T*>(job_.out.logits)[d] = T(__builtin_nan(""));
     if (job_.out.weights && job_.ensemble->granularity == Granularity::document && m.leads())
-      for (int64_t d = covered() * batch_.teachers; d < documents() * batch_.teachers; ++d) static_cast<T*>(job_.out.weights)[d] = 0;
+      for (int64_t d = covered() * batch_.teachers; d < documents() * batch_.teachers; ++d)
+        static_cast<T*>(job_.out.weights)[d] = 0;
   }
 
  private:

@@ -12,10 +12,14 @@ namespace PILE_ISA {
 template <class F>
 PILE_INLINE void with_logits(const View& view, F function) {
   switch (view.dtype) {
-    case DType::f64: return function(static_cast<const double*>(view.data));
-    case DType::bf16: return function(static_cast<const BFloat16*>(view.data));
-    case DType::f16: return function(static_cast<const Float16*>(view.data));
-    default: return function(static_cast<const float*>(view.data));
+    case DType::f64:
+      return function(static_cast<const double*>(view.data));
+    case DType::bf16:
+      return function(static_cast<const BFloat16*>(view.data));
+    case DType::f16:
+      return function(static_cast<const Float16*>(view.data));
+    default:
+      return function(static_cast<const float*>(view.data));
   }
 }
 
@@ -23,13 +27,19 @@ PILE_INLINE void with_logits(const View& view, F function) {
 template <class F>
 PILE_INLINE void with_labels(const View& view, F function) {
   switch (view.dtype) {
-    case DType::i64: return function(static_cast<const int64_t*>(view.data));
-    case DType::i32: return function(static_cast<const int32_t*>(view.data));
-    case DType::i16: return function(static_cast<const int16_t*>(view.data));
-    case DType::i8: return function(static_cast<const int8_t*>(view.data));
+    case DType::i64:
+      return function(static_cast<const int64_t*>(view.data));
+    case DType::i32:
+      return function(static_cast<const int32_t*>(view.data));
+    case DType::i16:
+      return function(static_cast<const int16_t*>(view.data));
+    case DType::i8:
+      return function(static_cast<const int8_t*>(view.data));
     case DType::u8:
-    case DType::boolean: return function(static_cast<const uint8_t*>(view.data));
-    default: return with_logits(view, function);
+    case DType::boolean:
+      return function(static_cast<const uint8_t*>(view.data));
+    default:
+      return with_logits(view, function);
   }
 }
 
@@ -59,8 +69,10 @@ PILE_INLINE void transpose(const float* const (&row)[16], int rows, int first, i
                               _mm256_maskz_loadu_ps(columns, row[i + 8] + first), 1);
   __m512 b[8];  // b[4 h + c]: of rows 4 h to 4 h + 3 (and 8 on) columns c and c + 4
   for (int h = 0; h < 8; h += 4) {
-    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[h], a[h + 1])), low23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[h + 2], a[h + 3]));
-    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[h], a[h + 1])), high23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[h + 2], a[h + 3]));
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[h], a[h + 1])),
+                  low23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[h + 2], a[h + 3]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[h], a[h + 1])),
+                  high23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[h + 2], a[h + 3]));
     b[h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
     b[h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
     b[h + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
@@ -79,10 +91,17 @@ PILE_INLINE void transpose(const float* const (&row)[16], int rows, int first, i
 template <class T>
 PILE_INLINE void write(void* data, DType dtype, int64_t index, T value) {
   switch (dtype) {
-    case DType::f64: static_cast<double*>(data)[index] = double(value); return;
-    case DType::bf16: static_cast<BFloat16*>(data)[index] = BFloat16::of(float(value)); return;
-    case DType::f16: static_cast<Float16*>(data)[index] = Float16::of(float(value)); return;
-    default: static_cast<float*>(data)[index] = float(value);
+    case DType::f64:
+      static_cast<double*>(data)[index] = double(value);
+      return;
+    case DType::bf16:
+      static_cast<BFloat16*>(data)[index] = BFloat16::of(float(value));
+      return;
+    case DType::f16:
+      static_cast<Float16*>(data)[index] = Float16::of(float(value));
+      return;
+    default:
+      static_cast<float*>(data)[index] = float(value);
   }
 }
 

@@ -142,7 +142,8 @@ class LabelLoss {
     find_range(u, n, low, high);
     const auto grid = Grid<double>::over(low, high, n);
     const double groups_at_most = larger(1.0, double(n) / Fields::least_block(grid.cells) * 2);
-    direct_ = direct_is_faster(how_, grid, double(n) * n / 2, n, smaller(groups_at_most, double(count_groups(n))), kLabelCosts<T>);
+    direct_ =
+        direct_is_faster(how_, grid, double(n) * n / 2, n, smaller(groups_at_most, double(count_groups(n))), kLabelCosts<T>);
     bool inner = false;
     if (direct_) {
       totals_ = arena.take<double>(kPairTotals);
@@ -243,7 +244,8 @@ class DistillLoss {
       if (wide())
         all_pairs<T>(m, DistillPairs<T, true>{z, nullptr, nullptr, s, nullptr, nullptr, T(per_unit)}, n, sums_, totals_);
       else
-        all_pairs<T>(m, DistillPairs<T, false>{unit_z_, near_z_.up, near_z_.down, unit_s_, near_s_.up, near_s_.down, 1}, n, sums_, totals_);
+        all_pairs<T>(m, DistillPairs<T, false>{unit_z_, near_z_.up, near_z_.down, unit_s_, near_s_.up, near_s_.down, 1}, n,
+                     sums_, totals_);
       if (m.leads()) result_ = pair_total(totals_, n);
       for (int p = m.rank; p < pieces(n); p += m.size) {
         const int end = smaller(n, (p + 1) * kPiece);

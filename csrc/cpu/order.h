@@ -23,11 +23,11 @@ struct Span {
 };
 
 struct Order {
-  int n = 0;               // documents
-  int labelled = 0;        // the first so many have a label
-  int* slot = nullptr;     // slot within the query, by position
+  int n = 0;                // documents
+  int labelled = 0;         // the first so many have a label
+  int* slot = nullptr;      // slot within the query, by position
   double* label = nullptr;  // by position, < labelled; of each label's first and last position only
-  int* below = nullptr;    // by position, < labelled: first position with a smaller label
+  int* below = nullptr;     // by position, < labelled: first position with a smaller label
   // The same documents as spans that were neighbours before they were sorted, `spans` for each window of kPiece slots, some empty: to
   // read a long list window by window, not all of it again for each label. No windows: as good as one.
   int windows = 0, spans = 0;
@@ -336,9 +336,9 @@ class LabelSort {
 // The pairs' weights: ω_ij = gain_i − gain_j, or 1 where gain is nullptr.
 template <class T>
 struct PairWeights {
-  const T* gain = nullptr;     // by position, about the middle of the query's gains
-  T* inverse = nullptr;        // 1 / k_i, 0 where a document has no pair
-  double total = 0;            // K = Σ ω over P
+  const T* gain = nullptr;  // by position, about the middle of the query's gains
+  T* inverse = nullptr;     // 1 / k_i, 0 where a document has no pair
+  double total = 0;         // K = Σ ω over P
 };
 
 template <class T>

@@ -103,7 +103,8 @@ PILE_INLINE Vec<float> narrow(Vec<double> first, Vec<double> second) {
   return reinterpret_cast<Vec<float>>(_mm512_insertf32x8(_mm512_castps256_ps512(reinterpret_cast<const __m256&>(halves[0])),
                                                          reinterpret_cast<const __m256&>(halves[1]), 1));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec<float>>(_mm256_set_m128(reinterpret_cast<const __m128&>(halves[1]), reinterpret_cast<const __m128&>(halves[0])));
+  return reinterpret_cast<Vec<float>>(
+      _mm256_set_m128(reinterpret_cast<const __m128&>(halves[1]), reinterpret_cast<const __m128&>(halves[0])));
 #else
   Vec<float> both;
   std::memcpy(&both, halves, sizeof both);
@@ -216,18 +217,22 @@ PILE_INLINE void add_sums<float, 4>(float* out, const Vec<float> (&v)[4]) {
 #if defined(__AVX512F__)
 template <class T>
 PILE_INLINE int least(Ints<T> v) {
-  return sizeof(T) == 4 ? _mm512_reduce_min_epi32(reinterpret_cast<__m512i&>(v)) : int(_mm512_reduce_min_epi64(reinterpret_cast<__m512i&>(v)));
+  return sizeof(T) == 4 ? _mm512_reduce_min_epi32(reinterpret_cast<__m512i&>(v))
+                        : int(_mm512_reduce_min_epi64(reinterpret_cast<__m512i&>(v)));
 }
 template <class T>
 PILE_INLINE int greatest(Ints<T> v) {
-  return sizeof(T) == 4 ? _mm512_reduce_max_epi32(reinterpret_cast<__m512i&>(v)) : int(_mm512_reduce_max_epi64(reinterpret_cast<__m512i&>(v)));
+  return sizeof(T) == 4 ? _mm512_reduce_max_epi32(reinterpret_cast<__m512i&>(v))
+                        : int(_mm512_reduce_max_epi64(reinterpret_cast<__m512i&>(v)));
 }
 // Lanes of a and b side by side, by their numbers there.
 PILE_INLINE Vec<float> pick(Vec<float> a, Ints<float> lanes, Vec<float> b) {
-  return reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512>(b)));
+  return reinterpret_cast<Vec<float>>(
+      _mm512_permutex2var_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512>(b)));
 }
 PILE_INLINE Vec<double> pick(Vec<double> a, Ints<double> lanes, Vec<double> b) {
-  return reinterpret_cast<Vec<double>>(_mm512_permutex2var_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512d>(b)));
+  return reinterpret_cast<Vec<double>>(
+      _mm512_permutex2var_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512d>(b)));
 }
 // The sums of the lanes of v[0], ..., v[N - 1], one after the other from v[0] on. Each vector holds `Groups` sums in progress: every
 // step adds the halves of each and leaves half as many vectors.
@@ -284,8 +289,8 @@ template <>
 PILE_INLINE Vec<float> vexp<float>(Vec<float> x) {
   using S = Simd<float>;
   x = vmax(x, splat<float>(-105.f));
-  const Vec<float> n = reinterpret_cast<Vec<float>>(
-      _mm512_maskz_roundscale_ps(0xffff, reinterpret_cast<__m512>(x * 1.4426950408889634f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const Vec<float> n = reinterpret_cast<Vec<float>>(_mm512_maskz_roundscale_ps(
+      0xffff, reinterpret_cast<__m512>(x * 1.4426950408889634f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   const Vec<float> r = x - n * S::kLn2High - n * S::kLn2Low;
   Vec<float> p = splat<float>(1.f / float(factorial(S::kExpTerms)));
 #pragma GCC unroll 16

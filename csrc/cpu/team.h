@@ -47,8 +47,8 @@ struct TeamState {
   std::atomic<int> arrived{0};
   std::atomic<int> round{0};
   std::atomic<bool> failed{false};
-  std::atomic<int> left{0};  // members that are done, or have given up
-  std::atomic<int64_t> next{0};  // work counter of the phase that hands out queries
+  std::atomic<int> left{0};       // members that are done, or have given up
+  std::atomic<int64_t> next{0};   // work counter of the phase that hands out queries
   void (*interrupt)() = nullptr;  // see run_team
   int64_t asked = 0;              // when it was last called
 };

@@ -14,13 +14,13 @@ struct Call {
   LossOptions loss = {};
   float step = 0, per_unit = 1, offset = 0;  // step_size; u = s · per_unit; margin / temperature
   float per_tau = 1;                         // of the logits the distillation sees
-  Outputs out = {};               // `gradient` is of dtype `gradient_dtype`: float32 where the reduction still has to scale it
+  Outputs out = {};  // `gradient` is of dtype `gradient_dtype`: float32 where the reduction still has to scale it
   DType gradient_dtype = DType::f32;
-  float* losses = nullptr;        // by query
-  int32_t* has_pairs = nullptr;   // by query
-  float* scratch = nullptr;       // for queries that do not fit shared memory
-  int capacity = 0;               // documents that fit shared memory
-  int rows = 1;                   // of the ensemble's pairs that four lanes take at once, 1 or 4
+  float* losses = nullptr;       // by query
+  int32_t* has_pairs = nullptr;  // by query
+  float* scratch = nullptr;      // for queries that do not fit shared memory
+  int capacity = 0;              // documents that fit shared memory
+  int rows = 1;                  // of the ensemble's pairs that four lanes take at once, 1 or 4
 
   PILE_SHARED bool distills() const { return has_loss && loss.alpha > 0; }
   PILE_SHARED bool ranks() const { return has_loss && loss.alpha < 1; }

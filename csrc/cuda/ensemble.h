@@ -20,7 +20,8 @@ PILE_DEVICE void stage(const Call& call, const Query& query, const Team& team, c
     w.whole(w.kSlot)[i] = i;
     // Under the mask nothing is read.
     if (call.has_loss) w.field(w.kStudent)[i] = key == kAbsent ? 0.0f : load_logit(batch.student, at(batch.student, query, i));
-    if (with_target) w.field(w.kLogit)[i] = key == kAbsent ? not_a_number() : load_score(batch.target, at(batch.target, query, i));
+    if (with_target)
+      w.field(w.kLogit)[i] = key == kAbsent ? not_a_number() : load_score(batch.target, at(batch.target, query, i));
   }
   team.sync();
 }
@@ -151,8 +152,20 @@ class EnsembleQuery {
   PILE_DEVICE void pull(int read) {
     const float *u = w_.field(call_.by_document() && read ? w_.kU1 : w_.kU0), *gains = w_.field(w_.kGain);
     const int labelled = counts_.labelled;
-    LabelColumns columns = {u, gains, u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast), 0, labelled, 0, labelled,
-                            0, 0, wide_, call_.ensemble.pair_weight != PairWeight::none};
+    LabelColumns columns = {u,
+                            gains,
+                            u,
+                            gains,
+                            w_.whole(w_.kFirst),
+                            w_.whole(w_.kLast),
+                            0,
+                            labelled,
+                            0,
+                            labelled,
+                            0,
+                            0,
+                            wide_,
+                            call_.ensemble.pair_weight != PairWeight::none};
     columns.set_offset(call_.offset);
     const bool alone = !Team::kOneWarp && call_.rows == 1;
     const int rows = alone ? 1 : 4, step = team_.size / kLanes * rows;
@@ -226,8 +239,8 @@ class EnsembleQuery {
     const float *s = w_.field(w_.kLogit), *gains = w_.field(w_.kGain);
     for (int k = team_.rank / kLanes; k < counts_.labelled; k += team_.size / kLanes) {
       float slope = 0, loss = 0;
-      label_losses<true, kWeighted>(s, gains, s[k], kWeighted ? gains[k] : 0.0f, call_.per_unit, call_.offset, w_.whole(w_.kLast)[k], counts_.labelled,
-                                    lanes_, slope, loss);
+      label_losses<true, kWeighted>(s, gains, s[k], kWeighted ? gains[k] : 0.0f, call_.per_unit, call_.offset,
+                                    w_.whole(w_.kLast)[k], counts_.labelled, lanes_, slope, loss);
       loss = lanes_.sum(loss);
       if (leads()) losses[k] = loss;
     }

@@ -19,13 +19,13 @@ struct Device {
 
 // How lists that a team of threads takes alone are run; a function of shapes and the device.
 struct ShortPlan {
-  bool warps = false;          // a team is a warp, else a block
-  bool spills = false;         // some list of a packed batch may not fit shared memory
-  int threads = 0;             // per block
-  int rows = 0;                // see Call
-  int capacity = 0;            // documents that fit
-  int64_t shared_bytes = 0;    // per block
-  int64_t scratch_words = 0;   // 4 bytes each
+  bool warps = false;         // a team is a warp, else a block
+  bool spills = false;        // some list of a packed batch may not fit shared memory
+  int threads = 0;            // per block
+  int rows = 0;               // see Call
+  int capacity = 0;           // documents that fit
+  int64_t shared_bytes = 0;   // per block
+  int64_t scratch_words = 0;  // 4 bytes each
 };
 
 // capacity == 0: the lists are for run_long. `direct`: direct sums are wanted even where linear time is faster.

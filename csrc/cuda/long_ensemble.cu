@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) gather_pieces(const Call cal
     for (int m = 0; m < count; ++m) {
       const bool takes_part = prior_weight(call, piece.query.index, m) > 0;
       const Calibration own(state.mean[piece.query.index * count + m], state.scale[piece.query.index * count + m]);
-      q.at(state.teachers)[m * state.documents + k] = takes_part ? own(load_score(view, from + m * view.teacher)) : not_a_number();
+      q.at(state.teachers)[m * state.documents + k] =
+          takes_part ? own(load_score(view, from + m * view.teacher)) : not_a_number();
     }
     float low, high;
     q.teachers(call).range(k, low, high);
@@ -96,15 +97,28 @@ __global__ void __launch_bounds__(kPieceThreads, 2) gather_pieces(const Call cal
 }
 
 // Direct sums inside a mixed label block, for the rows [lo, hi), to memory.pull.
-PILE_DEVICE void pull_block(const LongQuery& q, const Piece& piece, const PieceMemory& memory, const float* u, int lo, int hi, int begin, int end) {
+PILE_DEVICE void pull_block(const LongQuery& q, const Piece& piece, const PieceMemory& memory, const float* u, int lo, int hi,
+                            int begin, int end) {
   const Lanes lanes(kLanes);
   const float middle = q.own.range.middle();
   const float* gains = q.at(q.state.gain);
   const bool wide = q.own.wide;
   auto power = [&](float at) { return wide ? at : expf(middle - at); };
   for (int k = lo + int(threadIdx.x); k < hi; k += kPieceThreads) memory.row_u[k - piece.begin] = power(u[k]);
-  LabelColumns columns = {nullptr, nullptr, memory.row_u - piece.begin, gains, q.at(q.state.first), q.at(q.state.last), begin, end, 0, 0,
-                          0, 0, wide, q.state.weighted};
+  LabelColumns columns = {nullptr,
+                          nullptr,
+                          memory.row_u - piece.begin,
+                          gains,
+                          q.at(q.state.first),
+                          q.at(q.state.last),
+                          begin,
+                          end,
+                          0,
+                          0,
+                          0,
+                          0,
+                          wide,
+                          q.state.weighted};
   columns.set_offset(q.state.offset);
   for_tiles(
       begin, end,
@@ -132,8 +146,8 @@ PILE_DEVICE void pull_block(const LongQuery& q, const Piece& piece, const PieceM
 
 // Of one iteration. `evaluate`: λ at u[read], and by document the new exponents, by query the pulls on the teachers. `tilt`: new u to
 // u[write], and its moments.
-__global__ void __launch_bounds__(kPieceThreads, 2) advance_pieces(const Call call, const LongState state, int read, int write, bool evaluate,
-                                                                bool tilt) {
+__global__ void __launch_bounds__(kPieceThreads, 2)
+    advance_pieces(const Call call, const LongState state, int read, int write, bool evaluate, bool tilt) {
   PILE_SHARED_MEMORY(base);
   const PieceMemory memory(base);
   const Piece piece(call, state);
@@ -189,7 +203,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) advance_pieces(const Call ca
   if (!q.meets_through_fields()) return;
   __syncthreads();
   for_blocks(q, piece.begin, piece.end, [&](int b, int lo, int hi, int, int) {
-    deposit<kOwn>(q.own.grid, fresh + lo, state.weighted ? gains + lo : nullptr, hi - lo, memory.partial, q.moments(piece.number, b));
+    deposit<kOwn>(q.own.grid, fresh + lo, state.weighted ? gains + lo : nullptr, hi - lo, memory.partial,
+                  q.moments(piece.number, b));
   });
 }
 
@@ -234,7 +249,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) trace_pieces(const Call call
             float slope = 0, loss = 0;
             const int below = larger(q.at(state.last)[k], from);
             if (state.weighted)
-              label_losses<true, true>(memory.tile - from, memory.tile_gain - from, u[k], gains[k], 1, state.offset, below, to, lanes, slope, loss);
+              label_losses<true, true>(memory.tile - from, memory.tile_gain - from, u[k], gains[k], 1, state.offset, below, to,
+                                       lanes, slope, loss);
             else
               label_losses<true, false>(memory.tile - from, nullptr, u[k], 0, 1, state.offset, below, to, lanes, slope, loss);
             loss = lanes.sum(loss);
@@ -281,7 +297,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) finish_pieces(const Call cal
 }
 
 LongState state_of(const Call& call, void* scratch) {
-  return LongState(call, static_cast<char*>(scratch), call.ensemble.pair_weight != PairWeight::none, call.ensemble.pairwise, call.offset);
+  return LongState(call, static_cast<char*>(scratch), call.ensemble.pair_weight != PairWeight::none, call.ensemble.pairwise,
+                   call.offset);
 }
 
 }  // namespace

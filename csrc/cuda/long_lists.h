@@ -50,22 +50,22 @@ struct LossPart {
 struct LongState {
   int64_t documents, pieces, blocks, slots;  // numbers in all, as bounds
   bool packed;
-  int64_t list_pieces, list_blocks;          // of one padded list
+  int64_t list_pieces, list_blocks;  // of one padded list
   bool weighted;
   PairSum pairwise;
   float offset;
 
-  const int64_t *keys, *order;               // sorted; nullptr: positions are slots
+  const int64_t *keys, *order;  // sorted; nullptr: positions are slots
   float *u[2], *gain, *per_pair, *above, *exponent, *low, *high, *logit, *teachers;
   int *first, *last;
-  double* prefix;                            // documents + queries
+  double* prefix;  // documents + queries
   QueryState* query;
-  double *mean, *scale;                      // by query and teacher, as the next
+  double *mean, *scale;  // by query and teacher, as the next
   float *energy, *weight;
-  Moments* measured;                         // by piece and teacher
+  Moments* measured;  // by piece and teacher
   double *piece_sum, *piece_prefix, *piece_pull, *block_sum;
-  int* block_begin;                          // per query one more than blocks
-  float *moments, *fields, *tables;          // kinds of kMostCells x kPowers by slot and block; κ(+), κ(−), ψ(+)
+  int* block_begin;                             // per query one more than blocks
+  float *moments, *fields, *tables;             // kinds of kMostCells x kPowers by slot and block; κ(+), κ(−), ψ(+)
   float *z, *distill_moments, *distill_fields;  // of the loss; u[0] is then the plain student, u[1] the target
   LossPart* loss_parts;
   int64_t bytes;
@@ -75,11 +75,19 @@ struct LongState {
 
   // Where a query's own begin. For packed lists bounds that grow with the documents before: no table, no scan.
   PILE_SHARED int64_t first_piece(int64_t q, int64_t first) const { return packed ? first / kPiece + q : q * list_pieces; }
-  PILE_SHARED int64_t first_block(int64_t q, int64_t first) const { return packed ? 2 * (first / kLeastBlock + q) : q * list_blocks; }
+  PILE_SHARED int64_t first_block(int64_t q, int64_t first) const {
+    return packed ? 2 * (first / kLeastBlock + q) : q * list_blocks;
+  }
   PILE_SHARED int64_t first_slot(int64_t q, int64_t first) const { return first_piece(q, first) + first_block(q, first); }
 
   PILE_SHARED LongState(const Call& call, char* base, bool weighted, PairSum pairwise, float offset)
-      : documents(call.documents()), packed(call.batch.cu_seqlens.data != nullptr), weighted(weighted), pairwise(pairwise), offset(offset), keys(nullptr), order(nullptr) {
+      : documents(call.documents()),
+        packed(call.batch.cu_seqlens.data != nullptr),
+        weighted(weighted),
+        pairwise(pairwise),
+        offset(offset),
+        keys(nullptr),
+        order(nullptr) {
     const int64_t queries = call.batch.queries, teacher_count = call.teachers();
     list_pieces = larger<int64_t>(parts(call.batch.slots, kPiece), 1);
     list_blocks = smaller<int64_t>(kMostBlocks, 2 * larger<int64_t>(parts(call.batch.slots, kLeastBlock), 1));
@@ -146,8 +154,9 @@ struct Piece {
   int number, begin, end;
 
   PILE_DEVICE Piece(const Call& call, const LongState& state) : index(blockIdx.x) {
-    const int64_t q = state.packed ? owner(call.batch.queries, index, [&](int64_t k) { return state.first_piece(k, locate(call, k).output); })
-                                   : index / state.list_pieces;
+    const int64_t q =
+        state.packed ? owner(call.batch.queries, index, [&](int64_t k) { return state.first_piece(k, locate(call, k).output); })
+                     : index / state.list_pieces;
     query = locate(call, q);
     number = int(smaller<int64_t>(index - state.first_piece(q, query.output), parts(query.n, kPiece)));
     begin = smaller(number * kPiece, query.n);
@@ -161,8 +170,9 @@ struct Block {
   int64_t index;
   int number;
   PILE_DEVICE Block(const Call& call, const LongState& state) : index(blockIdx.x) {
-    const int64_t q = state.packed ? owner(call.batch.queries, index, [&](int64_t k) { return state.first_block(k, locate(call, k).output); })
-                                   : index / state.list_blocks;
+    const int64_t q =
+        state.packed ? owner(call.batch.queries, index, [&](int64_t k) { return state.first_block(k, locate(call, k).output); })
+                     : index / state.list_blocks;
     query = locate(call, q);
     number = int(smaller<int64_t>(index - state.first_block(q, query.output), kMostBlocks));
   }
@@ -175,7 +185,8 @@ struct LongQuery {
   QueryState& own;
   int64_t first;
 
-  PILE_DEVICE LongQuery(const LongState& state, const Query& query) : state(state), query(query), own(state.query[query.index]), first(query.output) {}
+  PILE_DEVICE LongQuery(const LongState& state, const Query& query)
+      : state(state), query(query), own(state.query[query.index]), first(query.output) {}
   PILE_DEVICE SortedKeys keys() const { return {state.keys + first}; }
   PILE_DEVICE int slot(int k) const {
     if (!state.order) return k;
@@ -183,7 +194,9 @@ struct LongQuery {
     return int(smaller(larger(state.order[first + k] - (state.packed ? first : 0), int64_t(0)), int64_t(query.n - 1)));
   }
   template <class T>
-  PILE_DEVICE T* at(T* array) const { return array + first; }
+  PILE_DEVICE T* at(T* array) const {
+    return array + first;
+  }
   PILE_DEVICE int* block_begin() const { return state.block_begin + state.first_block(query.index, first) + query.index; }
   PILE_DEVICE double* prefix() const { return state.prefix + first + query.index; }
   PILE_DEVICE float* moments(int piece, int block) const {
@@ -205,8 +218,15 @@ struct LongQuery {
   }
   PILE_DEVICE Teachers teachers(const Call& call) const {
     const int count = call.teachers();
-    return {at(state.teachers), state.energy + query.index * count, state.weight + query.index * count, at(state.low), at(state.high),
-            state.documents, count, call.by_document(), own.plain};
+    return {at(state.teachers),
+            state.energy + query.index * count,
+            state.weight + query.index * count,
+            at(state.low),
+            at(state.high),
+            state.documents,
+            count,
+            call.by_document(),
+            own.plain};
   }
 };
 
@@ -240,7 +260,9 @@ PILE_DEVICE void for_blocks(const LongQuery& q, int begin, int end, Visit visit)
 }
 
 // Does a label block hold several labels?
-PILE_DEVICE bool is_mixed(const LongQuery& q, int block_begin, int block_end) { return q.at(q.state.last)[block_begin] < block_end; }
+PILE_DEVICE bool is_mixed(const LongQuery& q, int block_begin, int block_end) {
+  return q.at(q.state.last)[block_begin] < block_end;
+}
 
 // Tiles of columns [begin, end) in shared memory: load(j) into memory.tile, then use(from, to); the whole block calls.
 template <class Load, class Use>
@@ -256,7 +278,8 @@ PILE_DEVICE void for_tiles(int begin, int end, Load load, Use use) {
 
 // The phases both files launch.
 void prepare_fields(const LongState& state, cudaStream_t stream);  // unless direct: the tables, and moments of 0 to deposit in
-void launch_order(const Call& call, const LongState& state, PairWeight weight, cudaStream_t stream);  // bounds, label blocks, weights
+void launch_order(const Call& call, const LongState& state, PairWeight weight,
+                  cudaStream_t stream);  // bounds, label blocks, weights
 void launch_solve(const Call& call, const LongState& state, bool losses, cudaStream_t stream);
 
 }  // namespace gpu

@@ -113,13 +113,14 @@ __global__ void __launch_bounds__(kPieceThreads, 2) deposit_pieces(const Call ca
   const LongQuery q(state, piece.query);
   if (q.meets_through_fields())
     for_blocks(q, piece.begin, piece.end, [&](int b, int lo, int hi, int, int) {
-      deposit<kOwn>(q.own.grid, q.at(state.u[0]) + lo, state.weighted ? q.at(state.gain) + lo : nullptr, hi - lo, memory.partial,
-                    q.moments(piece.number, b));
+      deposit<kOwn>(q.own.grid, q.at(state.u[0]) + lo, state.weighted ? q.at(state.gain) + lo : nullptr, hi - lo,
+                    memory.partial, q.moments(piece.number, b));
     });
   if (!q.own.distills_through_fields() || piece.begin >= piece.end) return;
   for (int which = 0; which < 2; ++which) {
     const float* of = q.at(which ? state.u[1] : state.z);
-    for (int k = piece.begin + int(threadIdx.x); k < piece.end; k += kPieceThreads) memory.fresh[k - piece.begin] = used_or_nan(of[k]);
+    for (int k = piece.begin + int(threadIdx.x); k < piece.end; k += kPieceThreads)
+      memory.fresh[k - piece.begin] = used_or_nan(of[k]);
     __syncthreads();
     deposit<kOwn>(which ? q.own.s_grid : q.own.z_grid, memory.fresh, nullptr, piece.end - piece.begin, memory.partial,
                   state.distill_moments + (which * state.pieces + piece.index) * LongState::kKind);
@@ -139,10 +140,12 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_distillation(const Cal
   float* const partial = all + LongState::kKind;
   team.partial = reinterpret_cast<double*>(partial + kSolveThreads);
   const int cells = target ? q.own.s_grid.cells : q.own.z_grid.cells, words = cells * kPowers;
-  const float* slots = state.distill_moments + ((target ? state.pieces : 0) + state.first_piece(index, query.output)) * LongState::kKind;
+  const float* slots =
+      state.distill_moments + ((target ? state.pieces : 0) + state.first_piece(index, query.output)) * LongState::kKind;
   sum_moments(slots, LongState::kKind, 0, int(parts(query.n, kPiece)), words, partial, all);
   float* field = state.distill_fields + (2 * index + target) * LongState::kKind;
-  for (int e = team.rank; e < words; e += team.size) field[e] = apply_kappa(state.tables, 0, all, cells, e / kPowers, e % kPowers);
+  for (int e = team.rank; e < words; e += team.size)
+    field[e] = apply_kappa(state.tables, 0, all, cells, e / kPowers, e % kPowers);
   if (target) return;
   const float* of_psi = state.tables + 2 * kTableWords;
   const double sum = ordered_sum(team, cells, [&](int c) { return apply_psi<false>(of_psi, 0, all, all, cells, c); });
@@ -184,10 +187,10 @@ struct PairSums {
               rows(lo, hi, [&](int k) {
                 float slope = 0, above = 0, loss = 0;
                 const float gain = kWeighted ? gains[k] : 0.0f;
-                label_losses<true, kWeighted>(memory.tile - from, memory.tile_gain - from, z[k], gain, 1, 0, larger(q.at(state.last)[k], from), to,
-                                              lanes, slope, loss);
-                label_losses<false, kWeighted>(memory.tile - from, memory.tile_gain - from, z[k], gain, 1, 0, larger(begin, from),
-                                               smaller(q.at(state.first)[k], to), lanes, above, loss);
+                label_losses<true, kWeighted>(memory.tile - from, memory.tile_gain - from, z[k], gain, 1, 0,
+                                              larger(q.at(state.last)[k], from), to, lanes, slope, loss);
+                label_losses<false, kWeighted>(memory.tile - from, memory.tile_gain - from, z[k], gain, 1, 0,
+                                               larger(begin, from), smaller(q.at(state.first)[k], to), lanes, above, loss);
                 slope = lanes.sum(slope - above);
                 loss = lanes.sum(loss);
                 if (lanes.rank == 0) add(k, -scale * slope, scale * loss);
@@ -244,12 +247,14 @@ struct PairSums {
           memory.tile_more[to] = used && !kWide ? expf(own_s - s_middle) : 0.0f;
         },
         [&](int from, int to) {
-          const DistillColumns columns = {memory.tile - from, memory.tile_gain - from, memory.row_u - from, memory.tile_more - from};
+          const DistillColumns columns = {memory.tile - from, memory.tile_gain - from, memory.row_u - from,
+                                          memory.tile_more - from};
           rows(piece.begin, piece.end, [&](int k) {
             if (s[k] == DistillColumns::kNeutral) return;
             const DistillRow row = {k, z[k], s[k], expf(z[k] - z_middle), expf(s[k] - s_middle)};
             float slope = 0, loss = 0;
-            kWide ? distill_wide(columns, row, from, to, lanes, slope, loss) : distill_narrow(columns, row, from, to, lanes, slope, loss);
+            kWide ? distill_wide(columns, row, from, to, lanes, slope, loss)
+                  : distill_narrow(columns, row, from, to, lanes, slope, loss);
             slope = lanes.sum(slope);
             loss = lanes.sum(loss);
             if (lanes.rank == 0) add(k, scale * call.per_tau * slope, scale * loss);
@@ -268,7 +273,9 @@ struct PairSums {
   }
 };
 
-PILE_DEVICE float label_scale(const Call& call, const QueryState& own) { return own.pairs > 0 ? float((1 - call.loss.alpha) / own.pairs) : 0.0f; }
+PILE_DEVICE float label_scale(const Call& call, const QueryState& own) {
+  return own.pairs > 0 ? float((1 - call.loss.alpha) / own.pairs) : 0.0f;
+}
 PILE_DEVICE float distill_scale(const Call& call, const QueryState& own) {
   const double pairs = own.targets * (own.targets - 1) / 2;
   return pairs > 0 ? float(call.loss.alpha / pairs) : 0.0f;
@@ -316,7 +323,8 @@ __global__ void __launch_bounds__(32, 1) total_queries(const Call call, const Lo
   const double* pieces = state.piece_sum + state.first_piece(query.index, query.output);
   const double* blocks = state.block_sum + state.first_block(query.index, query.output);
   double loss = ordered_sum(team, int(parts(query.n, kPiece)), [&](int p) { return pieces[p]; });
-  if (call.ranks() && q.meets_through_fields()) loss += label_scale(call, q.own) * ordered_sum(team, q.own.blocks, [&](int b) { return blocks[b]; });
+  if (call.ranks() && q.meets_through_fields())
+    loss += label_scale(call, q.own) * ordered_sum(team, q.own.blocks, [&](int b) { return blocks[b]; });
   if (q.own.distills_through_fields()) loss += distill_scale(call, q.own) * q.own.distill_loss;
   if (team.rank > 0) return;
   call.losses[query.index] = q.own.broken ? not_a_number() : float(loss);
@@ -324,7 +332,8 @@ __global__ void __launch_bounds__(32, 1) total_queries(const Call call, const Lo
 }
 
 LongState state_of(const Call& call, void* scratch) {
-  return LongState(call, static_cast<char*>(scratch), call.ranks() && call.loss.pair_weight != PairWeight::none, call.loss.pairwise, 0);
+  return LongState(call, static_cast<char*>(scratch), call.ranks() && call.loss.pair_weight != PairWeight::none,
+                   call.loss.pairwise, 0);
 }
 
 }  // namespace

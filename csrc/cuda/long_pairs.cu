@@ -10,7 +10,8 @@ namespace pile {
 namespace gpu {
 namespace {
 
-__global__ void __launch_bounds__(kPieceThreads, 2) write_keys(const Call call, const LongState state, int64_t* keys, bool scored) {
+__global__ void __launch_bounds__(kPieceThreads, 2)
+    write_keys(const Call call, const LongState state, int64_t* keys, bool scored) {
   const Piece piece(call, state);
   for (int i = piece.begin + int(threadIdx.x); i < piece.end; i += kPieceThreads) {
     uint64_t key = slot_key(call, piece.query, i, true);
@@ -18,7 +19,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) write_keys(const Call call, 
       const View& view = call.batch.teacher;
       bool any = false;
       for (int m = 0; m < call.teachers() && !any; ++m)
-        any = is_number(load_score(view, at(view, piece.query, i) + m * view.teacher)) && prior_weight(call, piece.query.index, m) > 0;
+        any = is_number(load_score(view, at(view, piece.query, i) + m * view.teacher)) &&
+              prior_weight(call, piece.query.index, m) > 0;
       if (!any) key = kUnscored;
     }
     keys[piece.query.output + i] = int64_t(key ^ uint64_t(1) << 63);
@@ -65,7 +67,8 @@ __global__ void __launch_bounds__(kQueryThreads, 1) cut_blocks(const Call call, 
       // The first group that starts in the window; and a group of `size` or more, which then reaches into the next window.
       one = first[begin] == begin ? begin : last[begin];
       if (one >= end) one = -1;
-      if (end < labelled && first[end] >= begin && last[end] - first[end] >= size && first[end] != one && first[end] < end) two = first[end];
+      if (end < labelled && first[end] >= begin && last[end] - first[end] >= size && first[end] != one && first[end] < end)
+        two = first[end];
     }
     starts[2 * rank] = one;
     starts[2 * rank + 1] = two;
@@ -143,7 +146,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) tabulate(const LongState sta
   const int word = int(blockIdx.x) * kPieceThreads + int(threadIdx.x);
   if (word >= 3 * kTableWords) return;
   const int table = word / kTableWords;
-  state.tables[word] = table_entry(table == 1 ? -double(state.offset) : double(state.offset), table == 2, word % kTableWords, cell);
+  state.tables[word] =
+      table_entry(table == 1 ? -double(state.offset) : double(state.offset), table == 2, word % kTableWords, cell);
 }
 
 __global__ void __launch_bounds__(kSolveThreads, 1) solve_blocks(const Call call, const LongState state, bool losses) {
@@ -161,7 +165,8 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_blocks(const Call call
   const int64_t stride = int64_t(state.kinds()) * LongState::kKind;
   const float* slots = q.moments(0, 0);
   // Slots that no piece and block share hold zeros.
-  const int own_slot = begin[b] / kPiece + b, next_slot = (begin[b + 1] - 1) / kPiece + b + 1, last_slot = (labelled - 1) / kPiece + q.own.blocks;
+  const int own_slot = begin[b] / kPiece + b, next_slot = (begin[b + 1] - 1) / kPiece + b + 1,
+            last_slot = (labelled - 1) / kPiece + q.own.blocks;
   sum_moments(slots, stride, next_slot, last_slot, words, partial, low);
   const float *plus = state.tables, *minus = plus + kTableWords, *of_psi = minus + kTableWords;
   const double offset = state.offset;
@@ -169,7 +174,8 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_blocks(const Call call
     sum_moments(slots, stride, own_slot, next_slot, words, partial, high);  // the block's own, for now
     const double loss = ordered_sum(team, cells, [&](int c) {
       if (!state.weighted) return apply_psi<true>(of_psi, offset, high, low, cells, c);
-      return apply_psi<true>(of_psi, offset, high + row, low, cells, c) - apply_psi<true>(of_psi, offset, high, low + row, cells, c);
+      return apply_psi<true>(of_psi, offset, high + row, low, cells, c) -
+             apply_psi<true>(of_psi, offset, high, low + row, cells, c);
     });
     if (team.rank == 0) state.block_sum[block.index] = loss;
     team.sync();
@@ -182,7 +188,8 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_blocks(const Call call
   for (int e = team.rank; e < words; e += team.size) {
     const int kind = e / row, c = e % row / kPowers, power = e % kPowers;
     const float *below = low + kind * row, *above = high + kind * row;
-    float value = apply_kappa(plus, offset, below, cells, c, power) + sign * apply_kappa(minus, -offset, above, cells, c, power);
+    float value =
+        apply_kappa(plus, offset, below, cells, c, power) + sign * apply_kappa(minus, -offset, above, cells, c, power);
     if (power == 0) {
       float half = 0;
       for (int s = 0; s < cells; ++s) half += below[s * kPowers] - sign * above[s * kPowers];
@@ -202,9 +209,11 @@ void launch_keys(const Call& call, int64_t* keys, bool scored, cudaStream_t stre
 
 void prepare_fields(const LongState& state, cudaStream_t stream) {
   if (state.pairwise == PairSum::direct) return;
-  PILE_LAUNCH(tabulate, unsigned(parts(3 * kTableWords, kPieceThreads)), kPieceThreads, sizeof(CellNodes<double, kPowers>), stream, state);
+  PILE_LAUNCH(tabulate, unsigned(parts(3 * kTableWords, kPieceThreads)), kPieceThreads, sizeof(CellNodes<double, kPowers>),
+              stream, state);
   check(cudaGetLastError(), "tabulate");
-  check(cudaMemsetAsync(state.moments, 0, size_t(state.slots * state.kinds() * LongState::kKind) * sizeof(float), stream), "cudaMemsetAsync");
+  check(cudaMemsetAsync(state.moments, 0, size_t(state.slots * state.kinds() * LongState::kKind) * sizeof(float), stream),
+        "cudaMemsetAsync");
 }
 
 void launch_order(const Call& call, const LongState& state, PairWeight weight, cudaStream_t stream) {

@@ -11,7 +11,7 @@ namespace gpu {
 constexpr uint64_t kUnlabelled = ~uint64_t(0) - 2, kUnscored = kUnlabelled + 1, kAbsent = kUnlabelled + 2;
 
 PILE_DEVICE uint64_t label_key(double label) {
-  if (!(fabs(label) < double(kInfinity))) return kUnlabelled;  // NaN; or infinite, which orders nothing
+  if (!(fabs(label) < double(kInfinity))) return kUnlabelled;         // NaN; or infinite, which orders nothing
   const uint64_t bits = uint64_t(__double_as_longlong(label + 0.0));  // 0 and -0 are one label
   const uint64_t rising = bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
   return ~rising;

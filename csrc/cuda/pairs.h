@@ -38,7 +38,7 @@ PILE_DEVICE float add_quotients(float sum, float a, float b, float c, float d, f
 
 // The ensemble's label pairs between the positions [begin, end), and a window [from, to) of them, `from` a multiple of four.
 struct LabelColumns {
-  const float* u;      // F_j = e^{c − u_j}, or u_j where wide; valid inside the window
+  const float* u;  // F_j = e^{c − u_j}, or u_j where wide; valid inside the window
   const float* gains;
   const float *row_u, *row_gains;  // the same of the rows
   const int *first, *last;
@@ -78,7 +78,7 @@ PILE_DEVICE void label_pull(const LabelColumns& of, int row, int last_row, const
   auto factor = [&](float own, float column) {
     return wide ? 1.0f + exp_fast(fminf(own - column, kNarrow)) : fmaf(own, column, 1.0f);
   };
-  auto whole = [&](int j, const float(&own)[R]) {
+  auto whole = [&](int j, const float (&own)[R]) {
     const float4 c = four(of.u + j);
     float4 g = {};
     if (weighted) g = four(of.gains + j);
@@ -140,8 +140,8 @@ PILE_DEVICE void by_fours(int from, int to, const Lanes& lanes, Whole whole, Par
 // right.
 // Relative accuracy of every pair, however well ordered: with t = e^{−|x|}, p is t / (1 + t) or 1 / (1 + t).
 template <bool kBelow, bool kWeighted>
-PILE_DEVICE void label_losses(const float* u, const float* gains, float row, float gain, float scale, float offset, int from, int to,
-                              const Lanes& lanes, float& slope, float& loss) {
+PILE_DEVICE void label_losses(const float* u, const float* gains, float row, float gain, float scale, float offset, int from,
+                              int to, const Lanes& lanes, float& slope, float& loss) {
   struct Pair {
     float weight, numerator, denominator, excess;
   };
@@ -155,7 +155,8 @@ PILE_DEVICE void label_losses(const float* u, const float* gains, float row, flo
       from, to, lanes,
       [&](int j) {
         const Pair a = pair(j), b = pair(j + 1), c = pair(j + 2), d = pair(j + 3);
-        slope = add_quotients(slope, a.denominator, b.denominator, c.denominator, d.denominator, a.numerator, b.numerator, c.numerator, d.numerator);
+        slope = add_quotients(slope, a.denominator, b.denominator, c.denominator, d.denominator, a.numerator, b.numerator,
+                              c.numerator, d.numerator);
         if constexpr (!kBelow) return;
         if constexpr (kWeighted) {
           for (const Pair& p : {a, b, c, d}) loss += p.weight * (p.excess + kLn2 * log2_fast(p.denominator));
@@ -191,7 +192,8 @@ struct DistillRow {
 //
 // Narrow: e and f are products, half the cross entropy is taken from either side, and one logarithm serves four pairs: 12 float
 // instructions, half a reciprocal and a quarter of a logarithm per pair.
-PILE_DEVICE void distill_narrow(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes, float& slope, float& loss) {
+PILE_DEVICE void distill_narrow(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes,
+                                float& slope, float& loss) {
   const float e_row = reciprocal(row.z_power), f_row = reciprocal(row.s_power);
   struct Pair {
     float own, both, slope, loss;  // 1 + e, (1 + e)(1 + f), and the numerators over the latter
@@ -215,7 +217,8 @@ PILE_DEVICE void distill_narrow(const DistillColumns& of, const DistillRow& row,
 
 // Wide: an exponential each, bounded so that a product of two factors stays a float32. The cross entropy is taken from the side of the
 // student's higher document, where nothing cancels and 1 + e <= 2: one logarithm serves 32 pairs.
-PILE_DEVICE void distill_wide(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes, float& slope, float& loss) {
+PILE_DEVICE void distill_wide(const DistillColumns& of, const DistillRow& row, int from, int to, const Lanes& lanes,
+                              float& slope, float& loss) {
   float product = 1;
   int factors = 0;
   for (int j = from + 4 * lanes.rank; j < to; j += 4 * kLanes) {

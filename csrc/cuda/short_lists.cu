@@ -31,7 +31,8 @@ PILE_DEVICE void finish_tail(const Call& call, const Query& query, const Team& t
   for (int64_t d = query.output + query.n + team.rank; d < call.documents(); d += team.size) {
     if (call.out.logits) static_cast<float*>(call.out.logits)[d] = not_a_number();
     if (call.out.gradient) store_gradient(call, d, 0);
-    for (int m = 0; call.out.weights && call.by_document() && m < teachers; ++m) static_cast<float*>(call.out.weights)[d * teachers + m] = 0;
+    for (int m = 0; call.out.weights && call.by_document() && m < teachers; ++m)
+      static_cast<float*>(call.out.weights)[d * teachers + m] = 0;
   }
 }
 
@@ -73,7 +74,9 @@ PILE_SHARED int64_t spill_words(int64_t documents_before, int64_t queries_before
   const int64_t documents = (documents_before + kAlign - 1) / kAlign * kAlign + 2 * kAlign * queries_before;
   return documents * (Workspace::kFields + teachers) + queries_before * Workspace::words(0, teachers);
 }
-PILE_SHARED int capacity_for(int64_t n) { return int((n / kAlign + 1) * kAlign); }  // n + 1 at least: running sums have one more
+PILE_SHARED int capacity_for(int64_t n) {
+  return int((n / kAlign + 1) * kAlign);
+}  // n + 1 at least: running sums have one more
 
 // The lists of a packed batch that shared memory does not hold, in the scratch buffer: right, but slow.
 __global__ void __launch_bounds__(kSpillThreads, 1) block_per_long_query(const Call call) {
@@ -164,7 +167,8 @@ void run_short(Call call, const ShortPlan& plan, cudaStream_t stream) {
   const auto kernel = plan.warps ? warp_per_query : block_per_query;
   const int per_block = plan.warps ? plan.threads / 32 : 1;
   if (plan.shared_bytes > 48 * 1024)  // beyond, a kernel has to be told
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)), "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)),
+          "cudaFuncSetAttribute");
   PILE_LAUNCH(kernel, unsigned((queries + per_block - 1) / per_block), plan.threads, size_t(plan.shared_bytes), stream, call);
   check(cudaGetLastError(), "the launch for short lists");
   if (!plan.spills) return;
@@ -174,7 +178,8 @@ void run_short(Call call, const ShortPlan& plan, cudaStream_t stream) {
 
 void reduce(const Call& call, void* scaled, DType scaled_dtype, const Device& device, cudaStream_t stream) {
   const int64_t share = 4 * kReduceThreads;
-  const int64_t blocks = scaled ? larger<int64_t>(smaller<int64_t>((call.documents() + share - 1) / share, 4 * device.processors), 1) : 1;
+  const int64_t blocks =
+      scaled ? larger<int64_t>(smaller<int64_t>((call.documents() + share - 1) / share, 4 * device.processors), 1) : 1;
   PILE_LAUNCH(reduce_queries, unsigned(blocks), kReduceThreads, 32 * sizeof(double), stream, call, scaled, scaled_dtype);
   check(cudaGetLastError(), "the launch of the reduction");
 }

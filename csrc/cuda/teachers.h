@@ -67,7 +67,8 @@ PILE_DEVICE void measure(const Team& team, int teachers, int begin, int end, Raw
 struct Calibration {
   double mean, scale;
 
-  PILE_DEVICE Calibration(const Moments& of, Normalize normalize) : mean(normalize == Normalize::none ? 0.0 : of.mean), scale(1) {
+  PILE_DEVICE Calibration(const Moments& of, Normalize normalize)
+      : mean(normalize == Normalize::none ? 0.0 : of.mean), scale(1) {
     // By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
     if (normalize == Normalize::zscore) scale = of.high > of.low ? 1 / sqrt(of.squares / of.count) : 0.0;
   }

@@ -32,34 +32,37 @@ PILE_DEVICE Query locate(const Call& call, int64_t q) {
 struct Workspace {
   // Fields of 4 bytes per document. Some lend their memory to a neighbour's earlier or later life.
   enum Field {
-    kU0 = 0, kU1,            // by position: e^{c − u} (u where wide), u = s / temperature; iterations read one, write the other
-    kSlot,                   // by position
-    kFirst, kLast,           // by position: where its label begins and ends
-    kGain,                   // by position, in [0, 1]
-    kPerPair,                // by position: 1 / k_i, 0 without pairs
-    kAbove,                  // by position: Σ ω over the documents above
-    kExponent,               // by position: a_i; granularity "query": λ_i / share_i
-    kLow, kHigh,             // by position: lowest and highest teacher
-    kLogit,                  // by position while iterating, then by slot: s
-    kStudent,                // by slot
+    kU0 = 0,
+    kU1,    // by position: e^{c − u} (u where wide), u = s / temperature; iterations read one, write the other
+    kSlot,  // by position
+    kFirst,
+    kLast,      // by position: where its label begins and ends
+    kGain,      // by position, in [0, 1]
+    kPerPair,   // by position: 1 / k_i, 0 without pairs
+    kAbove,     // by position: Σ ω over the documents above
+    kExponent,  // by position: a_i; granularity "query": λ_i / share_i
+    kLow,
+    kHigh,     // by position: lowest and highest teacher
+    kLogit,    // by position while iterating, then by slot: s
+    kStudent,  // by slot
     kFields,
-    kKeys = kU0,             // 8 bytes: by slot, then by position
-    kPrefix = kLow,          // 8 bytes: running sum of the gains
+    kKeys = kU0,     // 8 bytes: by slot, then by position
+    kPrefix = kLow,  // 8 bytes: running sum of the gains
     // The loss's own, by position.
-    kStudentPower = kU0,     // e^{z/τ − c}
+    kStudentPower = kU0,  // e^{z/τ − c}
     kTargetPower = kU1,
-    kScaledStudent = kLow,   // z / τ and s / τ, from a logit of the query's
+    kScaledStudent = kLow,  // z / τ and s / τ, from a logit of the query's
     kScaledTarget = kHigh,
     kPlainStudent = kExponent,
   };
-  static constexpr int kPerTeacher = 8;    // 4 bytes each: mean (8), scale (8), energy, weight; whole 16 bytes
+  static constexpr int kPerTeacher = 8;     // 4 bytes each: mean (8), scale (8), energy, weight; whole 16 bytes
   static constexpr int kPerQuery = 2 * 32;  // a double for each warp of the team
 
   float* documents = nullptr;
-  float* teachers = nullptr;     // [M][stride], calibrated, NaN = missing
+  float* teachers = nullptr;  // [M][stride], calibrated, NaN = missing
   float* of_teachers = nullptr;
   double* partial = nullptr;
-  int64_t stride = 0;            // documents from field to field and teacher to teacher
+  int64_t stride = 0;  // documents from field to field and teacher to teacher
 
   static PILE_SHARED int64_t words(int64_t documents, int teachers) {
     return documents * (kFields + teachers) + int64_t(kPerTeacher) * teachers + kPerQuery;

@@ -51,7 +51,9 @@ constexpr size_t kStack = size_t(1) << 18;
 
 struct Stack {
   char* base;
-  Stack() : base(static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {
+  Stack()
+      : base(static_cast<char*>(
+            mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0))) {
     if (base == MAP_FAILED) throw std::bad_alloc();
   }
   Stack(Stack&& other) noexcept : base(other.base) { other.base = nullptr; }
@@ -130,7 +132,8 @@ extern "C" void emulation_fiber() {
   --live;
   const int first = index_of(running) / 32 * 32;
   for (int l = first; l < first + 32 && l < int(fibers.size()); ++l)
-    if (fibers[l].state == State::in_collective && fibers[l].mask >> lane() & 1) problem = "a warp collective waits for a thread that has left";
+    if (fibers[l].state == State::in_collective && fibers[l].mask >> lane() & 1)
+      problem = "a warp collective waits for a thread that has left";
   release_barrier();  // those that have left are not waited for
   to_scheduler(true);
   std::abort();
@@ -189,7 +192,8 @@ uint64_t warp_collective(unsigned mask, uint64_t value, int source) {
   self->value = value;
   self->source = source;
   bool complete = true;
-  if (!(mask >> lane() & 1) || (source >= 0 && !(mask >> source & 1))) problem = "a warp collective's mask lacks the lane itself or its source";
+  if (!(mask >> lane() & 1) || (source >= 0 && !(mask >> source & 1)))
+    problem = "a warp collective's mask lacks the lane itself or its source";
   for (int l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     const Fiber* other = first + l < int(fibers.size()) ? &fibers[first + l] : nullptr;

@@ -62,7 +62,7 @@ struct Float16 {
     wide &= 0x7fffffff;
     if (wide > 0x7f800000) return {uint16_t(sign | 0x7e00)};
     if (wide >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more round to infinity
-    if (wide < 0x38800000) {                                    // subnormal: let the adder round at 2^-24
+    if (wide < 0x38800000) {                                   // subnormal: let the adder round at 2^-24
       float magnitude;
       std::memcpy(&magnitude, &wide, 4);
       magnitude += 0.5f;
