@@ -13,8 +13,8 @@ from pile_fast.options import ensemble_options, loss_options
 
 ITERATIONS = 10
 GRANULARITIES = ("document", "query")
-ENSEMBLE = {g: ensemble_options(ITERATIONS, None, g, "zscore", 1.0, 0.0, None, "auto") for g in GRANULARITIES}
-LOSS = loss_options(1.0, "logistic", 1.0, None, "mean", "auto")
+ENSEMBLE = {g: ensemble_options(iterations=ITERATIONS, granularity=g) for g in GRANULARITIES}
+LOSS = loss_options()
 
 # The numerics contract of docs/algorithm.md, float32: of the largest calibrated logit, of the largest gradient entry.
 ENSEMBLE_TOLERANCE, LOSS_TOLERANCE = 2e-6, 1e-5

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pile_fast import pairwise_distillation_loss, pairwise_logistic_loss
+from pile_fast import distillation_loss, ranking_loss
 from pile_fast.data import RankedLists
 from pile_fast.metrics import ndcg
 from pile_fast.students import FeatureRanker, FeatureRankerConfig
@@ -206,9 +206,9 @@ class _Loss:
             # BCE(σ(Δz/τ), σ(Δs/τ)) with a τ for each student is that of τ = 1 on logits divided by τ.
             tau = self.temperature[of, None, None]
             targets = self._gather(self.targets[of], batch) / tau
-            total = total + self._mean(pairwise_distillation_loss, z[of] / tau, targets, self.alpha[of], batch)
+            total = total + self._mean(distillation_loss, z[of] / tau, targets, self.alpha[of], batch)
         for pair_weight, of in self.labelled.items():
-            loss = functools.partial(pairwise_logistic_loss, pair_weight=pair_weight)
+            loss = functools.partial(ranking_loss, pair_weight=pair_weight)
             total = total + self._mean(loss, z[of], self._gather(self.labels[of], batch), 1 - self.alpha[of], batch)
         return total
 

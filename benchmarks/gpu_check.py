@@ -460,8 +460,8 @@ def speed():
         return dict(ok=True, skipped="needs a GPU")
     from pile_fast import reference
 
-    ensemble = ensemble_options(10, None, "document", "zscore", 1.0, 0.0, None, "auto")
-    loss = loss_options(1.0, "logistic", 1.0, None, "mean", "auto")
+    ensemble = ensemble_options()
+    loss = loss_options()
 
     def plain(z, t, y):
         valid = torch.ones_like(y, dtype=torch.bool)

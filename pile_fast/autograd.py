@@ -1,7 +1,7 @@
 """The registered ops and their autograd: the only module that knows either.
 
-Three ops, `pile_fast::ensemble`, `pile_fast::pair_loss` and `pile_fast::pile_loss`, take flat arguments (tensors, then the
-fields of the option sets, then the backend's name) and have fakes, so that `torch.compile(fullgraph=True)` sees one node.
+Three ops, `pile_fast::ensemble`, `pile_fast::pair_loss` and `pile_fast::pile_loss`, take flat arguments (tensors, options,
+flags, the backend's name) and have fakes, so that `torch.compile(fullgraph=True)` sees one node.
 Eager calls skip the dispatcher and go to the backend directly; docs/performance.md has what that saves per call.
 
 The student's gradient is computed with the loss, when the student requires grad and only then; backward multiplies it by
@@ -10,147 +10,178 @@ the upstream gradient.
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pile_fast import backends
-from pile_fast.batch import RankingBatch, compute_dtype
-from pile_fast.options import EnsembleOptions, LossOptions
-
-_ENSEMBLE_OPTIONS = (
-    "int iterations, float step_size, str granularity, str normalize, float temperature, float margin, "
-    "str pair_weight, str pairwise"
-)
-_LOSS_OPTIONS = (
-    "float alpha, str distillation, float distillation_temperature, str loss_pair_weight, str reduction, str loss_pairwise"
-)
+from pile_fast import backends, terms
+from pile_fast.batch import RankingBatch
+from pile_fast.options import EnsembleOptions, LossOptions, Options
+from pile_fast.terms import Term
 
 _library = torch.library.Library("pile_fast", "DEF")
-_library.define(
-    "ensemble(Tensor teacher_logits, Tensor labels, Tensor? mask, Tensor? cu_seqlens, Tensor? prior, "
-    f"{_ENSEMBLE_OPTIONS}, bool return_weights, bool return_trace, str backend) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "pair_loss(Tensor student_logits, Tensor? target_logits, Tensor? labels, Tensor? mask, Tensor? cu_seqlens, "
-    f"{_LOSS_OPTIONS}, bool with_gradient, str backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "pile_loss(Tensor student_logits, Tensor teacher_logits, Tensor labels, Tensor? mask, Tensor? cu_seqlens, Tensor? prior, "
-    f"{_ENSEMBLE_OPTIONS}, {_LOSS_OPTIONS}, bool with_gradient, str backend) -> (Tensor, Tensor)"
-)
-
-_NUM_ENSEMBLE_OPTIONS = len(EnsembleOptions._fields)
-_NUM_LOSS_OPTIONS = len(LossOptions._fields)
 
 
-def _run_ensemble(teacher_logits, labels, mask, cu_seqlens, prior, *options):
-    *options, return_weights, return_trace, backend = options
-    batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior)
-    return backends.load(backend).ensemble(batch, EnsembleOptions(*options), return_weights, return_trace)
+class _Op:
+    """A registered op: tensors of a `RankingBatch`, sets of options, flags, the backend's name.
+
+    Args:
+        name: of the op, and of the backends' function (batch, *options, *flags) that computes it.
+        tensors: names of the batch's tensors, with their types in the schema.
+        options: the sets.
+        flags: names of bools.
+        outputs: how many tensors it returns.
+        fake: (batch, *options, *flags) → outputs without values, of the right shapes and dtypes.
+    """
+
+    def __init__(
+        self, name: str, tensors: dict[str, str], options: list[Options], flags: list[str], outputs: int,
+        fake: Callable[..., tuple[Tensor, ...]],
+    ):  # fmt: skip
+        self.name, self.tensors, self.options, self.flags = name, list(tensors), options, flags
+        arguments = [f"{kind} {tensor}" for tensor, kind in tensors.items()]
+        for k, options_set in enumerate(options):
+            arguments += _schema(options_set, prefix="loss_" if k > 0 else "")
+        arguments += [*(f"bool {flag}" for flag in flags), "str backend"]
+        _library.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})")
+        _library.impl(name, self._compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pile_fast::{name}", lambda *arguments: fake(*self._read(arguments)[1:]), lib=_library)
+        self._op = getattr(torch.ops.pile_fast, name)
+
+    def __call__(self, batch: RankingBatch, options: tuple[Any, ...], flags: tuple[bool, ...], backend: str) -> Any:
+        """Tensors that hold values go to the backend directly, past the dispatcher. What stands in for others (in tracers, fake
+        modes, subclasses) must go through the op, which knows what to do with each of them."""
+        if batch.concrete:
+            return getattr(backends.load(backend), self.name)(batch, *options, *flags)
+        arguments = [getattr(batch, name) for name in self.tensors]
+        for options_set in options:
+            arguments += flat(options_set)
+        return self._op(*arguments, *flags, backend)
+
+    def _read(self, arguments: tuple[Any, ...]) -> list[Any]:
+        """[backend, batch, *options, *flags] from an op's arguments."""
+        *rest, backend = arguments
+        left = iter(rest)
+        tensors = {name: next(left) for name in self.tensors}
+        if "student_logits" in tensors:
+            tensors["student_logits"] = tensors["student_logits"].detach()
+        options = [_unflat(options_set, left) for options_set in self.options]
+        return [backend, RankingBatch(**tensors), *options, *left]
+
+    def _compute(self, *arguments: Any) -> Any:
+        backend, *rest = self._read(arguments)
+        return getattr(backends.load(backend), self.name)(*rest)
 
 
-def _run_pair_loss(student_logits, target_logits, labels, mask, cu_seqlens, *options):
-    *options, with_gradient, backend = options
-    batch = RankingBatch(
-        student_logits=student_logits.detach(), target_logits=target_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens
-    )
-    return backends.load(backend).pair_loss(batch, LossOptions(*options), with_gradient)
+def _schema(options: Options, prefix: str) -> list[str]:
+    """The arguments of an op that carry a set of options: a term is its key and its numbers."""
+    arguments = []
+    for name, hint in typing.get_type_hints(options).items():
+        if hint is Term:
+            arguments += [f"str {prefix}{name}", f"float[] {prefix}{name}_numbers"]
+        else:
+            arguments.append(f"{hint.__name__} {prefix}{name}")
+    return arguments
 
 
-def _run_pile_loss(student_logits, teacher_logits, labels, mask, cu_seqlens, prior, *options):
-    *options, with_gradient, backend = options
-    batch = RankingBatch(
-        student_logits=student_logits.detach(), teacher_logits=teacher_logits, labels=labels, mask=mask,
-        cu_seqlens=cu_seqlens, prior=prior,
-    )  # fmt: skip
-    ensemble_options = EnsembleOptions(*options[:_NUM_ENSEMBLE_OPTIONS])
-    return backends.load(backend).pile_loss(
-        batch, ensemble_options, LossOptions(*options[_NUM_ENSEMBLE_OPTIONS:]), with_gradient
-    )
+def flat(options: EnsembleOptions | LossOptions) -> list[Any]:
+    """A set of options as an op's arguments, in the order of its schema."""
+    arguments: list[Any] = []
+    for value in options:
+        arguments += (value.key, value.numbers) if isinstance(value, Term) else (value,)
+    return arguments
 
 
-def _fake_ensemble(teacher_logits, labels, mask, cu_seqlens, prior, *options):
-    options, (return_weights, return_trace, _) = EnsembleOptions(*options[:-3]), options[-3:]
-    dtype = compute_dtype(teacher_logits)
-    num_queries = teacher_logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _unflat(options: Options, arguments: Iterator[Any]) -> Any:
+    hints = typing.get_type_hints(options).values()
+    return options(*[terms.by_key(next(arguments), next(arguments)) if hint is Term else next(arguments) for hint in hints])
+
+
+def _fake_ensemble(
+    batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    teachers = batch.teacher_logits
+    weights: tuple[int, ...]
     if not return_weights:
         weights = (0,)
     elif options.granularity == "document":
-        weights = teacher_logits.shape
+        weights = teachers.shape
     else:
-        weights = (num_queries, teacher_logits.shape[-1])
-    trace = (num_queries, options.iterations + 1 if return_trace else 0)
+        weights = (batch.num_queries, batch.num_teachers)
+    trace = (batch.num_queries, options.iterations + 1 if return_trace else 0)
     return (
-        teacher_logits.new_empty(teacher_logits.shape[:-1], dtype=dtype),
-        teacher_logits.new_empty(weights, dtype=dtype),
-        teacher_logits.new_empty(trace, dtype=dtype),
+        teachers.new_empty(teachers.shape[:-1], dtype=batch.dtype),
+        teachers.new_empty(weights, dtype=batch.dtype),
+        teachers.new_empty(trace, dtype=batch.dtype),
     )
 
 
-def _fake_loss(student_logits, other_logits, labels, mask, cu_seqlens, *rest):
-    options, (with_gradient, _) = LossOptions(*rest[-2 - _NUM_LOSS_OPTIONS : -2]), rest[-2:]
-    num_queries = student_logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    loss = student_logits.new_empty(
-        (num_queries,) if options.reduction == "none" else (), dtype=compute_dtype(student_logits, other_logits)
-    )
-    return loss, student_logits.new_empty(student_logits.shape if with_gradient else (0,))
+def _fake_loss(batch: RankingBatch, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, options, with_gradient = rest
+    student = batch.student_logits
+    loss = student.new_empty((batch.num_queries,) if options.reduction == "none" else (), dtype=batch.dtype)
+    return loss, student.new_empty(student.shape if with_gradient else (0,))
 
 
-for _name, _run, _fake in (
-    ("ensemble", _run_ensemble, _fake_ensemble),
-    ("pair_loss", _run_pair_loss, _fake_loss),
-    ("pile_loss", _run_pile_loss, _fake_loss),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pile_fast::{_name}", _fake, lib=_library)
-
-
-# Calls on tensors that hold values go to the backend directly, past the dispatcher; what stands in for others (in tracers, fake
-# modes, subclasses) must go through the op, which knows what to do with each of them.
+_ensemble = _Op(
+    "ensemble",
+    {"teacher_logits": "Tensor", "labels": "Tensor", "mask": "Tensor?", "cu_seqlens": "Tensor?", "prior": "Tensor?"},
+    [EnsembleOptions], ["return_weights", "return_trace"], 3, _fake_ensemble,
+)  # fmt: skip
+_pair_loss = _Op(
+    "pair_loss",
+    {"student_logits": "Tensor", "target_logits": "Tensor?", "labels": "Tensor?", "mask": "Tensor?", "cu_seqlens": "Tensor?"},
+    [LossOptions], ["with_gradient"], 2, _fake_loss,
+)  # fmt: skip
+_pile_loss = _Op(
+    "pile_loss",
+    {
+        "student_logits": "Tensor", "teacher_logits": "Tensor", "labels": "Tensor", "mask": "Tensor?", "cu_seqlens": "Tensor?",
+        "prior": "Tensor?",
+    },
+    [EnsembleOptions, LossOptions], ["with_gradient"], 2, _fake_loss,
+)  # fmt: skip
 
 
 def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, weights, trace) of the ensemble; outputs not asked for are empty."""
-    if not batch.concrete:
-        return torch.ops.pile_fast.ensemble(
-            batch.teacher_logits, batch.labels, batch.mask, batch.cu_seqlens, batch.prior, *options,
-            return_weights, return_trace, backend,
-        )  # fmt: skip
-    return backends.load(backend).ensemble(batch, options, return_weights, return_trace)
+    return _ensemble(batch, (options,), (return_weights, return_trace), backend)
 
 
-def _pair_loss(batch, options, with_gradient, backend):
-    if not batch.concrete:
-        return torch.ops.pile_fast.pair_loss(
-            batch.student_logits, batch.target_logits, batch.labels, batch.mask, batch.cu_seqlens, *options,
-            with_gradient, backend,
-        )  # fmt: skip
-    return backends.load(backend).pair_loss(batch, options, with_gradient)
+def pair_loss(batch: RankingBatch, options: LossOptions, backend: str) -> Tensor:
+    """The student's loss against `batch.target_logits` and `batch.labels`."""
+    return _loss(_pair_loss, batch, (options,), backend)
 
 
-def _pile_loss(batch, options, with_gradient, backend):
-    ensemble_options, options = options
-    if not batch.concrete:
-        return torch.ops.pile_fast.pile_loss(
-            batch.student_logits, batch.teacher_logits, batch.labels, batch.mask, batch.cu_seqlens, batch.prior,
-            *ensemble_options, *options, with_gradient, backend,
-        )  # fmt: skip
-    return backends.load(backend).pile_loss(batch, ensemble_options, options, with_gradient)
+def pile_loss(batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, backend: str) -> Tensor:
+    """The student's loss against the PILE ensemble of `batch.teacher_logits`."""
+    return _loss(_pile_loss, batch, (of_ensemble, of_loss), backend)
+
+
+def _loss(op: _Op, batch: RankingBatch, options: tuple[Any, ...], backend: str) -> Tensor:
+    if batch.student_logits.requires_grad and torch.is_grad_enabled():
+        return _Loss.apply(batch.student_logits, op, batch, options, backend)
+    return op(batch, options, (False,), backend)[0]
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradient was computed with it. `run(batch, options, with_gradient, backend)` gives both."""
+    """A loss whose gradient was computed with it."""
 
     @staticmethod
-    def forward(ctx, student_logits, run, batch, options, backend):
-        loss, gradient = run(batch, options, True, backend)
+    def forward(
+        ctx: Any, student_logits: Tensor, op: _Op, batch: RankingBatch, options: tuple[Any, ...], backend: str
+    ) -> Tensor:
+        loss, gradient = op(batch, options, (True,), backend)
         ctx.save_for_backward(gradient, student_logits, batch.cu_seqlens)
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, student_logits, cu_seqlens = ctx.saved_tensors
         if upstream.dim() == 1:  # one loss per query
             upstream = upstream.unsqueeze(1) if cu_seqlens is None else _per_document(upstream, cu_seqlens, gradient)
@@ -167,11 +198,11 @@ class _OnceDifferentiable(torch.autograd.Function):
     whenever the upstream gradient is one."""
 
     @staticmethod
-    def forward(ctx, gradient, student_logits):
+    def forward(ctx: Any, gradient: Tensor, student_logits: Tensor) -> Tensor:
         return gradient.clone()
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "pile_fast losses are differentiable once: their gradient is computed by a kernel, not recorded. "
             "For second derivatives differentiate pile_fast.reference.pair_loss."
@@ -184,17 +215,3 @@ def _per_document(per_query: Tensor, cu_seqlens: Tensor, like: Tensor) -> Tensor
         return like.new_zeros(())
     documents = torch.arange(like.shape[0], device=like.device, dtype=cu_seqlens.dtype)
     return per_query[torch.searchsorted(cu_seqlens[1:-1], documents, right=True)]
-
-
-def pair_loss(batch: RankingBatch, options: LossOptions, backend: str) -> Tensor:
-    """The student's loss against `batch.target_logits` and `batch.labels`."""
-    if batch.student_logits.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(batch.student_logits, _pair_loss, batch, options, backend)
-    return _pair_loss(batch, options, False, backend)[0]
-
-
-def pile_loss(batch: RankingBatch, ensemble_options: EnsembleOptions, options: LossOptions, backend: str) -> Tensor:
-    """The student's loss against the PILE ensemble of `batch.teacher_logits`."""
-    if batch.student_logits.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(batch.student_logits, _pile_loss, batch, (ensemble_options, options), backend)
-    return _pile_loss(batch, (ensemble_options, options), False, backend)[0]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pile_fast.batch import PaddedView, RankingBatch, compute_dtype
-from pile_fast.functional import pairwise_logistic_loss, pile_ensemble
-from pile_fast.options import NORMALIZATIONS, choice, number
+from pile_fast.checks import choice, number
+from pile_fast.functional import pile_ensemble, ranking_loss
 from pile_fast.reference import calibrate, present_teachers, softmax_or_zero
 
 # A backend that forms pairs explicitly needs memory for this many at once.
@@ -49,7 +49,7 @@ class _Teachers:
     """Checked and calibrated teachers of one call as (Q, N, M), and the way back to the caller's layout."""
 
     def __init__(self, teacher_logits, labels, mask, cu_seqlens, normalize, *, prior=None, student_logits=None, needs=""):
-        choice("normalize", normalize, NORMALIZATIONS)
+        choice("normalize", normalize, ("zscore", "center", "none"))
         given = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
         for name in ("teacher_logits", needs):
             if name and given[name] is None:
@@ -191,7 +191,7 @@ def _label_losses(teachers: _Teachers, temperature: float) -> Tensor:
     labels = teachers.labels.repeat_interleave(count, 0)
     rows = max(1, PAIRS_AT_ONCE // documents**2)
     chunks = zip(t.split(rows), labels.split(rows), present.split(rows), strict=True)
-    loss = torch.cat([pairwise_logistic_loss(s, y, mask=valid, reduction="none") for s, y, valid in chunks])
+    loss = torch.cat([ranking_loss(s, y, mask=valid, reduction="none") for s, y, valid in chunks])
     labelled, y = present & labels.isfinite(), labels.double()
     highest = torch.where(labelled, y, -torch.inf).amax(1)
     lowest = torch.where(labelled, y, torch.inf).amin(1)
@@ -505,7 +505,7 @@ class StackingEnsemble:
     """
 
     def __init__(self, *, normalize: str = "zscore", C: float = 1.0, pairs_per_query: int = 200):
-        choice("normalize", normalize, NORMALIZATIONS)
+        choice("normalize", normalize, ("zscore", "center", "none"))
         if isinstance(pairs_per_query, bool) or not isinstance(pairs_per_query, int) or pairs_per_query < 1:
             raise ValueError(f"pairs_per_query: expected an int >= 1, got {pairs_per_query!r}")
         self.normalize = normalize

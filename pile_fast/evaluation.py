@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pile_fast import _ir_measures
+from pile_fast.checks import choice
 from pile_fast.metrics import (
     GAINS,
     PairCounts,
@@ -23,7 +24,6 @@ from pile_fast.metrics import (
     ndcg_values,
     reciprocal_rank_values,
 )
-from pile_fast.options import choice
 
 _RANKED = ("ndcg", "mrr", "map")
 _PAIRWISE = ("pnr", "opa")

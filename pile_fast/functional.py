@@ -6,14 +6,25 @@ layouts and docs/inputs.md for the whole contract.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from pile_fast import autograd
+from pile_fast import autograd, terms
 from pile_fast.backends import select
 from pile_fast.batch import RankingBatch
-from pile_fast.options import ensemble_options, loss_options
+from pile_fast.options import (
+    EnsembleKeywords,
+    EnsembleOptions,
+    LossOptions,
+    PILEKeywords,
+    documented,
+    ensemble_options,
+    loss_options,
+    pile_options,
+)
+from pile_fast.terms import Term
 
 
 class PILEEnsemble(NamedTuple):
@@ -33,24 +44,18 @@ class PILEEnsemble(NamedTuple):
     trace: Tensor | None
 
 
+@documented(EnsembleOptions)
 def pile_ensemble(
     teacher_logits: Tensor,
     labels: Tensor,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    iterations: int = 10,
-    step_size: float | None = None,
-    granularity: str = "document",
-    normalize: str = "zscore",
-    temperature: float = 1.0,
-    margin: float = 0.0,
-    pair_weight: str | None = None,
     prior: Tensor | None = None,
     return_weights: bool = False,
     return_trace: bool = False,
-    pairwise: str = "auto",
     backend: str = "auto",
+    **options: Unpack[EnsembleKeywords],
 ) -> PILEEnsemble:
     r"""Ensemble the teachers' logits, supervised by labels, pairwise and iteratively.
 
@@ -68,18 +73,11 @@ def pile_ensemble(
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled (in no pair).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        iterations: number of updates T; 0 gives the mean ensemble.
-        step_size: η of the update; None = 3 for "document", 1 for "query".
-        granularity: "document", weights per document, or "query", one weight vector per query.
-        normalize: calibration per query and teacher: "zscore", "center" or "none".
-        temperature: unit in which differences of ensemble logits are measured, > 0.
-        margin: difference a pair should reach.
-        pair_weight: ω: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for labels of any size.
         prior: (M,) or (Q, M) finite weights >= 0 to start from, need not sum to 1; a teacher with prior 0 counts as missing.
         return_weights: also return the weights.
         return_trace: also return the label loss per iteration.
-        pairwise: how pairs are summed: "direct" O(n²), "chebyshev" O(n), or "auto" by a cost model.
         backend: "auto" or a name from `pile_fast.available_backends()`.
+        {options}
 
     Returns:
         PILEEnsemble(logits, weights, trace).
@@ -95,43 +93,35 @@ def pile_ensemble(
     >>> out.logits.argsort(descending=True).tolist(), out.weights[0, 0].argmax().item()
     ([[0, 1, 2]], 0)
     """
-    options = ensemble_options(iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise)
+    chosen = ensemble_options(**options)
     if teacher_logits is None or labels is None:
         raise _missing(teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior)
-    logits, weights, trace = autograd.ensemble(batch, options, return_weights, return_trace, select(backend, batch))
+    by = select(backend, batch, chosen, None)
+    logits, weights, trace = autograd.ensemble(batch, chosen, return_weights, return_trace, by)
     return PILEEnsemble(logits, weights if return_weights else None, trace if return_trace else None)
 
 
-def pairwise_distillation_loss(
+def distillation_loss(
     student_logits: Tensor,
     target_logits: Tensor,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    kind: str = "logistic",
-    temperature: float = 1.0,
+    kind: str | Term = "logistic",
     reduction: str = "mean",
     pairwise: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    r"""Distil one set of target logits: the student's pairwise preferences should equal the target's.
-
-    Per query, the mean over all pairs of documents that have a target of
-
-    .. math:: \operatorname{BCE}\left(\sigma\left((z_i - z_j) / \tau\right), \sigma\left((s_i - s_j) / \tau\right)\right)
-              \quad\text{or}\quad \left((z_i - z_j) - (s_i - s_j)\right)^2
-
-    for kind "logistic" (soft RankNet, Burges et al., ICML 2005) and "mse" (MarginMSE over all pairs, Hofstätter et al.,
-    arXiv:2010.02666; closed form, O(n)).
+    """Distil one set of target logits into the student.
 
     Args:
         student_logits: (Q, N) or (D,); the only argument that carries a gradient.
         target_logits: (Q, N) or (D,), e.g. `pile_ensemble(...).logits`; NaN or ±inf = no target, the document is left out.
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        kind: "logistic" or "mse".
-        temperature: τ of the logistic kind, > 0.
+        kind: the loss, by name or as an object of `pile_fast.terms`: "logistic" (soft RankNet) or "mse" (MarginMSE over all
+            pairs); their formulas are in the docstrings of `pile_fast.terms`.
         reduction: "mean" over the queries that have a pair, "sum", or "none" for (Q,).
         pairwise: "direct", "chebyshev" or "auto", see `pile_ensemble`.
         backend: "auto" or a name from `pile_fast.available_backends()`.
@@ -145,62 +135,63 @@ def pairwise_distillation_loss(
 
     >>> import torch, pile_fast
     >>> student = torch.tensor([[0.0, 1.0]], requires_grad=True)
-    >>> pile_fast.pairwise_distillation_loss(student, torch.tensor([[3.0, 1.0]]), kind="mse").item()
+    >>> pile_fast.distillation_loss(student, torch.tensor([[3.0, 1.0]]), kind="mse").item()
     9.0
     """
-    options = loss_options(1.0, _kind(kind), temperature, None, reduction, pairwise)
+    term = terms.find("distill", "kind", kind)
+    options = loss_options(alpha=1.0, distillation=term, reduction=reduction, pairwise=pairwise)
     if student_logits is None or target_logits is None:
         raise _missing(student_logits=student_logits, target_logits=target_logits)
     batch = RankingBatch(student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens)
-    return autograd.pair_loss(batch, options, select(backend, batch))
+    return autograd.pair_loss(batch, options, select(backend, batch, None, options))
 
 
-def pairwise_logistic_loss(
+def ranking_loss(
     student_logits: Tensor,
     labels: Tensor,
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    kind: str | Term = "logistic",
     pair_weight: str | None = None,
     reduction: str = "mean",
     pairwise: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    r"""RankNet on graded labels (Burges et al., ICML 2005), normalised per query.
-
-    Per query, over the pairs P of labelled documents with y_i > y_j,
-
-    .. math:: \frac{1}{\sum_P \omega_{ij}} \sum_P \omega_{ij} \operatorname{softplus}(-(z_i - z_j)).
+    """Fit the student to labels.
 
     Args:
         student_logits: (Q, N) or (D,); the only argument that carries a gradient.
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled.
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        pair_weight: ω: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for labels of any size.
+        kind: the loss, by name or as an object of `pile_fast.terms`: "logistic" (RankNet). The formula is there.
+        pair_weight: ω of label pairs: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for labels of any size.
         reduction: "mean" over the queries that have a pair, "sum", or "none" for (Q,).
         pairwise: "direct", "chebyshev" or "auto", see `pile_ensemble`.
         backend: "auto" or a name from `pile_fast.available_backends()`.
 
     Returns:
-        () or (Q,), see `pairwise_distillation_loss`.
+        () or (Q,), see `distillation_loss`.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `pile_ensemble`.
 
     >>> import torch, pile_fast
     >>> student = torch.tensor([[0.5, 0.5, 0.5]], requires_grad=True)
-    >>> loss = pile_fast.pairwise_logistic_loss(student, torch.tensor([[2, 0, 0]]))
+    >>> loss = pile_fast.ranking_loss(student, torch.tensor([[2, 0, 0]]))
     >>> round(loss.item(), 4)  # log 2
     0.6931
     """
-    options = loss_options(0.0, "logistic", 1.0, pair_weight, reduction, pairwise)
+    term = terms.find("label", "kind", kind)
+    options = loss_options(alpha=0.0, label_loss=term, pair_weight=pair_weight, reduction=reduction, pairwise=pairwise)
     if student_logits is None or labels is None:
         raise _missing(student_logits=student_logits, labels=labels)
     batch = RankingBatch(student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
-    return autograd.pair_loss(batch, options, select(backend, batch))
+    return autograd.pair_loss(batch, options, select(backend, batch, None, options))
 
 
+@documented(LossOptions, EnsembleOptions)
 def pile_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -208,25 +199,14 @@ def pile_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    alpha: float = 1.0,
-    distillation: str = "logistic",
-    distillation_temperature: float = 1.0,
-    reduction: str = "mean",
-    iterations: int = 10,
-    step_size: float | None = None,
-    granularity: str = "document",
-    normalize: str = "zscore",
-    temperature: float = 1.0,
-    margin: float = 0.0,
-    pair_weight: str | None = None,
     prior: Tensor | None = None,
-    pairwise: str = "auto",
     backend: str = "auto",
+    **options: Unpack[PILEKeywords],
 ) -> Tensor:
     r"""Ensemble the teachers with `pile_ensemble` and distil the ensemble, in one fused call.
 
-    Per query ``alpha · D + (1 − alpha) · R``: D is `pairwise_distillation_loss` against the ensemble's logits, R is
-    `pairwise_logistic_loss` on the labels.
+    Per query ``alpha · D + (1 − alpha) · R``: D is `distillation_loss` against the ensemble's logits, R is `ranking_loss`
+    on the labels.
 
     Args:
         student_logits: (Q, N) or (D,); the only argument that carries a gradient.
@@ -234,17 +214,12 @@ def pile_loss(
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled (distilled, but in no label pair).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        alpha: weight of the distillation against the labels, in [0, 1].
-        distillation: "logistic" or "mse".
-        distillation_temperature: τ of the logistic distillation, > 0 (`temperature` is the ensemble's).
-        reduction: "mean" over the queries that have a pair in a term in use, "sum", or "none" for (Q,).
-        iterations, step_size, granularity, normalize, temperature, margin, prior: the ensemble, see `pile_ensemble`.
-        pair_weight: ω of the ensemble's pairs and of R.
-        pairwise: "direct", "chebyshev" or "auto", see `pile_ensemble`.
+        prior: (M,) or (Q, M) weights of the ensemble to start from, see `pile_ensemble`.
         backend: "auto" or a name from `pile_fast.available_backends()`.
+        {options}
 
     Returns:
-        () or (Q,), see `pairwise_distillation_loss`.
+        () or (Q,), see `distillation_loss`.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `pile_ensemble`.
@@ -258,23 +233,16 @@ def pile_loss(
     >>> student.grad.shape
     torch.Size([8, 40])
     """
-    options = ensemble_options(iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise)
-    loss = loss_options(alpha, distillation, distillation_temperature, pair_weight, reduction, pairwise)
+    of_ensemble, of_loss = pile_options(**options)
     if student_logits is None or teacher_logits is None or labels is None:
         raise _missing(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(
         student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
         prior=prior,
     )  # fmt: skip
-    return autograd.pile_loss(batch, options, loss, select(backend, batch))
+    return autograd.pile_loss(batch, of_ensemble, of_loss, select(backend, batch, of_ensemble, of_loss))
 
 
-def _missing(**tensors) -> TypeError:
+def _missing(**tensors: Any) -> TypeError:
     name = next(name for name, tensor in tensors.items() if tensor is None)
     return TypeError(f"{name}: expected a torch.Tensor, got None")
-
-
-def _kind(kind):
-    if kind not in ("logistic", "mse"):
-        raise ValueError(f"kind: expected one of 'logistic', 'mse', got {kind!r}")
-    return kind

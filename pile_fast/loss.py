@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pile_fast.backends import check_name
 from pile_fast.functional import pile_loss
-from pile_fast.options import ensemble_options, loss_options
+from pile_fast.options import EnsembleOptions, LossOptions, PILEKeywords, documented, pile_options, table
 
 
 class PILELoss(torch.nn.Module):
@@ -26,34 +27,16 @@ class PILELoss(torch.nn.Module):
     >>> loss.backward()
     """
 
-    def __init__(
-        self,
-        *,
-        alpha: float = 1.0,
-        distillation: str = "logistic",
-        distillation_temperature: float = 1.0,
-        reduction: str = "mean",
-        iterations: int = 10,
-        step_size: float | None = None,
-        granularity: str = "document",
-        normalize: str = "zscore",
-        temperature: float = 1.0,
-        margin: float = 0.0,
-        pair_weight: str | None = None,
-        prior: Tensor | None = None,
-        pairwise: str = "auto",
-        backend: str = "auto",
-    ):
+    @documented(LossOptions, EnsembleOptions)
+    def __init__(self, *, prior: Tensor | None = None, backend: str = "auto", **options: Unpack[PILEKeywords]) -> None:
         super().__init__()
-        ensemble_options(iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise)
-        loss_options(alpha, distillation, distillation_temperature, pair_weight, reduction, pairwise)
-        check_name(backend)
+        pile_options(**options)
         self.register_buffer("prior", prior)
-        self.options = dict(
-            alpha=alpha, distillation=distillation, distillation_temperature=distillation_temperature, reduction=reduction,
-            iterations=iterations, step_size=step_size, granularity=granularity, normalize=normalize,
-            temperature=temperature, margin=margin, pair_weight=pair_weight, pairwise=pairwise, backend=backend,
-        )  # fmt: skip
+        self.options = {
+            **{name: row.default for name, row in table(LossOptions, EnsembleOptions).items()},
+            **options,
+            "backend": check_name(backend),
+        }
 
     def forward(
         self,

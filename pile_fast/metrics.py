@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pile_fast.batch import LABEL_LIMIT, RankingBatch, check_cu_seqlens, label_error
-from pile_fast.options import REDUCTIONS, choice
+from pile_fast.checks import choice
 
 GAINS = ("exponential", "linear")
 
@@ -492,7 +492,7 @@ def opa(
     0.6
     """
     choice("ties", ties, ("negative", "half", "exclude"))
-    choice("reduction", reduction, REDUCTIONS)
+    choice("reduction", reduction, ("mean", "sum", "none"))
     right, wrong, tied = (count.double() for count in pair_counts(scores, labels, mask=mask, cu_seqlens=cu_seqlens))
     pairs = right + wrong if ties == "exclude" else right + wrong + tied
     return _reduce((right + tied / 2 if ties == "half" else right) / pairs, reduction)
@@ -504,7 +504,7 @@ def _check_ranked(k, empty, reduction) -> None:
     if k is not None and k < 1:
         raise ValueError(f"k: expected an int >= 1 or None, got {k}")
     choice("empty", empty, ("zero", "one", "skip"))
-    choice("reduction", reduction, REDUCTIONS)
+    choice("reduction", reduction, ("mean", "sum", "none"))
 
 
 def _ranked(lists: _Lists, values: Tensor, has_relevant: Tensor, empty: str, reduction: str) -> Tensor:

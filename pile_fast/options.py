@@ -1,118 +1,229 @@
-"""The options of the ensemble and of the losses: one place for their names, their defaults and their checks.
+"""The one table of options: name, type, default, check and meaning of each, and which op takes it.
 
-An option set is a flat `NamedTuple` whose field order is the argument order of the registered ops, so that it can be
-unpacked into a call. The two builders validate once per distinct set (they are cached) and cost a dictionary look-up
-on every later call: short lists live or die by such overhead.
+`EnsembleOptions` and `LossOptions` are the table: a field per option, its row in the annotation. From it come the checks, the
+schemas of the registered ops (`pile_fast.autograd`), the structs of the native backends (filled by name), the signatures and
+docstrings of the public functions, the flags of the commands and docs/options.md. To add an option: a row here, its keyword for
+type checkers below, a member of the struct in csrc/include/pile/options.h, and whoever computes with it.
+
+A set of options is a flat `NamedTuple`, so that it can be unpacked into an op's arguments. The builders validate once per
+distinct set (they are cached): on later calls they cost a dictionary look-up, which short lists feel.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
-import math
-from typing import NamedTuple
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 
-GRANULARITIES = ("document", "query")
-NORMALIZATIONS = ("zscore", "center", "none")
-PAIR_WEIGHTS = (None, "label_gap", "gain_gap")
-PAIR_SUMS = ("auto", "direct", "chebyshev")
-DISTILLATIONS = ("logistic", "mse")
-REDUCTIONS = ("mean", "sum", "none")
+from pile_fast import checks, terms
+from pile_fast.terms import Term
+
 DEFAULT_STEP_SIZE = {"document": 3.0, "query": 1.0}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A row of the table.
+
+    Attributes:
+        default: as users give it.
+        check: (name, value) → the value as it is used; TypeError or ValueError if it does not fit.
+        help: one line for docstrings, command lines and the reference page.
+        choices: what it may be, if it is one of a few strings (or None).
+        type: of what a command line's text becomes before the check.
+    """
+
+    default: Any
+    check: Callable[[str, Any], Any]
+    help: str
+    choices: tuple[str | None, ...] = ()
+    type: Callable[[str], Any] = str
+
+
+def _number(default: float | None, help: str, **bounds: Any) -> Option:
+    return Option(default, functools.partial(checks.number, **bounds), help, type=float)
+
+
+def _choice(choices: tuple[str | None, ...], help: str) -> Option:
+    """The first of the choices is the default."""
+    return Option(choices[0], functools.partial(checks.choice, choices=choices), help, choices)
+
+
+def _term(kind: str, what: str) -> Option:
+    names = " or ".join(f'"{name}"' for name in terms.names(kind))
+    help = f'{what}: {names}, with numbers as in "logistic:temperature=2", or an object of `pile_fast.terms`'
+    return Option("logistic", functools.partial(terms.find, kind), help)
+
+
+_PAIR_WEIGHT = _choice(
+    (None, "label_gap", "gain_gap"),
+    'ω of label pairs: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for labels of any size',
+)
+_PAIRWISE = _choice(
+    ("auto", "direct", "chebyshev"),
+    'how pairs are summed: "direct" O(n²), "chebyshev" O(n), or "auto" by a cost model',
+)
 
 
 class EnsembleOptions(NamedTuple):
     """Options of the iterative reweighting, validated. `pair_weight` is "none" where the user gave None."""
 
-    iterations: int
-    step_size: float
-    granularity: str
-    normalize: str
-    temperature: float
-    margin: float
-    pair_weight: str
-    pairwise: str
+    iterations: Annotated[int, Option(10, checks.count, "number of updates T; 0 gives the mean ensemble", type=int)]
+    step_size: Annotated[float, _number(None, 'η of an update; None = 3 for "document", 1 for "query"', low=0.0)]
+    granularity: Annotated[
+        str, _choice(("document", "query"), 'weights per document, or one weight vector per query: "document" or "query"')
+    ]
+    normalize: Annotated[
+        str, _choice(("zscore", "center", "none"), 'calibration per query and teacher: "zscore", "center" or "none"')
+    ]
+    temperature: Annotated[float, _number(1.0, "unit of differences of ensemble logits, > 0", low=0.0, open_low=True)]
+    margin: Annotated[float, _number(0.0, "difference that a pair of the ensemble should reach")]
+    pair_weight: Annotated[str, _PAIR_WEIGHT]
+    pairwise: Annotated[str, _PAIRWISE]
 
 
 class LossOptions(NamedTuple):
     """Options of the student's loss, validated. `pair_weight` is "none" where the user gave None."""
 
+    alpha: Annotated[float, _number(1.0, "weight of the distillation against the labels, in [0, 1]", low=0.0, high=1.0)]
+    distillation: Annotated[Term, _term("distill", "how the student follows the ensemble")]
+    label_loss: Annotated[Term, _term("label", "how it follows the labels")]
+    pair_weight: Annotated[str, _PAIR_WEIGHT]
+    reduction: Annotated[
+        str,
+        _choice(("mean", "sum", "none"), '"mean" over the queries that count in a term in use, "sum", or "none" for (Q,)'),
+    ]
+    pairwise: Annotated[str, _PAIRWISE]
+
+    @property
+    def terms(self) -> list[Term]:
+        """Those in use."""
+        return [self.distillation] * (self.alpha > 0) + [self.label_loss] * (self.alpha < 1)
+
+
+# What type checkers and editors know of the keywords; tests/test_options.py holds these against the table.
+class EnsembleKeywords(TypedDict, total=False):
+    """Keywords of `EnsembleOptions`."""
+
+    iterations: int
+    step_size: float | None
+    granularity: Literal["document", "query"]
+    normalize: Literal["zscore", "center", "none"]
+    temperature: float
+    margin: float
+    pair_weight: Literal["label_gap", "gain_gap"] | None
+    pairwise: Literal["auto", "direct", "chebyshev"]
+
+
+class PILEKeywords(EnsembleKeywords, total=False):
+    """Keywords of `EnsembleOptions` and `LossOptions`."""
+
     alpha: float
-    distillation: str
-    distillation_temperature: float
-    pair_weight: str
-    reduction: str
-    pairwise: str
+    distillation: str | Term
+    label_loss: str | Term
+    reduction: Literal["mean", "sum", "none"]
 
 
-def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    # Comparisons, not math.isfinite: tracers with dynamic shapes hand in symbolic floats.
-    inside = -math.inf < value < math.inf and value <= high and (value > low if open_low else value >= low)
-    if not inside:
-        bounds = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else "finite"
-        if high < math.inf:
-            bounds += f" and <= {high:g}"
-        raise ValueError(f"{name}: expected a number {bounds}, got {value!r}")
-    return float(value)
+Options = type[EnsembleOptions] | type[LossOptions]
 
 
-def choice(name: str, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    return "none" if value is None else value
+@functools.cache
+def table(*sets: Options) -> dict[str, Option]:
+    """The rows of one set or of several, by name."""
+    rows: dict[str, Option] = {}
+    for options in sets:
+        for name, hint in typing.get_type_hints(options, include_extras=True).items():
+            rows.setdefault(name, hint.__metadata__[0])
+    return rows
 
 
-def _cached(builder):
+_ENSEMBLE, _LOSS = table(EnsembleOptions), table(LossOptions)
+_BOTH = table(EnsembleOptions, LossOptions)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Option]) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
+            raise TypeError(f"{name}: no such option; {hint}")
+
+
+def _ensemble(given: Mapping[str, Any]) -> EnsembleOptions:
+    values = [row.check(name, given.get(name, row.default)) for name, row in _ENSEMBLE.items() if name != "step_size"]
+    step_size = given.get("step_size")
+    if step_size is None:
+        step_size = DEFAULT_STEP_SIZE[values[1]]
+    values.insert(1, _ENSEMBLE["step_size"].check("step_size", step_size))
+    return EnsembleOptions(*values)
+
+
+def _loss(given: Mapping[str, Any]) -> LossOptions:
+    return LossOptions(*[row.check(name, given.get(name, row.default)) for name, row in _LOSS.items()])
+
+
+def _cached(builder: F) -> F:
     """Cache a builder by its arguments; an unhashable argument goes to the builder itself, whose check names it."""
     cached = functools.lru_cache(maxsize=256, typed=True)(builder)
 
     @functools.wraps(builder)
-    def build(*args):
+    def build(**given: Any) -> Any:
         if torch.compiler.is_compiling():  # tracers cannot look into the cache
-            return builder(*args)
+            return builder(**given)
         try:
-            return cached(*args)
+            return cached(**given)
         except TypeError:
-            return builder(*args)
+            return builder(**given)
 
-    return build
-
-
-@_cached
-def ensemble_options(
-    iterations, step_size, granularity, normalize, temperature, margin, pair_weight, pairwise
-) -> EnsembleOptions:
-    """Validate the ensemble's options; `step_size=None` becomes the granularity's default."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"iterations: expected an int, got {type(iterations).__name__}")
-    if iterations < 0:
-        raise ValueError(f"iterations: expected an int >= 0, got {iterations}")
-    choice("granularity", granularity, GRANULARITIES)
-    if step_size is None:
-        step_size = DEFAULT_STEP_SIZE[granularity]
-    return EnsembleOptions(
-        iterations,
-        number("step_size", step_size, low=0.0),
-        granularity,
-        choice("normalize", normalize, NORMALIZATIONS),
-        number("temperature", temperature, low=0.0, open_low=True),
-        number("margin", margin),
-        choice("pair_weight", pair_weight, PAIR_WEIGHTS),
-        choice("pairwise", pairwise, PAIR_SUMS),
-    )
+    return typing.cast(F, build)
 
 
 @_cached
-def loss_options(alpha, distillation, distillation_temperature, pair_weight, reduction, pairwise) -> LossOptions:
-    """Validate the options of the student's loss."""
-    return LossOptions(
-        number("alpha", alpha, low=0.0, high=1.0),
-        choice("distillation", distillation, DISTILLATIONS),
-        number("distillation_temperature", distillation_temperature, low=0.0, open_low=True),
-        choice("pair_weight", pair_weight, PAIR_WEIGHTS),
-        choice("reduction", reduction, REDUCTIONS),
-        choice("pairwise", pairwise, PAIR_SUMS),
-    )
+def ensemble_options(**given: Any) -> EnsembleOptions:
+    """The ensemble's options, from keywords; those not given take their defaults.
+
+    Raises:
+        TypeError, ValueError: a value does not fit, or there is no such option; the message names it.
+    """
+    _refuse_unknown(given, _ENSEMBLE)
+    return _ensemble(given)
+
+
+@_cached
+def loss_options(**given: Any) -> LossOptions:
+    """The loss's options, see `ensemble_options`."""
+    _refuse_unknown(given, _LOSS)
+    return _loss(given)
+
+
+@_cached
+def pile_options(**given: Any) -> tuple[EnsembleOptions, LossOptions]:
+    """Both sets from one set of keywords, see `ensemble_options`; what they share goes to both."""
+    _refuse_unknown(given, _BOTH)
+    return _ensemble(given), _loss(given)
+
+
+def documented(*sets: Options, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Show the options that a function takes as keywords: in its signature, and in its docstring in place of "{options}"."""
+    rows = {name: row for name, row in table(*sets).items() if name not in without}
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=row.default) for name, row in rows.items()]
+        function.__signature__ = signature.replace(parameters=own + keywords)  # type: ignore[attr-defined]
+        if function.__doc__:
+            indent = " " * 8
+            lines = f"\n{indent}".join(f"{name}: {row.help}." for name, row in rows.items())
+            function.__doc__ = function.__doc__.replace("{options}", lines)
+        return function
+
+    return decorate

@@ -7,12 +7,14 @@ autograd. docs/algorithm.md has the formulas; the symbols below are its symbols.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pile_fast import terms
 from pile_fast.options import EnsembleOptions, LossOptions
 
 # Query granularity with missing scores divides by the share of the weight that a document's teachers hold; bounded below,
@@ -192,14 +194,29 @@ def softmax_or_zero(energy: Tensor, present: Tensor) -> Tensor:
     return torch.where(present, weights, 0.0)
 
 
+# -- the student's loss
+
+
 class PairLoss(NamedTuple):
     loss: Tensor  # (Q,), 0 for a query without pairs
     has_pairs: Tensor  # (Q,) bool: some term in use has a pair
+    gradient: Tensor | None  # (Q, N): what autograd gives for `loss.sum()`, written out; None unless asked for
+
+
+class Query(NamedTuple):
+    """What a term sees of a batch of queries. Functions of terms return a `PairLoss` of means over each query's pairs."""
+
+    z: Tensor  # (Q, N), the student's logits, finite
+    s: Tensor | None  # (Q, N), the target logits of a distillation, 0 where there is none
+    omega: Tensor | None  # (Q, N, N), a label term's `preference_pairs`
+    used: Tensor  # (Q, N) bool: documents with a target, or with a label
+    with_gradient: bool
 
 
 def pair_loss(
-    student_logits: Tensor, target_logits: Tensor | None, labels: Tensor | None, valid: Tensor, options: LossOptions
-) -> PairLoss:
+    student_logits: Tensor, target_logits: Tensor | None, labels: Tensor | None, valid: Tensor, options: LossOptions,
+    with_gradient: bool = False,
+) -> PairLoss:  # fmt: skip
     """The student's loss per query, alpha · D + (1 − alpha) · R, before any reduction over queries.
 
     Args:
@@ -208,69 +225,72 @@ def pair_loss(
         labels: (Q, N), NaN = unlabelled; may be None when alpha is 1.
         valid: (Q, N) bool.
         options: see `pile_fast.options.LossOptions`.
+        with_gradient: also the gradient, for callers where autograd does not record.
     """
     z = torch.where(valid, student_logits, 0.0)
-    dz = z.unsqueeze(2) - z.unsqueeze(1)
-    loss = z.new_zeros(z.shape[0])
-    has_pairs = torch.zeros(z.shape[0], dtype=torch.bool, device=z.device)
+    parts: list[tuple[float, PairLoss]] = []
     if options.alpha > 0:
-        pairs, ds = _distillation_pairs(target_logits, valid)
-        if options.distillation == "mse":
-            value = (dz - ds).square()
-        else:
-            tau = options.distillation_temperature
-            value = F.binary_cross_entropy_with_logits(dz / tau, torch.sigmoid(ds / tau), reduction="none")
-        count = pairs.sum((1, 2))
-        loss = loss + options.alpha * torch.where(pairs, value, 0.0).sum((1, 2)) / count.clamp(min=1)
-        has_pairs = has_pairs | (count > 0)
+        assert target_logits is not None
+        used = valid & target_logits.isfinite()
+        query = Query(z, torch.where(used, target_logits, 0.0), None, used, with_gradient)
+        parts.append((options.alpha, TERMS[options.distillation.key](options.distillation, query)))
     if options.alpha < 1:
-        omega = preference_pairs(labels, valid & labels.isfinite(), options.pair_weight, z.dtype)
-        total = omega.sum((1, 2))
-        value = torch.where(omega > 0, omega * F.softplus(-dz), 0.0).sum((1, 2))
-        loss = loss + (1 - options.alpha) * value / torch.where(total > 0, total, 1.0)
-        has_pairs = has_pairs | (total > 0)
-    poison = _poison(student_logits, valid).squeeze(1)
-    return PairLoss(loss * (1 + poison) + z.sum(1) * poison, has_pairs)
+        assert labels is not None
+        used = valid & labels.isfinite()
+        query = Query(z, None, preference_pairs(labels, used, options.pair_weight, z.dtype), used, with_gradient)
+        parts.append((1 - options.alpha, TERMS[options.label_loss.key](options.label_loss, query)))
+    # A student logit that is not finite is never hidden and never touches another query.
+    poison = torch.where((valid & ~student_logits.isfinite()).any(1, keepdim=True), torch.nan, 0.0)
+    loss, has_pairs, gradient = z.new_zeros(z.shape[0]), valid.new_zeros(z.shape[0]), torch.zeros_like(z)
+    for weight, part in parts:
+        loss = loss + weight * part.loss
+        has_pairs = has_pairs | part.has_pairs
+        gradient = gradient if part.gradient is None else gradient + weight * part.gradient
+    loss = loss * (1 + poison.squeeze(1)) + z.sum(1) * poison.squeeze(1)
+    return PairLoss(loss, has_pairs, torch.where(valid, gradient + poison, 0.0) if with_gradient else None)
 
 
-def pair_loss_gradient(
-    student_logits: Tensor, target_logits: Tensor | None, labels: Tensor | None, valid: Tensor, options: LossOptions
-) -> Tensor:
-    """(Q, N): what autograd gives for `pair_loss(...).loss.sum()`, written out.
-
-    For the "torch" backend: a registered op's implementation runs where autograd does not record.
-    """
-    z = torch.where(valid, student_logits, 0.0)
-    dz = z.unsqueeze(2) - z.unsqueeze(1)
-    gradient = torch.zeros_like(z)
-    if options.alpha > 0:
-        pairs, ds = _distillation_pairs(target_logits, valid)
-        if options.distillation == "mse":
-            slope = 2 * (dz - ds)
-        else:
-            tau = options.distillation_temperature
-            slope = (torch.sigmoid(dz / tau) - torch.sigmoid(ds / tau)) / tau
-        slope = torch.where(pairs, slope, 0.0)
-        gradient = gradient + options.alpha * (slope.sum(2) - slope.sum(1)) / pairs.sum((1, 2)).clamp(min=1).unsqueeze(1)
-    if options.alpha < 1:
-        omega = preference_pairs(labels, valid & labels.isfinite(), options.pair_weight, z.dtype)
-        total = omega.sum((1, 2)).unsqueeze(1)
-        slope = torch.where(omega > 0, -omega * torch.sigmoid(-dz), 0.0)
-        gradient = gradient + (1 - options.alpha) * (slope.sum(2) - slope.sum(1)) / torch.where(total > 0, total, 1.0)
-    return torch.where(valid, gradient + _poison(student_logits, valid), 0.0)
+def mean_over_pairs(value: Tensor, slope: Tensor, omega: Tensor, with_gradient: bool) -> PairLoss:
+    """The mean of `value` (Q, N, N) weighted by `omega` (Q, N, N), and its gradient; `slope` is value's along z_i − z_j."""
+    total = omega.sum((1, 2))
+    divisor = torch.where(total > 0, total, 1.0)
+    loss = torch.where(omega > 0, omega * value, 0.0).sum((1, 2)) / divisor
+    gradient = None
+    if with_gradient:
+        slope = torch.where(omega > 0, omega * slope, 0.0)
+        gradient = (slope.sum(2) - slope.sum(1)) / divisor.unsqueeze(1)
+    return PairLoss(loss, total > 0, gradient)
 
 
-def _distillation_pairs(target_logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q, N, N) bool, the pairs i < j that have both targets, and their s_i − s_j."""
-    used = valid & target_logits.isfinite()
-    s = torch.where(used, target_logits, 0.0)
-    return (used.unsqueeze(2) & used.unsqueeze(1)).triu(1), s.unsqueeze(2) - s.unsqueeze(1)
+def pairs_of(query: Query) -> tuple[Tensor, Tensor, Tensor]:
+    """z_i − z_j, s_i − s_j, and 1 for the pairs i < j of which both documents have a target; all (Q, N, N)."""
+    assert query.s is not None
+    dz, ds = (x.unsqueeze(2) - x.unsqueeze(1) for x in (query.z, query.s))
+    return dz, ds, (query.used.unsqueeze(2) & query.used.unsqueeze(1)).triu(1).to(dz.dtype)
 
 
-def _poison(student_logits: Tensor, valid: Tensor) -> Tensor:
-    """(Q, 1): NaN for a query with a student logit that is not finite, else 0. Such a logit is never hidden and never
-    touches another query."""
-    return torch.where((valid & ~student_logits.isfinite()).any(1, keepdim=True), torch.nan, 0.0)
+def distill_logistic(term: terms.Logistic, query: Query) -> PairLoss:
+    dz, ds, pairs = pairs_of(query)
+    dz, target = dz / term.temperature, torch.sigmoid(ds / term.temperature)
+    value = F.binary_cross_entropy_with_logits(dz, target, reduction="none")
+    return mean_over_pairs(value, (torch.sigmoid(dz) - target) / term.temperature, pairs, query.with_gradient)
+
+
+def distill_mse(term: terms.MSE, query: Query) -> PairLoss:
+    dz, ds, pairs = pairs_of(query)
+    return mean_over_pairs((dz - ds).square(), 2 * (dz - ds), pairs, query.with_gradient)
+
+
+def label_logistic(term: terms.RankNet, query: Query) -> PairLoss:
+    dz = query.z.unsqueeze(2) - query.z.unsqueeze(1)
+    assert query.omega is not None
+    return mean_over_pairs(F.softplus(-dz), -torch.sigmoid(-dz), query.omega, query.with_gradient)
+
+
+# By key: a term's function (term, query) → PairLoss.
+TERMS: dict[str, Callable[[Any, Query], PairLoss]] = {
+    function.__name__: function for function in (distill_logistic, distill_mse, label_logistic)
+}
 
 
 def reduce(per_query: PairLoss, reduction: str) -> Tensor:

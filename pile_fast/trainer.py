@@ -26,7 +26,7 @@ from pile_fast.data.collator import (
 )
 from pile_fast.data.lists import RankedLists
 from pile_fast.extras import needs_extra
-from pile_fast.functional import pairwise_distillation_loss, pairwise_logistic_loss, pile_ensemble
+from pile_fast.functional import distillation_loss, pile_ensemble, ranking_loss
 from pile_fast.gradient_cache import forward_in_passes, logits_of
 from pile_fast.loss import PILELoss
 from pile_fast.metrics import average_precision, mrr, ndcg, pnr
@@ -81,7 +81,7 @@ def loss_components(
     options, cu_seqlens = loss.options, targets["cu_seqlens"]
     logits, teachers, labels = logits.detach(), targets["teacher_logits"], targets["labels"]
     pairs = {"cu_seqlens": cu_seqlens, "pairwise": options["pairwise"], "backend": options["backend"]}
-    label_loss = pairwise_logistic_loss(logits, labels, pair_weight=options["pair_weight"], **pairs)
+    label_loss = ranking_loss(logits, labels, kind=options["label_loss"], pair_weight=options["pair_weight"], **pairs)
     components = {"label_loss": label_loss.item()}
     if teachers.shape[1] == 0:
         return components
@@ -89,9 +89,7 @@ def loss_components(
         teachers, labels, cu_seqlens=cu_seqlens, prior=loss.prior, return_weights=True,
         **{name: options[name] for name in _ENSEMBLE_OPTIONS},
     )  # fmt: skip
-    distillation = pairwise_distillation_loss(
-        logits, ensemble.logits, kind=options["distillation"], temperature=options["distillation_temperature"], **pairs
-    )
+    distillation = distillation_loss(logits, ensemble.logits, kind=options["distillation"], **pairs)
     weights = ensemble.weights[ensemble.weights.sum(-1) > 0]
     mean = weights.mean(0).tolist()
     names = teacher_names or [str(m) for m in range(1, len(mean) + 1)]

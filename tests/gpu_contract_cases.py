@@ -128,7 +128,10 @@ def test_ensemble_contract(ensemble_case, ensemble_data, granularity, how):
 
 LOSSES = list(
     itertools.product(
-        (0.0, 0.3, 1.0), ("logistic", "mse"), (0.5, 1.0), (None, "label_gap", "gain_gap"), ("mean", "sum", "none")
+        (0.0, 0.3, 1.0),
+        ("logistic:temperature=0.5", "logistic", "mse"),
+        (None, "label_gap", "gain_gap"),
+        ("mean", "sum", "none"),
     )
 )
 
@@ -137,9 +140,7 @@ LOSSES = list(
 def test_loss_contract(loss_case, spread, how):
     n, every = loss_case
     for number, values in enumerate(LOSSES[n % every :: every]):
-        options = dict(
-            zip(("alpha", "distillation", "distillation_temperature", "pair_weight", "reduction"), values, strict=True)
-        )
+        options = dict(zip(("alpha", "distillation", "pair_weight", "reduction"), values, strict=True))
         z, t, y, mask = contract.make(n, 2, 3, spread=spread, seed=number, **DATA[number % len(DATA)])
         options["iterations"] = 2
         want, want_gradient = contract.loss_and_gradient(z.double(), t.double(), y, mask, backend="torch", **options)

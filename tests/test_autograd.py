@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pile_fast
 from pile_fast import reference
+from pile_fast.autograd import flat
 from pile_fast.backends import cpp
 from pile_fast.options import ensemble_options, loss_options
 
@@ -21,9 +22,9 @@ def batch(dtype=torch.float32, q=3, n=12, m=3):
 
 
 LOSSES = {
-    "distillation": lambda z, t, y, **kw: pile_fast.pairwise_distillation_loss(z, t[..., 0], temperature=0.7, **kw),
-    "mse": lambda z, t, y, **kw: pile_fast.pairwise_distillation_loss(z, t[..., 0], kind="mse", **kw),
-    "logistic": lambda z, t, y, **kw: pile_fast.pairwise_logistic_loss(z, y, pair_weight="gain_gap", **kw),
+    "distillation": lambda z, t, y, **kw: pile_fast.distillation_loss(z, t[..., 0], kind="logistic:temperature=0.7", **kw),
+    "mse": lambda z, t, y, **kw: pile_fast.distillation_loss(z, t[..., 0], kind="mse", **kw),
+    "logistic": lambda z, t, y, **kw: pile_fast.ranking_loss(z, y, pair_weight="gain_gap", **kw),
     "pile": lambda z, t, y, **kw: pile_fast.pile_loss(z, t, y, alpha=0.4, **kw),
 }
 
@@ -47,17 +48,17 @@ def test_gradcheck_of_the_reference_itself(backend):
     y = y.double()
     y[0, 3] = torch.nan
     for alpha in (0.0, 0.4, 1.0):
-        for kind in ("logistic", "mse"):
-            options = loss_options(alpha, kind, 0.7, "label_gap", "none", "auto")
+        for kind in ("logistic:temperature=0.7", "mse"):
+            options = loss_options(alpha=alpha, distillation=kind, pair_weight="label_gap", reduction="none")
 
             def loss(z, options=options):
                 return reference.pair_loss(z, t[..., 0], y, valid, options).loss
 
             assert torch.autograd.gradcheck(loss, z.requires_grad_())
             (gradient,) = torch.autograd.grad(loss(z).sum(), z)
-            written_out = reference.pair_loss_gradient(z.detach(), t[..., 0], y, valid, options)
+            written_out = reference.pair_loss(z.detach(), t[..., 0], y, valid, options, with_gradient=True).gradient
             torch.testing.assert_close(written_out, gradient, rtol=1e-10, atol=1e-12)
-    options = ensemble_options(3, None, "query", "zscore", 1.0, 0.0, None, "auto")
+    options = ensemble_options(iterations=3, granularity="query")
     assert torch.autograd.gradcheck(
         lambda t: reference.ensemble(t, y, torch.ones_like(valid), options).logits, t.requires_grad_()
     )
@@ -149,10 +150,10 @@ def test_opcheck(backend):
     mask = torch.rand(z.shape) < 0.7
     packed = z.flatten(), t.flatten(0, 1), y.flatten()
     cu_seqlens, prior = torch.tensor([0, 5, 5, 36]), torch.rand(3)
-    e = tuple(ensemble_options(3, None, "document", "zscore", 1.0, 0.1, "label_gap", "auto"))
-    by_query = tuple(ensemble_options(3, None, "query", "center", 1.0, 0.0, None, "auto"))
-    mean = tuple(loss_options(0.5, "logistic", 1.0, None, "mean", "auto"))
-    none = tuple(loss_options(0.5, "mse", 1.0, None, "none", "auto"))
+    e = flat(ensemble_options(iterations=3, margin=0.1, pair_weight="label_gap"))
+    by_query = flat(ensemble_options(iterations=3, granularity="query", normalize="center"))
+    mean = flat(loss_options(alpha=0.5))
+    none = flat(loss_options(alpha=0.5, distillation="mse", reduction="none"))
     cases = [  # no absent document for the ensemble: its NaN logit is unequal to itself
         (ops.ensemble.default, (t, y, None, None, prior, *e, True, True, backend)),
         (ops.ensemble.default, (packed[1], packed[2], None, cu_seqlens, None, *by_query, True, False, backend)),

@@ -84,7 +84,7 @@ def cu(*values, dtype=torch.int64):
         ((Z, T, Y), {"alpha": 1.5}, ValueError, "alpha: expected a number >= 0 and <= 1, got 1.5"),
         ((Z, T, Y), {"alpha": True}, TypeError, "alpha: expected a number, got bool"),
         ((Z, T, Y), {"distillation": "kl"}, ValueError, "distillation: expected one of"),
-        ((Z, T, Y), {"distillation_temperature": -1}, ValueError, "distillation_temperature: expected a number > 0"),
+        ((Z, T, Y), {"distillation": "logistic:temperature=-1"}, ValueError, "Logistic: temperature: expected a number > 0"),
         ((Z, T, Y), {"reduction": "average"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'average'"),
         ((Z, T, Y), {"backend": "rocm"}, ValueError, "backend: expected one of 'auto'"),
     ],
@@ -101,15 +101,15 @@ def test_pile_loss(arguments, options, error, words, backend):
         (lambda: pile_fast.pile_ensemble(None, Y), TypeError, "teacher_logits: expected a torch.Tensor, got None"),
         (lambda: pile_fast.pile_ensemble(T, None), TypeError, "labels: expected a torch.Tensor, got None"),
         (lambda: pile_fast.pile_ensemble(T, Y[:, :2]), ValueError, "labels: expected .* like teacher_logits"),
-        (lambda: pile_fast.pairwise_distillation_loss(Z, None), TypeError, "target_logits: expected a torch.Tensor, got None"),
-        (lambda: pile_fast.pairwise_distillation_loss(Z, Z[:1]), ValueError, r"target_logits: expected \(Q, N\) = \(2, 5\)"),
+        (lambda: pile_fast.distillation_loss(Z, None), TypeError, "target_logits: expected a torch.Tensor, got None"),
+        (lambda: pile_fast.distillation_loss(Z, Z[:1]), ValueError, r"target_logits: expected \(Q, N\) = \(2, 5\)"),
         (
-            lambda: pile_fast.pairwise_distillation_loss(Z, Z.clone().requires_grad_()),
+            lambda: pile_fast.distillation_loss(Z, Z.clone().requires_grad_()),
             ValueError,
             "target_logits: requires grad",
         ),
-        (lambda: pile_fast.pairwise_distillation_loss(Z, Z, kind="l1"), ValueError, "kind: expected one of"),
-        (lambda: pile_fast.pairwise_logistic_loss(Z, None), TypeError, "labels: expected a torch.Tensor, got None"),
+        (lambda: pile_fast.distillation_loss(Z, Z, kind="l1"), ValueError, "kind: expected one of"),
+        (lambda: pile_fast.ranking_loss(Z, None), TypeError, "labels: expected a torch.Tensor, got None"),
         (lambda: pile_fast.PILELoss(alpha=-1), ValueError, "alpha: expected a number >= 0"),
         (lambda: pile_fast.PILELoss(granularity="x"), ValueError, "granularity: expected one of"),
         (lambda: pile_fast.PILELoss()(T, Z, Y), ValueError, "student_logits: expected"),  # the arguments' order
@@ -125,26 +125,28 @@ def test_a_backend_asked_for_by_name_never_falls_back():
     if cpp.unavailable():
         pytest.skip(cpp.unavailable())
     with pytest.raises(RuntimeError, match="backend 'cpp' serves cpu tensors, got meta; use backend='auto'"):
-        select("cpp", RankingBatch(student_logits=torch.empty(1, 1, device="meta")))
-    assert select("auto", RankingBatch(student_logits=torch.empty(1, 1, device="meta"))) == "torch"
+        select("cpp", RankingBatch(student_logits=torch.empty(1, 1, device="meta")), None, None)
+    assert select("auto", RankingBatch(student_logits=torch.empty(1, 1, device="meta")), None, None) == "torch"
 
 
 def test_auto_passes_over_a_backend_that_refuses_the_batch(monkeypatch):
     first, second = backends._ORDER["cpu"]
     monkeypatch.setattr(backends.load(first), "unavailable", lambda: "")
-    is_wide = lambda batch: "has its reasons" if batch.dtype is torch.float64 else ""  # noqa: E731
+    is_wide = lambda batch, ensemble, loss: "has its reasons" if batch.dtype is torch.float64 else ""  # noqa: E731
     monkeypatch.setattr(backends.load(first), "refusal", is_wide)
+    none = (None, None)
     wide, narrow = RankingBatch(student_logits=Z.double()), RankingBatch(student_logits=Z)
-    assert select("auto", wide) == second and select("auto", narrow) == first == select(first, narrow)
+    assert select("auto", wide, *none) == second and select("auto", narrow, *none) == first == select(first, narrow, *none)
     with pytest.raises(RuntimeError, match=f"backend '{first}' has its reasons"):
-        select(first, wide)
+        select(first, wide, *none)
 
 
 @pytest.mark.skipif(bool(cpp.unavailable()), reason=cpp.unavailable() or "built")
 def test_the_raw_op_refuses_what_would_read_nothing():
+    from pile_fast import autograd
     from pile_fast.options import loss_options
 
-    options = tuple(loss_options(0.5, "logistic", 1.0, None, "mean", "auto"))
+    options = autograd.flat(loss_options(alpha=0.5))
     with pytest.raises(ValueError, match="target_logits: needed"):
         torch.ops.pile_fast.pair_loss(Z, None, Y, None, None, *options, True, "cpp")
     with pytest.raises(ValueError, match="labels: needed"):

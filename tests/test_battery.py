@@ -14,19 +14,19 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def distill(z, t, y, **kw):
-    return pile_fast.pairwise_distillation_loss(z, t[..., 0], **kw)
+    return pile_fast.distillation_loss(z, t[..., 0], **kw)
 
 
 def distill_mse(z, t, y, **kw):
-    return pile_fast.pairwise_distillation_loss(z, t[..., 0], kind="mse", **kw)
+    return pile_fast.distillation_loss(z, t[..., 0], kind="mse", **kw)
 
 
 def rank(z, t, y, **kw):
-    return pile_fast.pairwise_logistic_loss(z, y, **kw)
+    return pile_fast.ranking_loss(z, y, **kw)
 
 
 def rank_weighted(z, t, y, **kw):
-    return pile_fast.pairwise_logistic_loss(z, y, pair_weight="label_gap", **kw)
+    return pile_fast.ranking_loss(z, y, pair_weight="label_gap", **kw)
 
 
 def pile(z, t, y, **kw):
@@ -394,7 +394,7 @@ def test_fused_loss_equals_ensemble_then_loss(how):
     logits = pile_fast.pile_ensemble(t, y, **how).logits
     fused, fused_gradient = run(lambda z, t, y, **kw: pile_fast.pile_loss(z, t, y, alpha=0.3, **kw), z, t, y, **how)
     z = z.requires_grad_()
-    parts = 0.3 * pile_fast.pairwise_distillation_loss(z, logits, **how) + 0.7 * pile_fast.pairwise_logistic_loss(z, y, **how)
+    parts = 0.3 * pile_fast.distillation_loss(z, logits, **how) + 0.7 * pile_fast.ranking_loss(z, y, **how)
     parts.backward()
     same(fused, parts.detach())
     same(fused_gradient, z.grad)

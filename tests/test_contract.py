@@ -113,8 +113,7 @@ def test_ensemble_float64(how, options, batch):
 
 LOSS_OPTIONS = dict(
     alpha=st.sampled_from([0.0, 0.3, 1.0]),
-    distillation=st.sampled_from(["logistic", "mse"]),
-    distillation_temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    distillation=st.sampled_from(["logistic:temperature=0.5", "logistic", "logistic:temperature=3", "mse"]),
     pair_weight=st.sampled_from([None, "label_gap", "gain_gap"]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )

@@ -159,7 +159,7 @@ def test_without_a_gpu_it_says_so():
     status = pile_fast.available_backends()["cuda"]
     assert not status.available and ("nvcc" in status.reason or "GPU" in status.reason)
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available"):
-        pile_fast.pairwise_logistic_loss(torch.zeros(1, 2), torch.zeros(1, 2), backend="cuda")
+        pile_fast.ranking_loss(torch.zeros(1, 2), torch.zeros(1, 2), backend="cuda")
 
 
 def test_without_nvcc_it_says_so():

@@ -94,10 +94,10 @@ def test_few_labels_and_many(name, distinct, n, dtype):
     best = _cpu.instruction_set()
     try:
         _cpu.set_instruction_set(name)
-        got = pile_fast.pairwise_logistic_loss(z, y, backend="cpp")
+        got = pile_fast.ranking_loss(z, y, backend="cpp")
     finally:
         _cpu.set_instruction_set(best)
-    want = pile_fast.pairwise_logistic_loss(z, y, backend="torch")
+    want = pile_fast.ranking_loss(z, y, backend="torch")
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (got, want)))
 
@@ -114,8 +114,8 @@ def test_many_cells(spread):
     s = spread * torch.randn(1, 3000, dtype=torch.float64)
     y = torch.randint(0, 3, (1, 3000))
     for loss in (
-        lambda **kw: pile_fast.pairwise_distillation_loss(z, s, backend="cpp", **kw),
-        lambda **kw: pile_fast.pairwise_logistic_loss(z, y, backend="cpp", **kw),
+        lambda **kw: pile_fast.distillation_loss(z, s, backend="cpp", **kw),
+        lambda **kw: pile_fast.ranking_loss(z, y, backend="cpp", **kw),
     ):
         torch.testing.assert_close(loss(pairwise="chebyshev"), loss(pairwise="direct"), rtol=1e-10, atol=0)
 

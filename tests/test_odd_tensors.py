@@ -63,9 +63,9 @@ FUNCTIONS = {
         ("student_logits", "teacher_logits", "labels", "prior"),
     ),
     "pile_ensemble": (logits_of(pile_fast.pile_ensemble), ("teacher_logits", "labels", "prior")),
-    "pairwise_distillation_loss": (pile_fast.pairwise_distillation_loss, ("student_logits", "target_logits")),
-    "mse": (lambda **kw: pile_fast.pairwise_distillation_loss(kind="mse", **kw), ("student_logits", "target_logits")),
-    "pairwise_logistic_loss": (pile_fast.pairwise_logistic_loss, ("student_logits", "labels")),
+    "distillation_loss": (pile_fast.distillation_loss, ("student_logits", "target_logits")),
+    "mse": (lambda **kw: pile_fast.distillation_loss(kind="mse", **kw), ("student_logits", "target_logits")),
+    "ranking_loss": (pile_fast.ranking_loss, ("student_logits", "labels")),
     "PILELoss": (
         lambda backend, student_logits, teacher_logits, labels, **kw: pile_fast.PILELoss(alpha=0.5, backend=backend)(
             student_logits, teacher_logits, labels, **kw
@@ -248,10 +248,8 @@ def problem():
 CALLS = {
     "pile_loss": lambda z, t, y, **kw: pile_fast.pile_loss(z, t, y, alpha=0.5, **kw),
     "pile_ensemble": lambda z, t, y, **kw: pile_fast.pile_ensemble(t, y, **kw).logits,
-    "pairwise_distillation_loss": lambda z, t, y, **kw: pile_fast.pairwise_distillation_loss(
-        z, t[..., 0], reduction="none", **kw
-    ),
-    "pairwise_logistic_loss": lambda z, t, y, **kw: pile_fast.pairwise_logistic_loss(z, y, **kw),
+    "distillation_loss": lambda z, t, y, **kw: pile_fast.distillation_loss(z, t[..., 0], reduction="none", **kw),
+    "ranking_loss": lambda z, t, y, **kw: pile_fast.ranking_loss(z, y, **kw),
 }
 
 

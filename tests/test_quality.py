@@ -53,7 +53,7 @@ def test_a_student_of_the_stack_is_a_feature_ranker_trained_by_pile_loss(lists, 
             batch = pack_queries([lists[q] for q in queries.tolist()])
             losses = pile_fast.pile_loss(
                 model(batch["features"]), batch["teacher_logits"], batch["labels"], cu_seqlens=batch["cu_seqlens"],
-                alpha=0.6, distillation_temperature=2.0, pair_weight="label_gap", reduction="none",
+                alpha=0.6, distillation="logistic:temperature=2", pair_weight="label_gap", reduction="none",
             )  # fmt: skip
             optimizer.zero_grad()
             losses.mean().backward()

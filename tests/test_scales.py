@@ -116,8 +116,8 @@ def test_students_of_any_offset_and_temperature(how, offset, spread, temperature
         target[:, :1] = NAN
 
         def loss(z, **how):
-            return pile_fast.pairwise_distillation_loss(
-                z, target.to(z.dtype), kind=kind, temperature=temperature if kind == "logistic" else 1.0, **how  # noqa: B023
+            return pile_fast.distillation_loss(
+                z, target.to(z.dtype), kind=f"logistic:temperature={temperature}" if kind == "logistic" else kind, **how  # noqa: B023
             )  # fmt: skip
 
         want, want_gradient = student_loss(z.double(), loss, backend="torch")
@@ -134,7 +134,7 @@ def test_label_losses_of_any_offset(how, offset, spread, temperature):
         z = offset + spread * z
 
         def loss(z, **how):
-            return pile_fast.pairwise_logistic_loss(z, y, **how)  # noqa: B023
+            return pile_fast.ranking_loss(z, y, **how)  # noqa: B023
 
         want, want_gradient = student_loss(z.double(), loss, backend="torch")
         got, gradient = student_loss(z, loss, **how)
@@ -197,7 +197,7 @@ def test_labels_that_cannot_be_compared(how, labels, words):
         lambda: pile_fast.pile_loss(z, t, labels, **how),
         lambda: pile_fast.pile_loss(z, t, labels, alpha=0, **how),
         lambda: pile_fast.pile_ensemble(t, labels, **how),
-        lambda: pile_fast.pairwise_logistic_loss(z, labels, **how),
+        lambda: pile_fast.ranking_loss(z, labels, **how),
         lambda: pile_fast.pile_loss(z.view(-1), t.view(-1, 2), labels.view(-1), cu_seqlens=torch.tensor([0, 2, 4]), **how),
     ]
     for call in calls if labels.dtype is not torch.uint64 else calls[:4]:
@@ -205,14 +205,14 @@ def test_labels_that_cannot_be_compared(how, labels, words):
             call()
     mask = torch.ones(2, 2, dtype=torch.bool)
     mask[labels.double().abs() >= 2**53] = False
-    assert pile_fast.pairwise_logistic_loss(z, labels.double(), mask=mask, **how).isfinite()  # what lies under it is not read
+    assert pile_fast.ranking_loss(z, labels.double(), mask=mask, **how).isfinite()  # what lies under it is not read
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
 def test_unsigned_labels(how, dtype):
     z, y = torch.randn(2, 6), torch.randint(0, 5, (2, 6))
-    got = pile_fast.pairwise_logistic_loss(z, y.to(dtype), **how)
-    assert torch.equal(got, pile_fast.pairwise_logistic_loss(z, y, **how))
+    got = pile_fast.ranking_loss(z, y.to(dtype), **how)
+    assert torch.equal(got, pile_fast.ranking_loss(z, y, **how))
 
 
 # -- what is not finite
@@ -237,7 +237,7 @@ def test_an_infinite_teacher_logit_counts_as_missing(how, value, n):  # A5
     b = contract.loss_and_gradient(z, missing, y, mask, alpha=0.5, iterations=3, **how)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[0] > 0
     targets = [
-        pile_fast.pairwise_distillation_loss(z, x[..., 0], mask=mask, kind=kind, **how)
+        pile_fast.distillation_loss(z, x[..., 0], mask=mask, kind=kind, **how)
         for kind in ("logistic", "mse")
         for x in (broken, missing)
     ]

@@ -49,7 +49,7 @@ def test_without_a_gpu_it_says_so():
     status = pile_fast.available_backends()["triton"]
     assert not status.available and "GPU" in status.reason
     with pytest.raises(RuntimeError, match="no CUDA or ROCm GPU"):
-        pile_fast.pairwise_logistic_loss(torch.zeros(1, 2), torch.zeros(1, 2), backend="triton")
+        pile_fast.ranking_loss(torch.zeros(1, 2), torch.zeros(1, 2), backend="triton")
 
 
 aot = _load("triton_aot")

@@ -108,8 +108,12 @@ def pile_loss(
         mask=tensor(*documents, dtype=torch.bool) if masked else None,
         cu_seqlens=tensor(packed + 1, dtype=torch.int32) if packed else None,
     )  # fmt: skip
-    ensemble = ensemble_options(2, None, granularity, "zscore", 1.0, margin, pair_weight, pairwise)
-    backend.pile_loss(batch, ensemble, loss_options(alpha, "logistic", 1.0, pair_weight, reduction, pairwise), True)
+    ensemble = ensemble_options(
+        iterations=2, granularity=granularity, margin=margin, pair_weight=pair_weight, pairwise=pairwise
+    )
+    backend.pile_loss(
+        batch, ensemble, loss_options(alpha=alpha, pair_weight=pair_weight, reduction=reduction, pairwise=pairwise), True
+    )
 
 
 def pile_ensemble(
@@ -119,12 +123,14 @@ def pile_ensemble(
         teacher_logits=tensor(*shape, dtype=dtype), labels=tensor(*shape[:-1]),
         cu_seqlens=tensor(packed + 1, dtype=torch.int64) if packed else None,
     )  # fmt: skip
-    backend.ensemble(batch, ensemble_options(2, None, granularity, "zscore", 1.0, 0.0, pair_weight, pairwise), more, more)
+    backend.ensemble(
+        batch, ensemble_options(iterations=2, granularity=granularity, pair_weight=pair_weight, pairwise=pairwise), more, more
+    )
 
 
 def pair_loss(shape, *, alpha, distillation="logistic", pairwise="direct"):
     batch = RankingBatch(student_logits=tensor(*shape), target_logits=tensor(*shape), labels=tensor(*shape))
-    backend.pair_loss(batch, loss_options(alpha, distillation, 1.0, None, "mean", pairwise), True)
+    backend.pair_loss(batch, loss_options(alpha=alpha, distillation=distillation, pairwise=pairwise), True)
 
 
 def no_reduction(call, *arguments, **options):
@@ -145,7 +151,7 @@ FUSED = {
     ),
     "pile_ensemble, 128 teachers": lambda: pile_ensemble((256, 128, 128)),
     "mean squared differences": lambda: pair_loss((256, 128), alpha=1.0, distillation="mse"),
-    "pairwise_logistic_loss": lambda: pair_loss((256, 128), alpha=0.0),
+    "ranking_loss": lambda: pair_loss((256, 128), alpha=0.0),
 }  # fmt: skip
 LONG = {
     "packed, in linear time": lambda: pile_loss((1 << 20, 8), packed=64, alpha=0.5, pairwise="chebyshev"),

@@ -156,7 +156,7 @@ def test_ensemble_in_linear_time(shape, data, options, granularity, short_blocks
     [
         (150, 5.0, dict(missing=0.4, unlabelled=0.3, masked=0.2), dict(alpha=0.3, pair_weight="gain_gap")),
         (150, 1.0, dict(labels="continuous"), dict(alpha=0.5, reduction="none")),
-        (100, 5.0, dict(labels="continuous"), dict(alpha=0.5, distillation_temperature=0.5, reduction="sum")),
+        (100, 5.0, dict(labels="continuous"), dict(alpha=0.5, distillation="logistic:temperature=0.5", reduction="sum")),
         (80, 100.0, dict(), dict(alpha=0.5, distillation="mse")),
         (80, 300.0, dict(), dict(alpha=0.5)),  # no grid
     ],
@@ -176,10 +176,10 @@ def test_well_ordered_lists_keep_their_digits(short_blocks):
     # Two grades, all pairs right by 12 and more: losses and gradients of e^-12 and less.
     y = torch.arange(120)[None] % 2
     z = (y * 14.0 + torch.rand(1, 120)).requires_grad_()
-    loss = pile_fast.pairwise_logistic_loss(z, y, **LINEAR)
+    loss = pile_fast.ranking_loss(z, y, **LINEAR)
     (gradient,) = torch.autograd.grad(loss, z)
     wide = z.detach().double().requires_grad_()
-    want = pile_fast.pairwise_logistic_loss(wide, y, backend="torch")
+    want = pile_fast.ranking_loss(wide, y, backend="torch")
     (want_gradient,) = torch.autograd.grad(want, wide)
     assert abs(loss - want) <= 1e-5 * want
     assert (gradient - want_gradient).abs().max() <= 1e-5 * want_gradient.abs().max()

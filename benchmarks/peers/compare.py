@@ -96,7 +96,7 @@ class Expected:
         self.op, self.lists, longest = op, lists, lists.scores.shape[1]
         self.against = "reference" if longest <= 2048 else f"cpp {'direct' if longest <= 2**15 else 'chebyshev'}"
         labels_only = op == "pairwise_logistic"
-        options = loss_options(*((0.0, "logistic") if labels_only else (1.0, "mse")), 1.0, None, "none", "auto")
+        options = loss_options(alpha=0.0 if labels_only else 1.0, distillation="mse", reduction="none")
         losses, gradients = [], []
         chunk = max(1, 2**20 // longest**2)
         for begin in range(0, len(lists.lengths), chunk):
@@ -107,9 +107,9 @@ class Expected:
                 loss = reference.pair_loss(scores, targets, labels, valid, options).loss
             elif labels_only:
                 how = {"mask": valid, "backend": "cpp", "pairwise": self.against.split()[1], "reduction": "none"}
-                loss = pile_fast.pairwise_logistic_loss(scores, labels, **how)
+                loss = pile_fast.ranking_loss(scores, labels, **how)
             else:
-                loss = pile_fast.pairwise_distillation_loss(scores, targets, mask=valid, kind="mse", reduction="none")
+                loss = pile_fast.distillation_loss(scores, targets, mask=valid, kind="mse", reduction="none")
             loss.sum().backward()
             losses.append(loss.detach().numpy())
             gradients.append(scores.grad.numpy())

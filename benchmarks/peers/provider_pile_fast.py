@@ -11,8 +11,8 @@ SCALES["pile_loss"] = None
 RAGGED = True
 PACKAGE = "pile_fast"
 OPTIONS = {
-    "pairwise_logistic": loss_options(0.0, "logistic", 1.0, None, "mean", "auto"),
-    "pairwise_distillation": loss_options(1.0, "mse", 1.0, None, "mean", "auto"),
+    "pairwise_logistic": loss_options(alpha=0.0),
+    "pairwise_distillation": loss_options(distillation="mse"),
 }
 
 
@@ -35,9 +35,9 @@ def prepare(op, lists, variant):
     if lists.ragged:
         options["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(lists.lengths).cumsum(0)])
     if op == "pairwise_logistic":
-        function, options["pairwise"] = pile_fast.pairwise_logistic_loss, variant
+        function, options["pairwise"] = pile_fast.ranking_loss, variant
     else:
-        function, options["kind"] = pile_fast.pairwise_distillation_loss, "mse"
+        function, options["kind"] = pile_fast.distillation_loss, "mse"
 
     def run():
         scores.grad = None

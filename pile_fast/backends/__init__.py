@@ -1,35 +1,26 @@
 """The backends: who computes an op, by what rule, and why one cannot.
 
-A backend is a module of this package with
-
-- `DEVICES`: the device types it serves;
-- `unavailable() -> str`: "" if it works here, else the reason and the fix;
-- `refusal(batch) -> str`: "" if it computes batches like this one (by dtypes and shapes), else what it cannot do and the fix;
-- `ensemble(batch, options, return_weights, return_trace) -> (logits, weights, trace)`;
-- `pair_loss(batch, options, with_gradient) -> (loss, gradient)`: the student's loss against `batch.target_logits`;
-- `pile_loss(batch, ensemble_options, loss_options, with_gradient) -> (loss, gradient)`: ensemble and loss in one.
-
-Outputs a caller did not ask for are empty tensors. A gradient has the student's dtype and is that of the reduced loss
-(for reduction "none": of each query's own loss). A backend knows nothing of autograd.
+A backend is a module of this package that follows `pile_fast.backends.protocol.Backend`.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from pile_fast.backends import cpp, cuda, torch_reference, triton
+from pile_fast.backends.protocol import Backend
 from pile_fast.batch import RankingBatch
+from pile_fast.options import EnsembleOptions, LossOptions
 
 # In order of preference, per device type; HIP tensors are of type "cuda" too. Triton before CUDA until a GPU has shown which
 # is faster: neither has been measured, and Triton is there without nvcc, so results do not depend on who built with it.
 _ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
 _ORDER_ELSEWHERE = ("torch",)
-_MODULES = {"cpp": cpp, "cuda": cuda, "triton": triton, "torch": torch_reference}
+_MODULES: dict[str, Backend] = {"cpp": cpp, "cuda": cuda, "triton": triton, "torch": torch_reference}
 
 
 class BackendStatus(NamedTuple):
@@ -40,7 +31,7 @@ class BackendStatus(NamedTuple):
     devices: tuple[str, ...]
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """The backend's module."""
     return _MODULES[name]
 
@@ -57,7 +48,7 @@ def available_backends() -> dict[str, BackendStatus]:
     }
 
 
-def check_name(name) -> str:
+def check_name(name: str) -> str:
     """The name, if it is "auto" or that of a backend, whether that works here or not; else ValueError."""
     if name != "auto" and name not in _MODULES:
         raise ValueError(f"backend: expected one of 'auto', {', '.join(map(repr, _MODULES))}, got {name!r}")
@@ -73,10 +64,10 @@ def _warn_of_the_slow_way(reason: str) -> None:
     )
 
 
-def select(name: str, batch: RankingBatch) -> str:
-    """The backend's name for a request ("auto" or a name) and the batch it has to serve.
+def select(name: str, batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
+    """The backend's name for a request ("auto" or a name) and the call it has to serve.
 
-    "auto" is the first of the device's backends that works here and computes such a batch.
+    "auto" is the first of the device's backends that works here and computes such a call.
 
     Raises:
         ValueError: no backend of that name.
@@ -86,7 +77,7 @@ def select(name: str, batch: RankingBatch) -> str:
     if name == "auto":
         for candidate in _ORDER.get(device_type, _ORDER_ELSEWHERE):
             module = _MODULES[candidate]
-            if not module.unavailable() and not module.refusal(batch):
+            if not module.unavailable() and not module.refusal(batch, ensemble, loss):
                 return candidate
             if candidate == "cpp" and module.unavailable() and not torch.compiler.is_compiling():
                 _warn_of_the_slow_way(module.unavailable())
@@ -97,6 +88,6 @@ def select(name: str, batch: RankingBatch) -> str:
         raise RuntimeError(
             f"backend {name!r} serves {', '.join(backend.DEVICES)} tensors, got {device_type}; use backend='auto'"
         )
-    if reason := backend.refusal(batch):
+    if reason := backend.refusal(batch, ensemble, loss):
         raise RuntimeError(f"backend {name!r} {reason}")
     return name

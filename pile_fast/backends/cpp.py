@@ -40,7 +40,7 @@ def unavailable() -> str:
     return _unavailable
 
 
-def refusal(batch: RankingBatch) -> str:
+def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
     return ""
 
 

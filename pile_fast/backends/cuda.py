@@ -59,7 +59,7 @@ def unavailable() -> str:
     return ""
 
 
-def refusal(batch: RankingBatch) -> str:
+def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
     if batch.dtype is torch.float64:
         return "computes in float32, got float64 logits; use backend='auto' or 'torch', or cast them"
     return ""

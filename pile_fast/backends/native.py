@@ -10,15 +10,10 @@ import functools
 import torch
 
 from pile_fast.batch import RankingBatch
-from pile_fast.options import (
-    DISTILLATIONS,
-    GRANULARITIES,
-    NORMALIZATIONS,
-    PAIR_SUMS,
-    REDUCTIONS,
-    EnsembleOptions,
-    LossOptions,
-)
+from pile_fast.options import EnsembleOptions, LossOptions
+
+GRANULARITIES, NORMALIZATIONS, PAIR_SUMS = ("document", "query"), ("zscore", "center", "none"), ("auto", "direct", "chebyshev")
+REDUCTIONS = ("mean", "sum", "none")
 
 DTYPES = {
     dtype: code
@@ -71,8 +66,8 @@ def loss_options(module, options: LossOptions):
     """The options as `module`'s struct."""
     return module.LossOptions(
         options.alpha,
-        DISTILLATIONS.index(options.distillation),
-        options.distillation_temperature,
+        ("logistic", "mse").index(options.distillation.name),
+        getattr(options.distillation, "temperature", 1.0),
         _PAIR_WEIGHTS.index(options.pair_weight),
         REDUCTIONS.index(options.reduction),
         PAIR_SUMS.index(options.pairwise),

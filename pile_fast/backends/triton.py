@@ -67,7 +67,7 @@ def unavailable() -> str:
     return ""
 
 
-def refusal(batch: RankingBatch) -> str:
+def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
     if batch.dtype is torch.float64:
         return "computes in float32, got float64 logits; use backend='auto' or 'torch', or cast them"
     if batch.num_teachers > MAX_TEACHERS:
@@ -192,7 +192,7 @@ def _run(
         rows = documents + (queries + 1) * tile if batch.packed else queries * -(-slots // tile) * tile
         scratch_size = rows * (FIELDS.value + M) + queries * (5 * M + SCALARS.value)
         use_d, use_r = loss is not None and loss.alpha > 0, loss is not None and loss.alpha < 1
-        mse = use_d and loss.distillation == "mse"
+        mse = use_d and loss.distillation.name == "mse"
         mask = None if batch.mask is None else batch.mask.view(torch.uint8)
         labels = batch.labels
         if labels is not None and labels.dtype is torch.bool:
@@ -208,7 +208,7 @@ def _run(
             1 / options.temperature if options is not None else 1.0,
             options.margin / options.temperature if options is not None else 0.0,
             loss.alpha if loss is not None else 0.0,
-            1 / loss.distillation_temperature if use_d and not mse else 1.0,
+            1 / loss.distillation.temperature if use_d and not mse else 1.0,
             ENSEMBLE=options is not None, LOSS=loss is not None,
             BY_DOCUMENT=options is None or options.granularity == "document",
             NORMALIZE=options.normalize if options is not None else "none", WEIGHT=weight,

@@ -200,8 +200,8 @@ class LongLists:
     ) -> None:
         student = self.batch.student_logits
         use_d, use_r = options.alpha > 0, options.alpha < 1
-        mse = use_d and options.distillation == "mse"
-        inv_tau = 1 / options.distillation_temperature if use_d and not mse else 1.0
+        mse = use_d and options.distillation.name == "mse"
+        inv_tau = 1 / options.distillation.temperature if use_d and not mse else 1.0
         M = 1
         self._state(M, 16)
         terms, packed = dict(USE_D=use_d, USE_R=use_r), dict(PACKED=self.packed)

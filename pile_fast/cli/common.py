@@ -11,16 +11,17 @@ import pickle
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.data.formats import FORMATS
-from pile_fast.options import GRANULARITIES, NORMALIZATIONS, PAIR_WEIGHTS
+from pile_fast.options import EnsembleOptions, Options, table
 from pile_fast.printable import printable
 
-PILE_OPTIONS = ("iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight")
+# How pairs are summed is nothing that a command's user has to choose.
+PILE_OPTIONS = tuple(name for name in EnsembleOptions._fields if name != "pairwise")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -81,17 +82,14 @@ def add_skip_bad_rows(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
 
 
-def add_pile_options(parser: argparse._ActionsContainer) -> list[argparse.Action]:
-    """A flag for each of `PILE_OPTIONS`, None where it is not given."""
-    weights = [name for name in PAIR_WEIGHTS if name]
+def add_options(parser: argparse._ActionsContainer, *sets: Options, without: Sequence[str] = ()) -> list[argparse.Action]:
+    """A flag for each option of the sets (see `pile_fast.options`), None where it is not given."""
     return [
-        parser.add_argument("--iterations", type=int, help="updates of the teachers' weights; 0 = their plain mean"),
-        parser.add_argument("--step-size", type=float, help="of an update (default: 3 by document, 1 by query)"),
-        parser.add_argument("--granularity", choices=GRANULARITIES, help="weights per document or per query"),
-        parser.add_argument("--normalize", choices=NORMALIZATIONS, help="calibration of each teacher per query"),
-        parser.add_argument("--temperature", type=float, help="unit of logit differences in the ensemble"),
-        parser.add_argument("--margin", type=float, help="difference a pair of the ensemble should reach"),
-        parser.add_argument("--pair-weight", choices=weights, help="weight of a labelled pair (default: all alike)"),
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=row.type, choices=[c for c in row.choices if c] or None, help=row.help
+        )
+        for name, row in table(*sets).items()
+        if name not in without
     ]
 
 

@@ -9,11 +9,12 @@ import math
 import os
 from pathlib import Path
 
-from pile_fast.cli.common import PILE_OPTIONS, add_format, add_pile_options, given, real_number
+from pile_fast.cli.common import PILE_OPTIONS, add_format, add_options, given, real_number
 from pile_fast.cli.errors import UserError
 from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
 from pile_fast.functional import pile_ensemble
+from pile_fast.options import EnsembleOptions
 from pile_fast.printable import printable
 
 _METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
@@ -57,7 +58,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
     options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
-    flags = add_pile_options(options)
+    flags = add_options(options, EnsembleOptions, without=["pairwise"])
     flags.append(options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)"))
     for action in flags:
         methods = [method for method in _METHODS if _takes(method, action.dest)]

@@ -23,7 +23,7 @@ import pile_fast
 from pile_fast.cli.common import (
     PILE_OPTIONS,
     add_format,
-    add_pile_options,
+    add_options,
     add_skip_bad_rows,
     given,
     print_left_out,
@@ -32,10 +32,10 @@ from pile_fast.cli.common import (
     writable_folder,
 )
 from pile_fast.cli.errors import DONE, FAILED, UserError, report, user_errors
-from pile_fast.options import DISTILLATIONS
+from pile_fast.options import EnsembleOptions, LossOptions
 
 _KINDS = ("features", "cross-encoder", "bi-encoder")
-_LOSS_OPTIONS = ("alpha", "distillation", "distillation_temperature", *PILE_OPTIONS, "prior", "backend")
+_LOSS_OPTIONS = ("alpha", "distillation", "label_loss", *PILE_OPTIONS, "prior", "backend")
 # Those that an ensemble made beforehand leaves nothing to do.
 _ENSEMBLE_OPTIONS = (*(name for name in PILE_OPTIONS if name != "pair_weight"), "prior")
 # Without it a folder cannot be loaded as a model, so it is written last.
@@ -167,10 +167,7 @@ def _own_options() -> argparse.ArgumentParser:
     student.add_argument("--scale", type=float, help="bi-encoder: factor on the similarity (default: 20)")
 
     loss = parser.add_argument_group("loss (docs/algorithm.md)")
-    loss.add_argument("--alpha", type=float, help="weight of the distillation against the labels, 0 to 1")
-    loss.add_argument("--distillation", choices=DISTILLATIONS, help="how the student's differences follow the ensemble's")
-    loss.add_argument("--distillation-temperature", type=float, help="unit of logit differences in the distillation")
-    add_pile_options(loss)
+    add_options(loss, LossOptions, EnsembleOptions, without=["reduction", "pairwise"])
     loss.add_argument(
         "--prior", nargs="+", type=float, metavar="W", help="the teachers' weights to start from (default: equal)"
     )

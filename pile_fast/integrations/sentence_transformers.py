@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pile_fast
+from pile_fast.checks import number
 from pile_fast.integrations import import_library
 from pile_fast.integrations.columns import (
     Names,
@@ -27,7 +28,6 @@ from pile_fast.integrations.columns import (
     read_tuples,
     without_null,
 )
-from pile_fast.options import number
 
 library = import_library("sentence_transformers", "sentence-transformers")
 util = import_library("sentence_transformers.util", "sentence-transformers")
@@ -200,9 +200,7 @@ class PILELoss(_PILELoss):
             return loss
         # The fused loss is what trains. The terms are for the log; they add up to it.
         options = {name: self.loss.options[name] for name in ("pair_weight", "pairwise", "backend")}
-        term = (1 - alpha) * pile_fast.pairwise_logistic_loss(
-            logits.detach(), labels, cu_seqlens=cu_seqlens, reduction="sum", **options
-        )
+        term = (1 - alpha) * pile_fast.ranking_loss(logits.detach(), labels, cu_seqlens=cu_seqlens, reduction="sum", **options)
         if self.loss.options["reduction"] == "mean":
             term = term / _queries_with_a_pair(teachers, labels, cu_seqlens, self.loss.prior).clamp(min=1)
         return {"distillation": loss - term, "labels": term}

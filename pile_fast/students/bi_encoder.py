@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pile_fast.options import choice, number
+from pile_fast.checks import choice, number
 from pile_fast.students.features import no_loss_of_its_own
 
 POOLINGS = ("mean", "cls")

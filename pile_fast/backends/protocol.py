@@ -1,0 +1,53 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Protocol
+
+from torch import Tensor
+
+from pile_fast.batch import RankingBatch
+from pile_fast.options import EnsembleOptions, LossOptions
+
+
+class Backend(Protocol):
+    """A module of this package. It knows nothing of autograd.
+
+    Outputs that a caller did not ask for are empty tensors. A gradient has the student's dtype and is that of the reduced loss
+    (for reduction "none": of each query's own loss).
+
+    Attributes:
+        DEVICES: the device types it serves; () = any.
+    """
+
+    DEVICES: tuple[str, ...]
+
+    def unavailable(self) -> str:
+        """ "" if it works here, else the reason and the fix."""
+
+    def refusal(self, batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
+        """ "" if it computes such a call (by dtypes, shapes and options), else what it cannot do and the fix."""
+
+    def ensemble(
+        self, batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, weights, trace)."""
+
+    def pair_loss(self, batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        """(loss, gradient) of the student's loss against `batch.target_logits` and `batch.labels`."""
+
+    def pile_loss(
+        self, batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, gradient) of ensemble and loss in one."""
+
+
+def missing_term(keys: Container[str], loss: LossOptions | None) -> str:
+    """A `refusal` if a term in use is not among a backend's `keys`, else ""."""
+    if loss is not None:
+        for term in loss.terms:
+            if term.key not in keys:
+                what = "distillation" if term.kind == "distill" else "label loss"
+                return f"does not compute the {what} {term.name!r}; use backend='auto' or 'torch'"
+    return ""
