@@ -97,7 +97,10 @@ def flat(options: EnsembleOptions | LossOptions) -> list[Any]:
 
 def _unflat(options: Options, arguments: Iterator[Any]) -> Any:
     hints = typing.get_type_hints(options).values()
-    return options(*[terms.by_key(next(arguments), next(arguments)) if hint is Term else next(arguments) for hint in hints])
+    values: list[Any] = [
+        terms.by_key(next(arguments), next(arguments)) if hint is Term else next(arguments) for hint in hints
+    ]
+    return options(*values)
 
 
 def _fake_ensemble(
@@ -150,7 +153,8 @@ def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, weights, trace) of the ensemble; outputs not asked for are empty."""
-    return _ensemble(batch, (options,), (return_weights, return_trace), backend)
+    outputs: tuple[Tensor, Tensor, Tensor] = _ensemble(batch, (options,), (return_weights, return_trace), backend)
+    return outputs
 
 
 def pair_loss(batch: RankingBatch, options: LossOptions, backend: str) -> Tensor:
@@ -165,8 +169,10 @@ def pile_loss(batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOp
 
 def _loss(op: _Op, batch: RankingBatch, options: tuple[Any, ...], backend: str) -> Tensor:
     if batch.student_logits.requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(batch.student_logits, op, batch, options, backend)
-    return op(batch, options, (False,), backend)[0]
+        loss: Tensor = _Loss.apply(batch.student_logits, op, batch, options, backend)
+    else:
+        loss, _ = op(batch, options, (False,), backend)
+    return loss
 
 
 class _Loss(torch.autograd.Function):
@@ -176,7 +182,8 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, student_logits: Tensor, op: _Op, batch: RankingBatch, options: tuple[Any, ...], backend: str
     ) -> Tensor:
-        loss, gradient = op(batch, options, (True,), backend)
+        outputs: tuple[Tensor, Tensor] = op(batch, options, (True,), backend)
+        loss, gradient = outputs
         ctx.save_for_backward(gradient, student_logits, batch.cu_seqlens)
         return loss
 

@@ -15,6 +15,8 @@ belong to no query: they get no ensemble logit and a zero gradient.
 
 from __future__ import annotations
 
+from typing import NoReturn, overload
+
 import torch
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack
@@ -68,6 +70,15 @@ class RankingBatch:
         "packed", "num_queries", "num_teachers", "slots", "device", "dtype", "concrete", "_compiling",
     )  # fmt: skip
 
+    # None where the call has none. Their types do not say so: whoever computes a term or an ensemble was given its tensors.
+    student_logits: Tensor
+    teacher_logits: Tensor
+    target_logits: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    prior: Tensor | None
+
     def __init__(
         self,
         *,
@@ -88,24 +99,27 @@ class RankingBatch:
                 self._refuse_tangents(student_logits=student_logits, teacher_logits=teacher_logits, target_logits=target_logits)
 
         # The student, else the teachers, fix shape and device; the others are held against them.
-        shape = device = first = dtype = None
+        teachers_shape = None
         wide = False
         self.num_teachers = 0
-        if student_logits is not None:
-            student_logits, shape, dtype = self._check_logits("student_logits", student_logits, 1 if packed else 2)
-            device, first, wide = student_logits.device, "student_logits", dtype is torch.float64
         if teacher_logits is not None:
-            teacher_logits, own, dtype = self._check_logits("teacher_logits", teacher_logits, 2 if packed else 3)
-            wide = wide or dtype is torch.float64
+            teacher_logits, teachers_shape, dtype = self._check_logits("teacher_logits", teacher_logits, 2 if packed else 3)
+            wide = dtype is torch.float64
             if teacher_logits.requires_grad:
                 self._refuse_grad("teacher_logits")
-            self.num_teachers = own[-1]
+            self.num_teachers = teachers_shape[-1]
             if self.num_teachers == 0:
-                raise ValueError(f"teacher_logits: expected at least one teacher, got {tuple(own)}")
-            if shape is None:
-                shape, device, first = own[:-1], teacher_logits.device, "teacher_logits"
-            elif own[:-1] != shape or teacher_logits.device != device:
-                self._mismatch("teacher_logits", teacher_logits, shape, device, first)
+                raise ValueError(f"teacher_logits: expected at least one teacher, got {tuple(teachers_shape)}")
+        if student_logits is not None:
+            student_logits, shape, dtype = self._check_logits("student_logits", student_logits, 1 if packed else 2)
+            device, first, wide = student_logits.device, "student_logits", wide or dtype is torch.float64
+            if teacher_logits is not None and teachers_shape is not None:
+                if teachers_shape[:-1] != shape or teacher_logits.device != device:
+                    self._mismatch("teacher_logits", teacher_logits, shape, device, first)
+        elif teacher_logits is not None and teachers_shape is not None:
+            shape, device, first = teachers_shape[:-1], teacher_logits.device, "teacher_logits"
+        else:
+            raise TypeError("student_logits: expected a torch.Tensor, got None")
         if target_logits is not None:
             target_logits, own, dtype = self._check_logits("target_logits", target_logits, 1 if packed else 2)
             wide = wide or dtype is torch.float64
@@ -113,8 +127,6 @@ class RankingBatch:
                 self._refuse_grad("target_logits")
             if own != shape or target_logits.device != device:
                 self._mismatch("target_logits", target_logits, shape, device, first)
-        if shape is None:
-            raise TypeError("student_logits: expected a torch.Tensor, got None")
         self.dtype = torch.float64 if wide else torch.float32
         self.slots = shape[-1]
         self.device = device
@@ -136,7 +148,7 @@ class RankingBatch:
             labels = self._check_labels(labels)
             if labels.shape != shape or labels.device != device:
                 self._mismatch("labels", labels, shape, device, first)
-        if packed:
+        if cu_seqlens is not None:
             if mask is not None:
                 raise ValueError("mask: only the padded layout takes a mask; with cu_seqlens leave it None")
             cu_seqlens = self._check_dense("cu_seqlens", cu_seqlens)
@@ -157,15 +169,15 @@ class RankingBatch:
                     self._mismatch("mask", mask, shape, device, first)
         if prior is not None:
             prior = self._check_prior(prior, device, first)
-        self.student_logits = student_logits
-        self.teacher_logits = teacher_logits
-        self.target_logits = target_logits
-        self.labels = labels
+        self.student_logits = student_logits  # type: ignore[assignment]
+        self.teacher_logits = teacher_logits  # type: ignore[assignment]
+        self.target_logits = target_logits  # type: ignore[assignment]
+        self.labels = labels  # type: ignore[assignment]
         self.mask = mask
         self.cu_seqlens = cu_seqlens
         self.prior = prior
 
-    def _check_dense(self, name: str, tensor) -> Tensor:
+    def _check_dense(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, with the sign that a lazy negation keeps beside its memory; kernels read memory alone."""
         if not isinstance(tensor, Tensor):
             self._wrong_type(name, tensor, "")
@@ -175,7 +187,7 @@ class RankingBatch:
         # While compiling there is no sign to ask for; the compiled op comes by here again with real tensors.
         return tensor.resolve_neg() if not self._compiling and tensor.is_neg() else tensor
 
-    def _check_logits(self, name: str, tensor, rank: int) -> tuple[Tensor, torch.Size, torch.dtype]:
+    def _check_logits(self, name: str, tensor: Tensor, rank: int) -> tuple[Tensor, torch.Size, torch.dtype]:
         tensor = self._check_dense(name, tensor)
         shape, dtype = tensor.shape, tensor.dtype
         if dtype not in LOGIT_DTYPES:
@@ -186,7 +198,7 @@ class RankingBatch:
             raise ValueError(f"{name}: expected ({letters}) ({layout}), got {tuple(shape)}")
         return tensor, shape, dtype
 
-    def _check_labels(self, labels) -> Tensor:
+    def _check_labels(self, labels: Tensor) -> Tensor:
         labels = self._check_dense("labels", labels)
         if labels.dtype in LABEL_DTYPES:
             if labels.requires_grad:
@@ -202,19 +214,19 @@ class RankingBatch:
         return labels.to(signed)
 
     @staticmethod
-    def _wrong_type(name: str, tensor, wanted: str) -> None:
+    def _wrong_type(name: str, tensor: object, wanted: str) -> NoReturn:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
 
     @staticmethod
-    def _refuse_tangents(**tensors) -> None:
+    def _refuse_tangents(**tensors: object) -> None:
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(f"{name}: carries a forward-mode tangent, but pile_fast has reverse-mode gradients only")
 
     @staticmethod
-    def _refuse_transform(student_logits, teacher_logits) -> None:
+    def _refuse_transform(student_logits: object, teacher_logits: object) -> NoReturn:
         name = "teacher_logits" if student_logits is None else "student_logits"
         raise RuntimeError(
             f"{name}: is inside a torch.func transform (vmap, grad, jvp, ...), whose stand-ins for tensors no kernel can read; "
@@ -222,18 +234,18 @@ class RankingBatch:
         )
 
     @staticmethod
-    def _refuse_grad(name: str) -> None:
+    def _refuse_grad(name: str) -> NoReturn:
         raise ValueError(f"{name}: requires grad, but only student_logits carries a gradient; pass {name}.detach()")
 
     @staticmethod
-    def _mismatch(name: str, tensor: Tensor, shape: torch.Size, device: torch.device, first: str) -> None:
+    def _mismatch(name: str, tensor: Tensor, shape: torch.Size, device: torch.device, first: str) -> NoReturn:
         if tensor.device != device:
             raise ValueError(f"{name}: expected device {device} like {first}, got {tensor.device}")
         letters, numbers = ("D", "Q, N")[len(shape) - 1], ", ".join(map(str, shape))
         tail = ", M" if name == "teacher_logits" else "," if len(shape) == 1 else ""
         raise ValueError(f"{name}: expected ({letters}{tail}) = ({numbers}{tail}) like {first}, got {tuple(tensor.shape)}")
 
-    def _check_prior(self, prior, device: torch.device, first: str) -> Tensor:
+    def _check_prior(self, prior: Tensor, device: torch.device, first: str) -> Tensor:
         prior = self._check_dense("prior", prior)
         if prior.dtype not in LOGIT_DTYPES:
             self._wrong_type("prior", prior, "a floating dtype")
@@ -257,7 +269,7 @@ class RankingBatch:
         return prior
 
 
-def _is_plain(tensor) -> bool:
+def _is_plain(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -291,7 +303,7 @@ class PaddedView:
     def __init__(self, batch: RankingBatch):
         self.packed = batch.packed
         some = next(t for t in (batch.student_logits, batch.teacher_logits, batch.target_logits) if t is not None)
-        if not self.packed:
+        if batch.cu_seqlens is None:
             self.valid = (
                 batch.mask if batch.mask is not None else torch.ones(some.shape[:2], dtype=torch.bool, device=some.device)
             )
@@ -305,6 +317,10 @@ class PaddedView:
         self.valid = slots < lengths[:, None]
         self._index = torch.where(self.valid, starts[:, None] + slots, 0)
 
+    @overload
+    def pad(self, tensor: Tensor) -> Tensor: ...
+    @overload
+    def pad(self, tensor: None) -> None: ...
     def pad(self, tensor: Tensor | None) -> Tensor | None:
         """(D, ...) → (Q, N, ...); slots without a document hold an arbitrary document's values."""
         if tensor is None or not self.packed:

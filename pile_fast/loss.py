@@ -27,6 +27,8 @@ class PILELoss(torch.nn.Module):
     >>> loss.backward()
     """
 
+    prior: Tensor | None
+
     @documented(LossOptions, EnsembleOptions)
     def __init__(self, *, prior: Tensor | None = None, backend: str = "auto", **options: Unpack[PILEKeywords]) -> None:
         super().__init__()
@@ -60,8 +62,9 @@ class PILELoss(torch.nn.Module):
                 "BiEncoderPILELoss(model, ...)"
             )
         return pile_loss(
-            student_logits, teacher_logits, labels, mask=mask, cu_seqlens=cu_seqlens, prior=self.prior, **self.options
-        )
+            student_logits, teacher_logits, labels,  # type: ignore[arg-type]  # None: it says what is missing
+            mask=mask, cu_seqlens=cu_seqlens, prior=self.prior, **self.options,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

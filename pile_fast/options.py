@@ -213,7 +213,7 @@ def pile_options(**given: Any) -> tuple[EnsembleOptions, LossOptions]:
 
 def documented(*sets: Options, without: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Show the options that a function takes as keywords: in its signature, and in its docstring in place of "{options}"."""
-    rows = {name: row for name, row in table(*sets).items() if name not in without}
+    rows = {name: row for name, row in table(*sets).items() if name not in without}  # type: ignore[arg-type]
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

@@ -52,6 +52,7 @@ def pile_loss(
 
 def _ensemble(view: PaddedView, batch: RankingBatch, options: EnsembleOptions, return_trace: bool) -> reference.Ensemble:
     teachers, labels = view.pad(batch.teacher_logits).to(batch.dtype), view.labels(batch)
+    assert labels is not None
     return reference.ensemble(teachers, labels, view.valid, options, batch.prior, return_trace)
 
 
