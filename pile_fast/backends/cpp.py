@@ -66,7 +66,7 @@ def ensemble(
         0,
         0,
     )
-    _run(batch, native.ensemble_options(_cpu, options), None, outputs)
+    _run(batch, native.struct(_cpu, options), None, outputs)
     return logits, weights, trace
 
 
@@ -77,7 +77,7 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 def pile_loss(
     batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    own = native.ensemble_options(_cpu, ensemble_options) if loss_options.alpha > 0 else None
+    own = native.struct(_cpu, ensemble_options) if loss_options.alpha > 0 else None
     return _loss(batch, own, loss_options, with_gradient)
 
 
@@ -90,7 +90,7 @@ def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tenso
     else:
         gradient = student.new_empty(0)
         outputs = (0, 0, 0, loss.data_ptr(), 0)
-    _run(batch, native_ensemble, native.loss_options(_cpu, options), outputs)
+    _run(batch, native_ensemble, native.struct(_cpu, options), outputs)
     return loss, gradient
 
 

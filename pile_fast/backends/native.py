@@ -1,24 +1,17 @@
 """What the backends of an extension module share: tensors as addresses and strides, options as the module's structs.
 
-The order of everything here is that of csrc/bindings/arguments.h and csrc/include/pile/options.h.
+The order of everything here is that of csrc/bindings/arguments.h; options go by name.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 
 from pile_fast.batch import RankingBatch
-from pile_fast.options import (
-    DISTILLATIONS,
-    GRANULARITIES,
-    NORMALIZATIONS,
-    PAIR_SUMS,
-    REDUCTIONS,
-    EnsembleOptions,
-    LossOptions,
-)
+from pile_fast.options import EnsembleOptions, LossOptions
 
 DTYPES = {
     dtype: code
@@ -29,7 +22,6 @@ DTYPES = {
         )
     )
 }  # fmt: skip
-_PAIR_WEIGHTS = ("none", "label_gap", "gain_gap")
 
 
 def sizes(batch: RankingBatch) -> tuple[int, int, int]:
@@ -52,28 +44,17 @@ def views(batch: RankingBatch) -> tuple:
 
 
 @functools.lru_cache(maxsize=256)
-def ensemble_options(module, options: EnsembleOptions):
-    """The options as `module`'s struct."""
-    return module.EnsembleOptions(
-        options.iterations,
-        options.step_size,
-        GRANULARITIES.index(options.granularity),
-        NORMALIZATIONS.index(options.normalize),
-        options.temperature,
-        options.margin,
-        _PAIR_WEIGHTS.index(options.pair_weight),
-        PAIR_SUMS.index(options.pairwise),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def loss_options(module, options: LossOptions):
-    """The options as `module`'s struct."""
-    return module.LossOptions(
-        options.alpha,
-        DISTILLATIONS.index(options.distillation),
-        options.distillation_temperature,
-        _PAIR_WEIGHTS.index(options.pair_weight),
-        REDUCTIONS.index(options.reduction),
-        PAIR_SUMS.index(options.pairwise),
-    )
+def struct(module, options: EnsembleOptions | LossOptions):
+    """The options as `module`'s struct of that name, filled by name; a term is its key and its numbers."""
+    filled = getattr(module, type(options).__name__)()
+    for name, value in options._asdict().items():
+        if dataclasses.is_dataclass(value):
+            value = (value.key, dataclasses.asdict(value))
+        # Until the terms are objects:
+        if name == "distillation":
+            value = (f"distill_{value}", {"temperature": options.distillation_temperature} if value == "logistic" else {})
+        if name != "distillation_temperature":
+            setattr(filled, name, value)
+    if isinstance(options, LossOptions):
+        filled.label_loss = ("label_logistic", {})
+    return filled
