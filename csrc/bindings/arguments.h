@@ -2,8 +2,10 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <map>
+#include <sstream>
 #include <string>
 
 #include "pile/options.h"
@@ -80,28 +82,75 @@ inline Outputs read_outputs(PyObject* addresses) {
 inline void check_inputs(const Batch& batch, const EnsembleOptions* ensemble, const LossOptions* loss) {
   if (batch.slots == 0 || (batch.queries == 0 && !batch.packed())) return;  // an empty tensor has no address
   if (loss && !batch.student.data) throw py::value_error("student_logits: missing");
+  if (loss && loss->alpha > 0 && !loss->distillation.given()) throw py::value_error("distillation: missing");
+  if (loss && loss->alpha < 1 && !loss->label_loss.given()) throw py::value_error("label_loss: missing");
   if (loss && loss->alpha > 0 && !ensemble && !batch.target.data) throw py::value_error("target_logits: needed for alpha > 0");
   if (loss && loss->alpha < 1 && !batch.labels.data) throw py::value_error("labels: needed for alpha < 1");
   if (ensemble && !batch.teacher.data) throw py::value_error("teacher_logits: missing");
 }
 
+inline void set_option(const char*, py::handle value, int64_t& option) { option = value.cast<int64_t>(); }
+inline void set_option(const char*, py::handle value, double& option) { option = value.cast<double>(); }
+
+template <class Enum>
+std::enable_if_t<std::is_enum_v<Enum>> set_option(const char* name, py::handle value, Enum& option) {
+  const auto given = value.cast<std::string>();
+  std::istringstream names(names_of(Enum{}));
+  int index = 0;
+  for (std::string word; names >> word; ++index) {
+    while (word.back() == ',' || word.back() == '_') word.pop_back();
+    if (word == given) {
+      option = static_cast<Enum>(index);
+      return;
+    }
+  }
+  throw py::value_error(std::string(name) + ": expected one of " + names_of(Enum{}) + ", got '" + given + "'");
+}
+
+// A term is its key and its numbers by name.
+template <class... Terms>
+void set_option(const char* name, py::handle value, OneOf<Terms...>& option) {
+  const auto [key, numbers] = value.cast<std::pair<std::string, std::map<std::string, double>>>();
+  OneOf<Terms...> found;
+  OneOf<Terms...>::each([&, key = key, numbers = numbers](auto term) {
+    if (key != term.kKey) return;
+    size_t known = 0;
+    term.each_number([&](const char* number, double& to) {
+      const auto own = numbers.find(number);
+      if (own == numbers.end()) throw py::value_error(std::string(name) + ": '" + key + "' needs its " + number);
+      to = own->second;
+      ++known;
+    });
+    if (known < numbers.size()) throw py::value_error(std::string(name) + ": '" + key + "' got a number that it does not know");
+    found = OneOf<Terms...>::of(term);
+  });
+  if (!found.given()) throw py::value_error(std::string(name) + ": this module has no '" + key + "'");
+  option = found;
+}
+
+// The structs, to be filled attribute by attribute, and TERMS, the keys of those that `has(Term{})`.
 // module_local: each extension has its own Python type of the struct.
-inline void bind_options(py::module_& m) {
-  py::class_<EnsembleOptions>(m, "EnsembleOptions", py::module_local())
-      .def(py::init([](int64_t iterations, double step_size, int granularity, int normalize, double temperature, double margin,
-                       int pair_weight, int pairwise) {
-        return EnsembleOptions{iterations,  step_size, static_cast<Granularity>(granularity), static_cast<Normalize>(normalize),
-                               temperature, margin,    static_cast<PairWeight>(pair_weight),  static_cast<PairSum>(pairwise)};
-      }));
-  py::class_<LossOptions>(m, "LossOptions", py::module_local())
-      .def(py::init([](double alpha, int distillation, double temperature, int pair_weight, int reduction, int pairwise) {
-        return LossOptions{alpha,
-                           static_cast<Distillation>(distillation),
-                           temperature,
-                           static_cast<PairWeight>(pair_weight),
-                           static_cast<Reduction>(reduction),
-                           static_cast<PairSum>(pairwise)};
-      }));
+template <class Has>
+void bind_options(py::module_& m, Has has) {
+  py::class_<EnsembleOptions> ensemble(m, "EnsembleOptions", py::module_local());
+  py::class_<LossOptions> loss(m, "LossOptions", py::module_local());
+  ensemble.def(py::init<>());
+  loss.def(py::init<>());
+#define PILE_ENSEMBLE_OPTION(type, name) \
+  ensemble.def_property(#name, nullptr, [](EnsembleOptions& o, py::handle value) { set_option(#name, value, o.name); });
+#define PILE_LOSS_OPTION(type, name) \
+  loss.def_property(#name, nullptr, [](LossOptions& o, py::handle value) { set_option(#name, value, o.name); });
+  PILE_ENSEMBLE_OPTIONS(PILE_ENSEMBLE_OPTION)
+  PILE_LOSS_OPTIONS(PILE_LOSS_OPTION)
+#undef PILE_ENSEMBLE_OPTION
+#undef PILE_LOSS_OPTION
+  py::list terms;
+  const auto add = [&](auto term) {
+    if (has(term)) terms.append(term.kKey);
+  };
+  Distillation::each(add);
+  LabelLoss::each(add);
+  m.attr("TERMS") = py::tuple(terms);
 }
 
 }  // namespace bindings

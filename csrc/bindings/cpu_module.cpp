@@ -53,7 +53,7 @@ int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensem
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pile_fast.";
-  pile::bindings::bind_options(m);
+  pile::bindings::bind_options(m, [](auto) { return true; });
   m.attr("DONE") = py::int_(int64_t{kDone});
   m.def("run", &run,
         "Run one call. DONE; less if cu_seqlens does not fit or a query is too long; or the first query with wrong labels.");

@@ -111,7 +111,7 @@ void run_long(const py::tuple& sizes, const py::tuple& views, const pile::Ensemb
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of pile_fast.";
-  pile::bindings::bind_options(m);
+  pile::bindings::bind_options(m, [](auto) { return true; });
   py::class_<Device>(m, "Device")
       .def_readonly("processors", &Device::processors)
       .def_readonly("shared_bytes", &Device::shared_bytes);

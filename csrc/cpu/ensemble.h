@@ -26,8 +26,6 @@ constexpr int kStretch = 512;
 // Documents ahead of the gather whose scores are fetched.
 constexpr int kPrefetch = 24;
 
-constexpr double kMinShare = 0x1p-10;  // see pile_fast/reference.py
-
 template <class T>
 class EnsembleQuery {
  public:

@@ -17,8 +17,8 @@
 // chunk, the chunks cut by n alone, and added in order: the bits do not depend on the number of threads.
 #pragma once
 
+#include "field_table.h"
 #include "pair_sums.h"
-#include "pile/field_table.h"
 
 namespace pile {
 namespace PILE_ISA {

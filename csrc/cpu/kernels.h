@@ -279,13 +279,15 @@ class Run {
       if (distill_pairs) {
         const int n = s.distilled;
         distill_scale = options.alpha / (double(n) * (n - 1) / 2);
-        if (options.distillation == Distillation::mse) {
-          loss += distill_scale * square_loss(m, s.distill_z, s.distill_s, n, s.squares, s.slope);
-        } else {
-          loss += distill_scale * s.distill_loss.run(m, s.distill_z, s.distill_s, n, 1 / options.distillation_temperature,
-                                                     options.pairwise, s.slope);
-          distill_scale /= options.distillation_temperature;
-        }
+        options.distillation.visit([&](auto term) {
+          if constexpr (std::is_same_v<decltype(term), DistillMse>) {
+            loss += distill_scale * square_loss(m, s.distill_z, s.distill_s, n, s.squares, s.slope);
+          } else {
+            loss += distill_scale *
+                    s.distill_loss.run(m, s.distill_z, s.distill_s, n, 1 / term.temperature, options.pairwise, s.slope);
+            distill_scale /= term.temperature;
+          }
+        });
       }
     }
     if (m.leads()) {

@@ -194,7 +194,7 @@ class LabelLoss {
   const Order* order_ = nullptr;
   const PairWeights<T>* weights_ = nullptr;
   double offset_ = 0;
-  PairSum how_ = PairSum::automatic;
+  PairSum how_ = PairSum::auto_;
   bool direct_ = true, exponentials_ = true;
   Exponentials<T> near_;
   Fields fields_;

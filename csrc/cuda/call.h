@@ -14,6 +14,7 @@ struct Call {
   LossOptions loss = {};
   float step = 0, per_unit = 1, offset = 0;  // step_size; u = s · per_unit; margin / temperature
   float per_tau = 1;                         // of the logits the distillation sees
+  bool mse = false;                          // the distillation's term
   Outputs out = {};  // `gradient` is of dtype `gradient_dtype`: float32 where the reduction still has to scale it
   DType gradient_dtype = DType::f32;
   float* losses = nullptr;       // by query
@@ -40,7 +41,11 @@ struct Call {
     }
     if (of_loss) {
       loss = *of_loss;
-      per_tau = loss.distillation == Distillation::mse ? 1.0f : float(1 / loss.distillation_temperature);
+      per_tau = 1;
+      loss.distillation.visit([&](auto term) {
+        if constexpr (std::is_same_v<decltype(term), DistillLogistic>) per_tau = float(1 / term.temperature);
+        mse = std::is_same_v<decltype(term), DistillMse>;
+      });
     }
   }
 };

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(32, 1) join_pieces(const Call call, const Long
   own.grid = own.z_grid = own.s_grid = Grid();
   if (state.pairwise == PairSum::direct || own.broken) return;
   own.grid = Grid::over(all.labels.low, all.labels.high);
-  if (call.loss.distillation == Distillation::mse) return;
+  if (call.mse) return;
   own.z_grid = Grid::over(all.z.low, all.z.high);
   own.s_grid = Grid::over(all.s.low, all.s.high);
 }
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) pair_pieces(const Call call,
   if (!q.own.broken) {
     if (of_labels > 0) state.weighted ? sums.label_pairs<true>(of_labels) : sums.label_pairs<false>(of_labels);
     if (of_targets > 0) {
-      if (call.loss.distillation == Distillation::mse)
+      if (call.mse)
         sums.square(of_targets);
       else if (q.own.distills_through_fields())
         sums.distill_through_fields(of_targets);

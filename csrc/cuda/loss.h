@@ -49,7 +49,7 @@ class LossQuery {
   PILE_DEVICE void run() {
     load();
     const LossOptions& options = call_.loss;
-    const bool mse = options.distillation == Distillation::mse;
+    const bool mse = call_.mse;
     const double distilled = targets_ * (targets_ - 1) / 2;
     const float distill_scale = distilled > 0 ? float(options.alpha / distilled) : 0.0f;
     const float label_scale = pairs_ > 0 ? float((1 - options.alpha) / pairs_) : 0.0f;
@@ -86,7 +86,7 @@ class LossQuery {
 
   // Student and target by position, and what the pair sums want of them.
   PILE_DEVICE void load() {
-    const bool mse = call_.loss.distillation == Distillation::mse;
+    const bool mse = call_.mse;
     float *z = w_.field(w_.kPlainStudent), *scaled_z = w_.field(w_.kScaledStudent), *scaled_s = w_.field(w_.kScaledTarget);
     double broken = 0, targets = 0;
     float low[2] = {kInfinity, kInfinity}, high[2] = {-kInfinity, -kInfinity};

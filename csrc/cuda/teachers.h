@@ -10,8 +10,6 @@
 namespace pile {
 namespace gpu {
 
-constexpr float kMinShare = 0x1p-10f;  // see pile_fast/reference.py
-
 // What one pass over some of a teacher's scores finds; parts are joined in order.
 struct Moments {
   double count = 0, mean = 0, squares = 0;  // squares: Σ (t − mean)²
@@ -180,7 +178,7 @@ struct Teachers {
     float held = 0;
 #pragma unroll 1
     for (int m = 0; m < count; ++m) held += is_number(score(m, row)) ? weight[m] : 0.0f;
-    return fmaxf(held, kMinShare);
+    return fmaxf(held, float(kMinShare));
   }
 };
 

@@ -6,20 +6,24 @@ Tensors cross the border as addresses and strides; nothing is copied on the way 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pile_fast.backends import native
+from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch, check_cu_seqlens, label_error
 from pile_fast.options import EnsembleOptions, LossOptions
 
+_cpu: Any = None
+_TERMS: frozenset[str] = frozenset()
 try:
     # By its full name: `from pile_fast import _cpu` calls a library that is not there a circular import.
     _cpu = importlib.import_module("pile_fast._cpu")
+    _TERMS = frozenset(_cpu.TERMS)
     _unavailable = ""
 except ImportError as error:
-    _cpu = None
     if error.name == "pile_fast._cpu" and isinstance(error, ModuleNotFoundError):
         _unavailable = (
             "the compiled library was not built: no C++17 compiler was found, or it failed, when pile_fast was installed; "
@@ -41,7 +45,7 @@ def unavailable() -> str:
 
 
 def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
-    return ""
+    return missing_term(_TERMS, loss)
 
 
 def ensemble(
@@ -66,7 +70,7 @@ def ensemble(
         0,
         0,
     )
-    _run(batch, native.ensemble_options(_cpu, options), None, outputs)
+    _run(batch, options, None, outputs)
     return logits, weights, trace
 
 
@@ -75,13 +79,14 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def pile_loss(
-    batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    own = native.ensemble_options(_cpu, ensemble_options) if loss_options.alpha > 0 else None
-    return _loss(batch, own, loss_options, with_gradient)
+    return _loss(batch, of_ensemble if of_loss.alpha > 0 else None, of_loss, with_gradient)
 
 
-def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tensor]:
+def _loss(
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, options: LossOptions, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
     student = batch.student_logits
     loss = student.new_empty((batch.num_queries,) if options.reduction == "none" else (), dtype=batch.dtype)
     if with_gradient:
@@ -90,18 +95,23 @@ def _loss(batch, native_ensemble, options, with_gradient) -> tuple[Tensor, Tenso
     else:
         gradient = student.new_empty(0)
         outputs = (0, 0, 0, loss.data_ptr(), 0)
-    _run(batch, native_ensemble, native.loss_options(_cpu, options), outputs)
+    _run(batch, of_ensemble, options, outputs)
     return loss, gradient
 
 
-def _run(batch, native_ensemble, native_loss, outputs) -> None:
+def _run(
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, of_loss: LossOptions | None, outputs: tuple[int, ...]
+) -> None:
     failed = _cpu.run(
-        native.sizes(batch), native.views(batch), native_ensemble, native_loss, outputs, batch.dtype is torch.float64,
-        torch.get_num_threads(),
+        native.sizes(batch), native.views(batch),
+        None if of_ensemble is None else native.struct(_cpu, of_ensemble),
+        None if of_loss is None else native.struct(_cpu, of_loss),
+        outputs, batch.dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     if failed == _cpu.DONE:
         return
     if failed >= 0:
         raise label_error(integer=not batch.labels.is_floating_point(), query=failed)
-    check_cu_seqlens(batch.cu_seqlens, batch.slots)
+    if batch.cu_seqlens is not None:
+        check_cu_seqlens(batch.cu_seqlens, batch.slots)
     raise ValueError(f"expected at most 2^31 - 1 documents per query, got {batch.slots}")

@@ -162,8 +162,8 @@ def _run(batch: RankingBatch, ensemble_options, loss_options, outputs, per_query
     module.run(
         native.sizes(batch),
         native.views(batch),
-        None if ensemble_options is None else native.ensemble_options(module, ensemble_options),
-        None if loss_options is None else native.loss_options(module, loss_options),
+        None if ensemble_options is None else native.struct(module, ensemble_options),
+        None if loss_options is None else native.struct(module, loss_options),
         outputs,
         (*per_query, 0 if scratch is None else scratch.data_ptr(), *scaling),
         plan,
@@ -176,8 +176,8 @@ def _run_long(batch: RankingBatch, ensemble_options, loss_options, views, output
     """An ensemble, or a loss against the target among the views."""
     module = _module()
     sizes = native.sizes(batch)
-    ensemble = None if ensemble_options is None else native.ensemble_options(module, ensemble_options)
-    loss = None if loss_options is None else native.loss_options(module, loss_options)
+    ensemble = None if ensemble_options is None else native.struct(module, ensemble_options)
+    loss = None if loss_options is None else native.struct(module, loss_options)
     keys = order = None
     if ensemble is not None or loss_options.alpha < 1:
         documents = batch.slots if batch.packed else batch.num_queries * batch.slots

@@ -1,19 +1,18 @@
 """What the backends of an extension module share: tensors as addresses and strides, options as the module's structs.
 
-The order of everything here is that of csrc/bindings/arguments.h and csrc/include/pile/options.h.
+The order of everything here is that of csrc/bindings/arguments.h; options go by name.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
-
-GRANULARITIES, NORMALIZATIONS, PAIR_SUMS = ("document", "query"), ("zscore", "center", "none"), ("auto", "direct", "chebyshev")
-REDUCTIONS = ("mean", "sum", "none")
+from pile_fast.terms import Term
 
 DTYPES = {
     dtype: code
@@ -24,14 +23,13 @@ DTYPES = {
         )
     )
 }  # fmt: skip
-_PAIR_WEIGHTS = ("none", "label_gap", "gain_gap")
 
 
 def sizes(batch: RankingBatch) -> tuple[int, int, int]:
     return batch.num_queries, batch.slots, batch.num_teachers
 
 
-def views(batch: RankingBatch) -> tuple:
+def views(batch: RankingBatch) -> tuple[tuple[int, int, tuple[int, ...]] | None, ...]:
     """(address, dtype, strides) of each input; the extension tells the layouts apart by the number of strides."""
     student, teachers, target, labels = batch.student_logits, batch.teacher_logits, batch.target_logits, batch.labels
     mask, cu_seqlens, prior = batch.mask, batch.cu_seqlens, batch.prior
@@ -47,28 +45,11 @@ def views(batch: RankingBatch) -> tuple:
 
 
 @functools.lru_cache(maxsize=256)
-def ensemble_options(module, options: EnsembleOptions):
-    """The options as `module`'s struct."""
-    return module.EnsembleOptions(
-        options.iterations,
-        options.step_size,
-        GRANULARITIES.index(options.granularity),
-        NORMALIZATIONS.index(options.normalize),
-        options.temperature,
-        options.margin,
-        _PAIR_WEIGHTS.index(options.pair_weight),
-        PAIR_SUMS.index(options.pairwise),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def loss_options(module, options: LossOptions):
-    """The options as `module`'s struct."""
-    return module.LossOptions(
-        options.alpha,
-        ("logistic", "mse").index(options.distillation.name),
-        getattr(options.distillation, "temperature", 1.0),
-        _PAIR_WEIGHTS.index(options.pair_weight),
-        REDUCTIONS.index(options.reduction),
-        PAIR_SUMS.index(options.pairwise),
-    )
+def struct(module: Any, options: EnsembleOptions | LossOptions) -> Any:
+    """The options as `module`'s struct of that name, filled by name; a term is its key and its numbers."""
+    filled = getattr(module, type(options).__name__)()
+    for name, value in options._asdict().items():
+        if isinstance(value, Term):
+            value = (value.key, dict(zip(value.names, value.numbers, strict=True)))
+        setattr(filled, name, value)
+    return filled

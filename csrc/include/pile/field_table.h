@@ -13,23 +13,24 @@
 
 #include <cmath>
 
+#include "pile/shared.h"
+
+#if !defined(PILE_ISA)  // what is compiled once, not for each instruction set of a CPU
+#define PILE_ISA gpu
+#endif
+
 namespace pile {
+namespace PILE_ISA {
 
 constexpr double kCell = 1.5;  // h
 
-#if defined(__CUDACC__)
-#define PILE_TABLE __host__ __device__
-#else
-#define PILE_TABLE
-#endif
-
 // The two kernels.
 template <class Real>
-PILE_TABLE Real kappa(Real v) {
+PILE_SHARED Real kappa(Real v) {
   return std::tanh(v / 2) / 2;
 }
 template <class Real>
-PILE_TABLE Real psi(Real v) {
+PILE_SHARED Real psi(Real v) {
   return std::fabs(v) / 2 + std::log1p(std::exp(-std::fabs(v)));
 }
 
@@ -38,7 +39,7 @@ template <class Real, int P>
 struct CellNodes {
   Real node[P], lagrange[P][P];
 
-  PILE_TABLE void set(int p) {
+  PILE_SHARED void set(int p) {
     const Real pi = Real(3.14159265358979323846264338327950288L);
     node[p] = Real(kCell / 2) * std::cos(pi * (2 * p + 1) / (2 * P));
     Real previous[P] = {1}, current[P] = {0, 1};  // T_0, T_1 in powers
@@ -68,50 +69,8 @@ struct FieldReach {
   static constexpr int kSpan = int(kReach / kCell) + 2;  // to either side
   static constexpr int kEntries = 2 * kSpan + 1;
   // Entry e is for cells δ = first + e apart; below and above them the kernel is saturated.
-  static PILE_TABLE int first(double offset) { return int(std::floor(-offset / kCell + 0.5)) - kSpan; }
+  static PILE_SHARED int first(double offset) { return int(std::floor(-offset / kCell + 0.5)) - kSpan; }
 };
 
-template <class T, int P>
-struct FieldTable : FieldReach<P> {
-  using FieldReach<P>::kEntries;
-
-  // [source power][entry + 1][target power]: the rows of neighbouring entries are neighbours, so that one vector serves two target
-  // cells. An entry of zeros at either end stands for cells that do not see each other.
-  using Matrices = T[P][kEntries + 2][P];
-
-  double offset;
-  int first;
-  Matrices kappa = {}, psi = {};
-
-  explicit FieldTable(double offset) : offset(offset), first(FieldReach<P>::first(offset)) {
-    using Real = long double;
-    CellNodes<Real, P> cell;
-    for (int p = 0; p < P; ++p) cell.set(p);
-    for (int e = 0; e < kEntries; ++e) {
-      const Real shift = Real(this->offset) + Real(kCell) * (first + e);
-      fill(kappa, e, shift, cell.node, cell.lagrange, [](Real v) { return pile::kappa(v); });
-      fill(psi, e, shift, cell.node, cell.lagrange, [](Real v) { return pile::psi(v); });
-    }
-  }
-
- private:
-  template <class Real, class Kernel>
-  static void fill(Matrices& out, int entry, Real shift, const Real (&node)[P], const Real (&lagrange)[P][P], Kernel kernel) {
-    Real value[P][P], half[P][P];
-    for (int s = 0; s < P; ++s)
-      for (int t = 0; t < P; ++t) value[s][t] = kernel(shift + node[s] - node[t]);
-    for (int a = 0; a < P; ++a)
-      for (int t = 0; t < P; ++t) {
-        half[a][t] = 0;
-        for (int s = 0; s < P; ++s) half[a][t] += lagrange[a][s] * value[s][t];
-      }
-    for (int a = 0; a < P; ++a)
-      for (int b = 0; b < P; ++b) {
-        Real total = 0;
-        for (int t = 0; t < P; ++t) total += lagrange[b][t] * half[a][t];
-        out[a][entry + 1][b] = T(total);
-      }
-  }
-};
-
+}  // namespace PILE_ISA
 }  // namespace pile

@@ -4,11 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define PILE_SHARED __host__ __device__ __forceinline__
-#else
-#define PILE_SHARED inline __attribute__((always_inline))
-#endif
+#include "pile/shared.h"
 
 namespace pile {
 

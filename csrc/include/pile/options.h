@@ -4,38 +4,52 @@
 
 #include <cstdint>
 
+#include "pile/shared.h"
+#include "pile/terms.h"
+
 namespace pile {
 
 enum class DType : int32_t { f32, f64, bf16, f16, i64, i32, i16, i8, u8, boolean };
 
-enum class Granularity : int32_t { document, query };
-enum class Normalize : int32_t { zscore, center, none };
-enum class PairWeight : int32_t { none, label_gap, gain_gap };
-enum class PairSum : int32_t { automatic, direct, chebyshev };
-enum class Distillation : int32_t { logistic, mse };
-enum class Reduction : int32_t { mean, sum, none };
+// An enumeration, and its names as Python has them; a trailing _ keeps one from being a C++ keyword.
+#define PILE_ENUM(Name, ...)                 \
+  enum class Name : int32_t { __VA_ARGS__ }; \
+  constexpr const char* names_of(Name) { return #__VA_ARGS__; }
 
-// The fields of pile_fast.options.EnsembleOptions, in its order.
+PILE_ENUM(Granularity, document, query)
+PILE_ENUM(Normalize, zscore, center, none)
+PILE_ENUM(PairWeight, none, label_gap, gain_gap)
+PILE_ENUM(PairSum, auto_, direct, chebyshev)
+PILE_ENUM(Reduction, mean, sum, none)
+
+// The options, X(type, name) each, named as the fields of pile_fast.options; the bindings fill them by name.
+#define PILE_ENSEMBLE_OPTIONS(X) \
+  X(int64_t, iterations)         \
+  X(double, step_size)           \
+  X(Granularity, granularity)    \
+  X(Normalize, normalize)        \
+  X(double, temperature)         \
+  X(double, margin)              \
+  X(PairWeight, pair_weight)     \
+  X(PairSum, pairwise)
+#define PILE_LOSS_OPTIONS(X)    \
+  X(double, alpha)              \
+  X(Distillation, distillation) \
+  X(LabelLoss, label_loss)      \
+  X(PairWeight, pair_weight)    \
+  X(Reduction, reduction)       \
+  X(PairSum, pairwise)
+
+#define PILE_MEMBER(type, name) type name = {};
 struct EnsembleOptions {
-  int64_t iterations;
-  double step_size;
-  Granularity granularity;
-  Normalize normalize;
-  double temperature;
-  double margin;
-  PairWeight pair_weight;
-  PairSum pairwise;
+  PILE_ENSEMBLE_OPTIONS(PILE_MEMBER)
 };
-
-// The fields of pile_fast.options.LossOptions, in its order.
 struct LossOptions {
-  double alpha;
-  Distillation distillation;
-  double distillation_temperature;
-  PairWeight pair_weight;
-  Reduction reduction;
-  PairSum pairwise;
+  PILE_LOSS_OPTIONS(PILE_MEMBER)
 };
+#undef PILE_MEMBER
+
+constexpr double kMinShare = 0x1p-10;  // see pile_fast/reference.py
 
 // A strided tensor. Strides count elements: per query (0 if packed), per document, per teacher. data == nullptr: absent.
 struct View {
@@ -53,16 +67,16 @@ struct Batch {
   View student, target, teacher, labels, mask, prior;
   View cu_seqlens;  // present: packed
 
-  bool packed() const { return cu_seqlens.data != nullptr; }
+  PILE_SHARED bool packed() const { return cu_seqlens.data != nullptr; }
 
-  // First slot of query q, counted over the whole batch for outputs, and the number of its slots.
-  int64_t begin(int64_t q) const { return packed() ? offset(q) : q * slots; }
-  int64_t length(int64_t q) const { return packed() ? offset(q + 1) - offset(q) : slots; }
+  // On the host. First slot of query q, counted over the whole batch for outputs, and the number of its slots.
+  PILE_SHARED int64_t begin(int64_t q) const { return packed() ? offset(q) : q * slots; }
+  PILE_SHARED int64_t length(int64_t q) const { return packed() ? offset(q + 1) - offset(q) : slots; }
   // First document of query q within its row of an input.
-  int64_t first(int64_t q) const { return packed() ? offset(q) : 0; }
+  PILE_SHARED int64_t first(int64_t q) const { return packed() ? offset(q) : 0; }
 
  private:
-  int64_t offset(int64_t q) const {
+  PILE_SHARED int64_t offset(int64_t q) const {
     return cu_seqlens.dtype == DType::i64 ? static_cast<const int64_t*>(cu_seqlens.data)[q * cu_seqlens.document]
                                           : static_cast<const int32_t*>(cu_seqlens.data)[q * cu_seqlens.document];
   }
