@@ -25,15 +25,15 @@ from pile_fast.data.collator import (
     queries_of,
 )
 from pile_fast.data.lists import RankedLists
+from pile_fast.evaluation.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.extras import needs_extra
 from pile_fast.functional import distillation_loss, pile_ensemble, ranking_loss
-from pile_fast.gradient_cache import forward_in_passes, logits_of
 from pile_fast.loss import PILELoss
-from pile_fast.metrics import average_precision, mrr, ndcg, pnr
-from pile_fast.step_check import StepCheck, check_weights, shown
 from pile_fast.students import BiEncoderConfig
+from pile_fast.students.gradient_cache import forward_in_passes, logits_of
 from pile_fast.students.ranker import longest_text, serve_logits
-from pile_fast.training_data import NamedLists, check_data, teachers_of
+from pile_fast.students.step_check import StepCheck, check_weights, shown
+from pile_fast.students.training_data import NamedLists, check_data, teachers_of
 
 with needs_extra("train"):
     from transformers import EvalPrediction, Trainer
@@ -221,9 +221,9 @@ class PileTrainer(Trainer):
     number of processes: 1 × 32 queries and 4 × 8 take the same step. A query without a pair counts with a loss of 0.
 
     Training stops with FloatingPointError, on all processes, before the first step whose losses or gradients are not finite
-    (`pile_fast.step_check`), and before a model that a step broke is evaluated or saved. The message names the step and its
-    queries; checkpoints stay. Data sets that do not fit the loss, the metrics or each other are an error of `train`, by their
-    first rows: before the first step.
+    (`pile_fast.students.step_check`), and before a model that a step broke is evaluated or saved. The message names the step
+    and its queries; checkpoints stay. Data sets that do not fit the loss, the metrics or each other are an error of `train`,
+    by their first rows: before the first step.
 
     Args:
         model, args, data_collator, **kwargs: `Trainer`'s. The model is a `FeatureRanker`, a `BiEncoder`, or any model for
@@ -236,8 +236,8 @@ class PileTrainer(Trainer):
             returns the queries' losses (Q,). Default: ``PILELoss(reduction="none")``; its ``alpha=0`` trains on the
             labels alone, its ``iterations=0`` on the mean ensemble.
         max_documents_per_batch: texts that the encoder sees at a time, whatever a batch holds: bounds the memory, for a
-            second forward of all but the last of them (`pile_fast.gradient_cache`). The loss still sees whole lists. On one
-            process or under DDP.
+            second forward of all but the last of them (`pile_fast.students.gradient_cache`). The loss still sees whole lists.
+            On one process or under DDP.
         k: of NDCG@k at evaluation.
         log_components: log `loss_components` of the last batch with every training loss; costs as much as one loss, at
             logging steps only. For a `PILELoss`.

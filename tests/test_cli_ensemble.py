@@ -12,8 +12,9 @@ import pytest
 
 from pile_fast.cli import main
 from pile_fast.data import make_synthetic, read_rows, write_rows
-from pile_fast.data.offline import METHODS, OfflineEnsemble
 from pile_fast.data.rows import check_row
+from pile_fast.ensembles import OFFLINE
+from pile_fast.offline.ensemble import OfflineEnsemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +40,7 @@ def error_of(capsys, *arguments):
     return text.removeprefix("pile-fast: error: ").strip()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OFFLINE)
 def test_every_method(capsys, method):
     write_rows("a.parquet", make_rows())
     write_rows("fit.jsonl", make_rows(20, seed=1))

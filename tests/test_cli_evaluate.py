@@ -19,7 +19,7 @@ from pile_fast.cli import main
 from pile_fast.cli.evaluate_inputs import QUERIES_AT_ONCE
 from pile_fast.data import find_data, load_mq2008, read_rows, write_rows
 from pile_fast.data.wikiqa import load_wikiqa
-from pile_fast.metrics import average_precision, ndcg, pnr
+from pile_fast.evaluation.metrics import average_precision, ndcg, pnr
 from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
 
 pytestmark = pytest.mark.usefixtures("one_thread")

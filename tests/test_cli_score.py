@@ -15,8 +15,8 @@ import torch
 
 from pile_fast.cli import main, score
 from pile_fast.data import read_rows, write_rows
-from pile_fast.scoring import BM25
 from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
+from pile_fast.teachers import BM25
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.data.formats import FORMATS
+from pile_fast.extras import EXTRAS
 from pile_fast.options import EnsembleOptions, Options, table
 from pile_fast.printable import printable
 
@@ -106,13 +107,13 @@ def print_left_out(bad_rows: BadRows | None) -> None:
         print(f"Left out {bad_rows.count:,} broken rows or lines{shown}:", *reasons, sep="\n  ", file=sys.stderr)
 
 
-def require(command: str, *modules: str, extra: str = "train") -> None:
+def require(command: str, *modules: str) -> None:
     """Ends the command with the line that installs what is missing."""
     for module in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{extra}]'") from error
+            raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{EXTRAS.get(module, 'train')}]'") from error
 
 
 # Folders that this command made, in this order.
@@ -166,44 +167,19 @@ def load_ranker(model: str, *, device: str | None, **options):
     except (RuntimeError, AssertionError) as error:  # no such device; not built for it
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     quiet_loading()
-    with loading(model):
-        return students.load_ranker(model, device=device, **options)
-
-
-@contextlib.contextmanager
-def loading(model: str) -> Iterator[None]:
-    """What the readers of a model's files raise about damaged ones, each its own, as one line that names the model."""
-    import torch
-    from safetensors import SafetensorError
-
     try:
-        yield
+        return students.load_ranker(model, device=device, **options)
     except torch.OutOfMemoryError:
         raise
-    except (SafetensorError, RuntimeError, EOFError, UnicodeError, struct.error, pickle.UnpicklingError, ValueError) as error:
-        if isinstance(error, ValueError) and not isinstance(error, (UnicodeError, json.JSONDecodeError)):
-            raise  # words of a reader that knew what it read
+    except _damaged() as error:
         raise UserError(f"{model}: a file of the model is damaged or of another model: {error}") from error
 
 
-def percent(share: float | None) -> str:
-    """A share in a table: 12%, <1%, or – where there is none."""
-    if share is None or math.isnan(share):
-        return "–"
-    return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
+def _damaged() -> tuple[type[Exception], ...]:
+    """What the readers of a model's files raise about damaged ones, each its own."""
+    from safetensors import SafetensorError
 
-
-def decimal(value: float | None, places: int = 3) -> str:
-    """A number in a table: three decimals or so, ∞, or – where there is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    return "∞" if value == math.inf else f"{value:.{places}f}" if abs(value) < 1000 else f"{value:.4g}"
-
-
-def short(name: str, most: int) -> str:
-    """A name in a plot: printable, and cut where it is long."""
-    name = printable(name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return SafetensorError, RuntimeError, EOFError, UnicodeError, json.JSONDecodeError, struct.error, pickle.UnpicklingError
 
 
 def write_json(path: Path, value: object) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pile_fast
 from pile_fast.cli.common import add_input, load_ranker, print_left_out, real_number, require, whole_number, writable_folder
 from pile_fast.cli.errors import UserError
-from pile_fast.data import BadRows, ResumableOutput, fingerprint, read_rows
+from pile_fast.data import BadRows, fingerprint, read_rows
 from pile_fast.data.files import refuse_same_file
 from pile_fast.data.rows import reject
+from pile_fast.offline.resumable import ResumableOutput
 from pile_fast.printable import printable
-from pile_fast.scoring import BM25
+from pile_fast.teachers import BM25
 
 KINDS = ("cross-encoder", "bi-encoder", "features", "bm25")
 # A kill costs at most about so many documents' work.
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--teacher: two are called {twice.pop()!r}")
     if Path(args.output).suffix != ".parquet":
         raise UserError(f"--output {args.output}: expected a name that ends in .parquet")
-    from pile_fast.data.parts import DataSet
+    from pile_fast.offline.parts import DataSet
 
     data = DataSet(args.data, format=args.source)  # a missing file shows before models are loaded
     refuse_same_file(Path(args.output), data.files)

@@ -31,7 +31,7 @@ from pile_fast.cli.common import (
     whole_number,
     writable_folder,
 )
-from pile_fast.cli.errors import DONE, FAILED, UserError, report, user_errors
+from pile_fast.cli.errors import DONE, FAILED, UserError, report
 from pile_fast.options import EnsembleOptions, LossOptions
 
 _KINDS = ("features", "cross-encoder", "bi-encoder")
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
     try:
-        with _no_empty_folder_left(args.output_dir), user_errors(args.output_dir):
+        with _no_empty_folder_left(args.output_dir):
             return _train(args)
     except FloatingPointError as error:  # on all processes
         line = _stopped(error, args.output_dir)

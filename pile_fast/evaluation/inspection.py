@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pile_fast.evaluation.metrics import Lists, count_pairs, ndcg_values, pair_counts
 from pile_fast.functional import pile_ensemble
-from pile_fast.metrics import _Lists, count_pairs, ndcg_values, pair_counts
 
 # A logit within this share of the teacher's whole range from its end counts as at the extreme.
 NEAR_EXTREME = 0.01
@@ -116,9 +116,9 @@ class Contents:
         return torch.arange(len(self.query_ids)).repeat_interleave(self.lengths)
 
     @functools.cached_property
-    def lists(self) -> _Lists:
+    def lists(self) -> Lists:
         """The labelled documents, for a teacher that scored them all."""
-        return _Lists(torch.zeros(len(self.labels)), self.labels, None, self.cu_seqlens)
+        return Lists(torch.zeros(len(self.labels)), self.labels, None, self.cu_seqlens)
 
     def labels_where(self, scored: Tensor) -> Tensor:
         return torch.where(scored, self.labels, torch.nan)
@@ -245,7 +245,7 @@ def _quality(contents: Contents, m: int) -> dict:
     logits = contents.teacher_logits[:, m]
     missing = logits.isnan()
     if bool(missing.any()):
-        lists = _Lists(logits, contents.labels_where(~missing), None, contents.cu_seqlens)
+        lists = Lists(logits, contents.labels_where(~missing), None, contents.cu_seqlens)
     else:
         lists = contents.lists.with_scores(logits)
     right, wrong, tied = (int(count.sum()) for count in count_pairs(lists))

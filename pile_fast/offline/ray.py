@@ -19,15 +19,15 @@ with needs_extra("ray"):  # before the modules below, whose own need names anoth
     import ray
     import ray.data
 
-from pile_fast.data.offline import OfflineEnsemble, check_data, ensemble_tables, first_teachers
-from pile_fast.data.parts import DataSet
+from pile_fast.offline.ensemble import OfflineEnsemble, check_data, ensemble_tables, first_teachers
+from pile_fast.offline.parts import DataSet
 
 
 class RayEnsemble:
     """An ensemble as a function for `ray.data.Dataset.map_batches`, with ``batch_format="pyarrow"``.
 
     Args:
-        method, arguments: see `pile_fast.data.offline.OfflineEnsemble`.
+        method, arguments: see `pile_fast.offline.ensemble.OfflineEnsemble`.
         teachers: the names that all rows' teachers must have, in this order; None = those of a batch's first row.
 
     Raises:
@@ -59,10 +59,10 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
         ensemble: what to add to the rows.
 
     Warns:
-        UserWarning: see `pile_fast.data.offline.ensemble_file`.
+        UserWarning: see `pile_fast.offline.ensemble.ensemble_file`.
 
     Raises:
-        ValueError: a row is broken, see `pile_fast.data.offline.ensemble_file`, or `output` is there already.
+        ValueError: a row is broken, see `pile_fast.offline.ensemble.ensemble_file`, or `output` is there already.
         FileNotFoundError: there is no input, or no folder to put the output in.
     """
     path, output = Path(path), Path(output)
