@@ -286,7 +286,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from pile_fast.cli import main
-from pile_fast.data import offline, parquet
+from pile_fast.data import parquet
 
 parquet.BATCH_VALUES = 2600  # some 30 queries a part
 parts, rng = Path("b.parquet.parts"), random.Random(int(sys.argv[1]))

@@ -183,7 +183,7 @@ def test_broken_rows_can_be_left_out(text_file, capsys):
     [
         ([], "nothing to evaluate: give --teachers, --column, --model or --run"),
         (["--teachers", "--baseline", "t9"], "--baseline t9: expected one of t0, t1"),
-        (["--column", "ensemble_logits"], "--column ensemble_logits: query q0 of data.jsonl has no such column"),
+        (["--column", "ensemble_logits"], "--column ensemble_logits: query 'q0' of data.jsonl has no such column"),
         (["--run", "a=gone.run"], "gone.run: no such file"),
         (["--run", "a=other.run"], "--run a=other.run: none of its queries is in data.jsonl"),
         (["--run", "a=other.run", "--run", "a=other.run"], "two systems are called 'a'"),

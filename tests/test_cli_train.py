@@ -238,7 +238,7 @@ BEST = ("--load-best-model-at-end", "--save-strategy", "epoch")
         ((*FEATURES, "--report-to", "codecarbon"), "requires `codecarbon` to be installed"),
         ((*FEATURES, "--model", "."), ".: no model in this folder, it has no config.json"),
         ((*FEATURES, "--resume-from-checkpoint", "nowhere"), "nowhere"),
-        (("train.jsonl", "--student", "cross-encoder", "--model", "ranker"), "query q0: no 'query', which a cross-encoder"),
+        (("train.jsonl", "--student", "cross-encoder", "--model", "ranker"), "query 'q0': no 'query', which a cross-encoder"),
         (("labels.jsonl", "--student", "features"), "the data has no teacher_logits: add teachers (pile-fast score), or train"),
         (("broken.jsonl", "--student", "features"), "broken.jsonl:2: "),
     ],
@@ -355,7 +355,7 @@ def test_row_without_a_text_is_known_before_the_first_step(capsys, text, text_ro
     for column in ("query", "documents"):
         write("gap.jsonl", [*rows[:9], *without(rows[9:10], column), *rows[10:]])
         code, line = error(capsys, "gap.jsonl", "--student", "bi-encoder", "--model", "encoder", *OUT)
-        assert code == 1 and f"gap.jsonl: query q9: no {column!r}, which a bi-encoder needs" in line
+        assert code == 1 and f"gap.jsonl: query 'q9': no {column!r}, which a bi-encoder needs" in line
 
 
 # B12, C6, C8, and nothing of a folder where nothing was done.

@@ -154,7 +154,7 @@ def read_inputs(args: argparse.Namespace, bad_rows: BadRows | None) -> Inputs:
         for i, row in enumerate(batch):
             query_id = row["query_id"]
             if columns and row["ensemble_logits"] is None:
-                raise UserError(f"--column ensemble_logits: query {query_id} of {names} has no such column")
+                raise UserError(f"--column ensemble_logits: query {query_id!r} of {names} has no such column")
             documents = row["doc_ids"]
             listed = [(system, [logits[m] for logits in row["teacher_logits"]]) for m, system in enumerate(teachers)]
             listed += [(system, row[system.name]) for system in columns]

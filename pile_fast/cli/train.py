@@ -359,7 +359,7 @@ def _rows(args: argparse.Namespace, paths: list[str], evaluated: Sequence[str] |
         data = load_dataset(paths, format=args.source, bad_rows=bad_rows)
         for column in ("query", "documents"):
             if missing := data.data.column(column).is_null().index(True).as_py() + 1:
-                of = f"{', '.join(paths)}: query {data[missing - 1]['query_id']}"
+                of = f"{', '.join(paths)}: query {data[missing - 1]['query_id']!r}"
                 raise UserError(f"{of}: no {column!r}, which a {args.student} needs")
         if _choose_teachers(data[0], args, evaluated)["teachers"] != data[0]["teachers"]:
             data = data.with_transform(lambda columns: _each_row(columns, lambda row: _choose_teachers(row, args, evaluated)))

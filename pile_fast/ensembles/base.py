@@ -29,7 +29,7 @@ class Ensemble(NamedTuple):
     """
 
     logits: Tensor
-    weights: Tensor | None
+    weights: Tensor
 
 
 class Teachers:

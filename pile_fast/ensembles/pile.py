@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 from torch import Tensor
 
@@ -14,4 +15,4 @@ from pile_fast.functional import pile_ensemble
 def pile_with_weights(teacher_logits: Tensor, labels: Tensor, **options) -> Ensemble:
     """`pile_fast.pile_ensemble` with its weights, as one of `ENSEMBLES`; `options` are its options."""
     out = pile_ensemble(teacher_logits, labels, return_weights=True, **options)
-    return Ensemble(out.logits, out.weights)
+    return Ensemble(out.logits, cast(Tensor, out.weights))

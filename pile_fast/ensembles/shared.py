@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.batch import RankingBatch
-from pile_fast.functional import pile_ensemble
+from pile_fast.ensembles.pile import pile_with_weights
 
 
 def shared_prior(
@@ -53,10 +53,10 @@ def shared_prior(
     batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
     weights = torch.full((batch.num_teachers,), 1 / max(batch.num_teachers, 1), device=batch.device)
     for _ in range(iterations):
-        each = pile_ensemble(
+        each = pile_with_weights(
             teacher_logits, labels, mask=mask, cu_seqlens=cu_seqlens, granularity="query", iterations=1,
             step_size=step_size, normalize=normalize, temperature=temperature, margin=margin, pair_weight=pair_weight,
-            prior=weights, return_weights=True,
+            prior=weights,
         ).weights  # fmt: skip
         change = torch.where(each > 0, (each / weights).log(), torch.nan).nanmean(0).nan_to_num()
         weights = torch.softmax(weights.log() + change, 0)

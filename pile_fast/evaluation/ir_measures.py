@@ -8,7 +8,7 @@ which is trec_eval's, and the formula theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Evaluator:
         judgements: Judgements,
         query_ids: Sequence[str] | None = None,
     ):
-        self._evaluators, self._names = [], {}
+        self._evaluators: list[Any] = []
+        self._names: dict[Any, tuple[str, str]] = {}
         if not metrics:
             return
         with needs_extra("ir-measures"):
@@ -51,7 +52,8 @@ class Evaluator:
         self._has_relevant = judgements.per_query(judgements.relevant) > 0
         self._has_gain = judgements.per_query(judgements.labels > 0) > 0
         self._judged_queries = judgements.judged_queries
-        by_relevance, by_grade = {}, {}
+        by_relevance: dict[Any, tuple[str, str]] = {}
+        by_grade: dict[Any, tuple[str, str]] = {}
         for name, base, k in metrics:
             measure = {
                 "p": ir_measures.P, "recall": ir_measures.R, "success": ir_measures.Success, "judged": ir_measures.Judged,

@@ -68,7 +68,7 @@ class Lists:
                 given = f"{retrieved.dtype} {tuple(retrieved.shape)}"
                 raise ValueError(f"retrieved: expected torch.bool {tuple(labels.shape)} like labels, got {given}")
         self.num_queries = batch.num_queries
-        if batch.packed:
+        if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, scores.shape[0])
             lengths = cu_seqlens.diff().long()
             query = torch.arange(self.num_queries, device=scores.device).repeat_interleave(lengths)

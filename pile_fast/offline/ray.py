@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -78,7 +79,7 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
     check_data(data, ensemble)
     teachers = first_teachers(data)
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="error")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     with _whole_folder(output.absolute()) as unfinished:
         rows = ray.data.read_parquet(_paths(path.absolute(), data))
         try:
