@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "core": (
-        "extras", "printable", "kernels", "_cpu", "_cuda", "terms", "options", "batch", "reference", "backends", "autograd",
-        "functional", "loss", "__init__",
+        "extras", "printable", "kernels", "_cpu", "_cuda", "checks", "terms", "options", "batch", "reference", "backends",
+        "autograd", "functional", "loss", "__init__",
     ),
     "methods": ("ensembles", "evaluation"),
     "files and models": ("teachers", "data", "offline", "students", "trainer"),
@@ -21,7 +21,7 @@ FLOORS = {
 }  # fmt: skip
 ORDER = [room for rooms in FLOORS.values() for room in rooms]
 # Beside Python's own library.
-LIBRARIES = {"core": {"torch"}, "kernels": {"triton"}}
+LIBRARIES = {"core": {"torch", "typing_extensions"}, "kernels": {"triton"}}  # torch brings typing_extensions
 # What may not be, and why it is.
 EXCEPTIONS = {
     ("kernels", "extras"),  # without Triton its import names the extra that brings it

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pile_fast.batch import PaddedView, RankingBatch, compute_dtype
-from pile_fast.checks import choice
 from pile_fast.functional import ranking_loss
+from pile_fast.options import EnsembleOptions, table
 from pile_fast.reference import calibrate, present_teachers
 
+check_normalize = table(EnsembleOptions)["normalize"].check
 # A backend that forms pairs explicitly needs memory for this many at once.
 PAIRS_AT_ONCE = 2**24
 
@@ -36,7 +37,7 @@ class Teachers:
     """Checked and calibrated teachers of one call as (Q, N, M), and the way back to the caller's layout."""
 
     def __init__(self, teacher_logits, labels, mask, cu_seqlens, normalize, *, prior=None, student_logits=None, needs=""):
-        choice("normalize", normalize, ("zscore", "center", "none"))
+        check_normalize("normalize", normalize)
         given = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
         for name in ("teacher_logits", needs):
             if name and given[name] is None:

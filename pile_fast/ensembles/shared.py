@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.batch import RankingBatch
+from pile_fast.checks import count
 from pile_fast.ensembles.pile import pile_with_weights
 
 
@@ -48,11 +49,9 @@ def shared_prior(
     >>> shared_prior(teachers, labels)[0] > 0.9
     tensor(True)
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"iterations: expected an int >= 0, got {iterations!r}")
     batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
     weights = torch.full((batch.num_teachers,), 1 / max(batch.num_teachers, 1), device=batch.device)
-    for _ in range(iterations):
+    for _ in range(count("iterations", iterations)):
         each = pile_with_weights(
             teacher_logits, labels, mask=mask, cu_seqlens=cu_seqlens, granularity="query", iterations=1,
             step_size=step_size, normalize=normalize, temperature=temperature, margin=margin, pair_weight=pair_weight,

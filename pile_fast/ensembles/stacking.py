@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pile_fast.checks import choice, number
-from pile_fast.ensembles.base import Ensemble, Teachers
+from pile_fast.checks import number
+from pile_fast.ensembles.base import Ensemble, Teachers, check_normalize
 from pile_fast.extras import needs_extra
 
 
@@ -39,7 +39,7 @@ class StackingEnsemble:
     """
 
     def __init__(self, *, normalize: str = "zscore", C: float = 1.0, pairs_per_query: int = 200):
-        choice("normalize", normalize, ("zscore", "center", "none"))
+        check_normalize("normalize", normalize)
         if isinstance(pairs_per_query, bool) or not isinstance(pairs_per_query, int) or pairs_per_query < 1:
             raise ValueError(f"pairs_per_query: expected an int >= 1, got {pairs_per_query!r}")
         self.normalize = normalize
