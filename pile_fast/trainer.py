@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from pile_fast.data.collator import (
     queries_of,
 )
 from pile_fast.data.lists import RankedLists
+from pile_fast.ensembles.pile import pile_with_weights
 from pile_fast.evaluation.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.extras import needs_extra
-from pile_fast.functional import distillation_loss, pile_ensemble, ranking_loss
+from pile_fast.functional import distillation_loss, ranking_loss
 from pile_fast.loss import PILELoss
+from pile_fast.options import EnsembleOptions
 from pile_fast.students import BiEncoderConfig
 from pile_fast.students.gradient_cache import forward_in_passes, logits_of
 from pile_fast.students.ranker import longest_text, serve_logits
@@ -39,10 +42,6 @@ with needs_extra("train"):
     from transformers import EvalPrediction, Trainer
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-_ENSEMBLE_OPTIONS = (
-    "iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "pairwise", "backend",
-)  # fmt: skip
-
 
 def ranking_quality(
     scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, k: int = 10
@@ -52,7 +51,7 @@ def ranking_quality(
     Those are the queries with a relevant document (label >= 1; > 0 for NDCG), all labelled pairs for PNR. Equal scores
     share their gain in NDCG and count half in PNR. Without a query that can tell: NaN.
     """
-    layout = {"mask": mask, "cu_seqlens": cu_seqlens}
+    layout: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens}
     return {
         f"ndcg@{k}": float(ndcg(scores, labels, k=k, ties="average", empty="skip", **layout)),
         "mrr": float(mrr(scores, labels, empty="skip", **layout)),
@@ -80,15 +79,13 @@ def loss_components(
     """
     options, cu_seqlens = loss.options, targets["cu_seqlens"]
     logits, teachers, labels = logits.detach(), targets["teacher_logits"], targets["labels"]
-    pairs = {"cu_seqlens": cu_seqlens, "pairwise": options["pairwise"], "backend": options["backend"]}
+    pairs: dict[str, Any] = {"cu_seqlens": cu_seqlens, "pairwise": options["pairwise"], "backend": options["backend"]}
     label_loss = ranking_loss(logits, labels, kind=options["label_loss"], pair_weight=options["pair_weight"], **pairs)
     components = {"label_loss": label_loss.item()}
     if teachers.shape[1] == 0:
         return components
-    ensemble = pile_ensemble(
-        teachers, labels, cu_seqlens=cu_seqlens, prior=loss.prior, return_weights=True,
-        **{name: options[name] for name in _ENSEMBLE_OPTIONS},
-    )  # fmt: skip
+    of_ensemble: dict[str, Any] = {name: options[name] for name in (*EnsembleOptions._fields, "backend")}
+    ensemble = pile_with_weights(teachers, labels, cu_seqlens=cu_seqlens, prior=loss.prior, **of_ensemble)
     distillation = distillation_loss(logits, ensemble.logits, kind=options["distillation"], **pairs)
     weights = ensemble.weights[ensemble.weights.sum(-1) > 0]
     mean = weights.mean(0).tolist()

@@ -69,7 +69,7 @@ def test_options_reach_the_ensemble():
 def test_help_says_which_methods_take_an_option(capsys):
     assert main(["ensemble", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "all methods: calibration of each teacher" in text and "best, ca_mkd, ebkd, pile: unit of logit" in text
+    assert "all methods: calibration per query" in text and "best, ca_mkd, ebkd, pile: unit of differences" in text
     assert " rrf: a document at rank" in text and " pile: difference a pair" in text
 
 
@@ -91,7 +91,6 @@ def test_what_the_user_can_put_right_is_one_line(capsys, tmp_path):
     )
     reason = error_of(capsys, "a.parquet", "--output", "b.parquet", "--method", "mean", "--margin", "1", "--step-size", "2")
     assert reason == "--margin, --step-size: not an option of --method mean"
-    assert error_of(capsys, "a.parquet", "--output", "b.parquet", "--temperature", "0").startswith("temperature: expected")
     reason = error_of(capsys, "a.parquet", "--output", "b.parquet", "--method", "stacking")
     assert reason.startswith("fit: stacking needs data with labels")
     assert error_of(capsys, "a.parquet", "--output", "b.parquet", "--fit", "none.jsonl", "--method", "best").startswith(
@@ -273,6 +272,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(capsys, tmp_path, disk_f
     [
         (["a", "--output", "b", "--method", "ae_kd"], "argument --method: invalid choice: 'ae_kd'"),
         (["a", "--output", "b", "--iterations", "many"], "argument --iterations: invalid int value: 'many'"),
+        (["a", "--output", "b", "--temperature", "0"], "argument --temperature: expected a number > 0, got 0.0"),
         (["a"], "the following arguments are required: --output"),
     ],
 )

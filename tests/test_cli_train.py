@@ -210,6 +210,9 @@ def test_broken_config_file(capsys, content, message):
         (["x.jsonl", "--student", "bi-encoder", "--output-dir", "out"], "--student bi-encoder needs --model"),
         (["x.jsonl", "--num-layers", "0"], "argument --num-layers: expected a whole number >= 1, got '0'"),
         (["x.jsonl", "--learning-rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["x.jsonl", "--alpha", "2"], "argument --alpha: expected a number >= 0 and <= 1, got 2.0"),
+        (["x.jsonl", "--label-loss", "hinge"], "argument --label-loss: expected one of 'logistic'"),
+        (["x.jsonl", "--distillation", "logistic:temperature=0"], "argument --distillation: Logistic: temperature: expected a"),
         (["x.jsonl", "--config"], "argument --config: expected one argument"),
         (["x.jsonl", "--tempo", "3"], "unrecognized arguments: --tempo"),
     ],
@@ -227,7 +230,6 @@ BEST = ("--load-best-model-at-end", "--save-strategy", "epoch")
     "arguments, message",
     [
         (("none.jsonl", "--student", "features"), "none.jsonl: no such file"),
-        ((*FEATURES, "--alpha", "2"), "alpha: expected a number >= 0 and <= 1, got 2.0"),
         ((*FEATURES, "--teacher-columns", "bm25"), "--teacher-columns: no teacher 'bm25' in the data, there are: teacher 1, "),
         ((*FEATURES, "--prior", "1", "2"), "--prior: expected a weight for each of the 6 teachers, got 2"),
         ((*FEATURES, "--ensemble-logits"), "query 'q0': no ensemble_logits; write them with pile-fast ensemble"),

@@ -11,18 +11,16 @@ import pickle
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.data.formats import FORMATS
 from pile_fast.extras import EXTRAS
-from pile_fast.options import EnsembleOptions, Options, table
+from pile_fast.options import Option, Options, table
 from pile_fast.printable import printable
-
-# How pairs are summed is nothing that a command's user has to choose.
-PILE_OPTIONS = tuple(name for name in EnsembleOptions._fields if name != "pairwise")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -83,15 +81,39 @@ def add_skip_bad_rows(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
 
 
-def add_options(parser: argparse._ActionsContainer, *sets: Options, without: Sequence[str] = ()) -> list[argparse.Action]:
-    """A flag for each option of the sets (see `pile_fast.options`), None where it is not given."""
-    return [
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=row.type, choices=[c for c in row.choices if c] or None, help=row.help
-        )
-        for name, row in table(*sets).items()
-        if name not in without
-    ]
+def flags_of(*sets: Options) -> dict[str, Option]:
+    """The options of the sets that a command line has: all but how pairs are summed and the losses reduced."""
+    return {name: row for name, row in table(*sets).items() if name not in ("pairwise", "reduction")}
+
+
+def add_options(parser: argparse._ActionsContainer, *sets: Options, defaults: bool = False) -> list[argparse.Action]:
+    """A flag for each of `flags_of`, None where it is not given.
+
+    Args:
+        defaults: say in the help what None stands for.
+    """
+    actions = []
+    for name, row in flags_of(*sets).items():
+        choices, default = [choice for choice in row.choices if choice], row.default if defaults else None
+        help = row.help if default is None else f"{row.help} (default: {default})"
+        flag = "--" + name.replace("_", "-")
+        actions.append(parser.add_argument(flag, type=_checked(name, row), choices=choices or None, help=help))
+    return actions
+
+
+def _checked(name: str, row: Option) -> Callable[[str], Any]:
+    """An argparse type: the text as the option's type, if the option's check passes it."""
+
+    def parse(text: str) -> Any:
+        value = row.type(text)
+        try:
+            row.check(name, value)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from None
+        return value
+
+    parse.__name__ = getattr(row.type, "__name__", "parse")  # for argparse's "invalid int value"
+    return parse
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict:

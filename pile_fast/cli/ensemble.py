@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from pile_fast.cli.common import PILE_OPTIONS, add_format, add_options, given, real_number
+from pile_fast.cli.common import add_format, add_options, flags_of, given, real_number
 from pile_fast.cli.errors import UserError
 from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import OFFLINE
@@ -17,7 +17,7 @@ from pile_fast.options import EnsembleOptions
 from pile_fast.printable import printable
 
 # Flags that are options of the ensemble's function, by its argument.
-_OPTIONS = (*PILE_OPTIONS, "k")
+_OPTIONS = (*flags_of(EnsembleOptions), "k")
 
 
 def _takes(method: str, option: str) -> bool:
@@ -55,7 +55,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
     options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
-    flags = add_options(options, EnsembleOptions, without=["pairwise"])
+    flags = add_options(options, EnsembleOptions)
     flags.append(options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)"))
     for action in flags:
         methods = [method for method in OFFLINE if _takes(method, action.dest)]
