@@ -21,7 +21,7 @@ def describe(fold: Fold) -> dict:
     unlabelled = torch.full_like(test.labels, torch.nan)
     rows = {}
     for name, ensemble in (
-        ensembles.ENSEMBLES | {"pile, query": functools.partial(ensembles.pile, granularity="query")}
+        ensembles.ENSEMBLES | {"pile, query": functools.partial(ensembles.ENSEMBLES["pile"], granularity="query")}
     ).items():
         if name not in ensembles.NEEDS_STUDENT:
             rows[name] = [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pile_fast import distillation_loss, ranking_loss
 from pile_fast.data import RankedLists
-from pile_fast.metrics import ndcg
+from pile_fast.evaluation.metrics import ndcg
 from pile_fast.students import FeatureRanker, FeatureRankerConfig
 
 QUERIES_PER_STEP = 32

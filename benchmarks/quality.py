@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pile_fast.data import find_data
-from pile_fast.metrics import average_precision, mrr, ndcg, pair_counts
+from pile_fast.evaluation.metrics import average_precision, mrr, ndcg, pair_counts
 
 RESULTS = Path(__file__).with_name("results") / "quality"
 CACHE = Path(__file__).parent.parent / "runs" / "quality"  # teachers' logits on MQ2008: data, so not in the repository

@@ -5,6 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+# Which extra of this package brings a module.
+EXTRAS = {
+    **dict.fromkeys(
+        ("accelerate", "bm25s", "datasets", "huggingface_hub", "jinja2", "matplotlib", "pyarrow", "rich", "safetensors",
+         "sklearn", "tokenizers", "tqdm", "transformers", "yaml"),
+        "train",
+    ),
+    "ray": "ray",
+    "sentence_transformers": "sentence-transformers",
+    "lightning_ir": "lightning-ir",
+    "triton": "gpu",
+    "ir_measures": "ir-measures",
+}  # fmt: skip
+
 
 @contextlib.contextmanager
 def needs_extra(name: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,23 +26,21 @@ from pile_fast.data.collator import (
     queries_of,
 )
 from pile_fast.data.lists import RankedLists
+from pile_fast.ensembles.pile import pile_with_weights
+from pile_fast.evaluation.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.extras import needs_extra
-from pile_fast.functional import distillation_loss, pile_ensemble, ranking_loss
-from pile_fast.gradient_cache import forward_in_passes, logits_of
+from pile_fast.functional import distillation_loss, ranking_loss
 from pile_fast.loss import PILELoss
-from pile_fast.metrics import average_precision, mrr, ndcg, pnr
-from pile_fast.step_check import StepCheck, check_weights, shown
+from pile_fast.options import EnsembleOptions
 from pile_fast.students import BiEncoderConfig
+from pile_fast.students.gradient_cache import forward_in_passes, logits_of
 from pile_fast.students.ranker import longest_text, serve_logits
-from pile_fast.training_data import NamedLists, check_data, teachers_of
+from pile_fast.students.step_check import StepCheck, check_weights, shown
+from pile_fast.students.training_data import NamedLists, check_data, teachers_of
 
 with needs_extra("train"):
     from transformers import EvalPrediction, Trainer
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
-
-_ENSEMBLE_OPTIONS = (
-    "iterations", "step_size", "granularity", "normalize", "temperature", "margin", "pair_weight", "pairwise", "backend",
-)  # fmt: skip
 
 
 def ranking_quality(
@@ -52,7 +51,7 @@ def ranking_quality(
     Those are the queries with a relevant document (label >= 1; > 0 for NDCG), all labelled pairs for PNR. Equal scores
     share their gain in NDCG and count half in PNR. Without a query that can tell: NaN.
     """
-    layout = {"mask": mask, "cu_seqlens": cu_seqlens}
+    layout: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens}
     return {
         f"ndcg@{k}": float(ndcg(scores, labels, k=k, ties="average", empty="skip", **layout)),
         "mrr": float(mrr(scores, labels, empty="skip", **layout)),
@@ -80,15 +79,13 @@ def loss_components(
     """
     options, cu_seqlens = loss.options, targets["cu_seqlens"]
     logits, teachers, labels = logits.detach(), targets["teacher_logits"], targets["labels"]
-    pairs = {"cu_seqlens": cu_seqlens, "pairwise": options["pairwise"], "backend": options["backend"]}
+    pairs: dict[str, Any] = {"cu_seqlens": cu_seqlens, "pairwise": options["pairwise"], "backend": options["backend"]}
     label_loss = ranking_loss(logits, labels, kind=options["label_loss"], pair_weight=options["pair_weight"], **pairs)
     components = {"label_loss": label_loss.item()}
     if teachers.shape[1] == 0:
         return components
-    ensemble = pile_ensemble(
-        teachers, labels, cu_seqlens=cu_seqlens, prior=loss.prior, return_weights=True,
-        **{name: options[name] for name in _ENSEMBLE_OPTIONS},
-    )  # fmt: skip
+    of_ensemble: dict[str, Any] = {name: options[name] for name in (*EnsembleOptions._fields, "backend")}
+    ensemble = pile_with_weights(teachers, labels, cu_seqlens=cu_seqlens, prior=loss.prior, **of_ensemble)
     distillation = distillation_loss(logits, ensemble.logits, kind=options["distillation"], **pairs)
     weights = ensemble.weights[ensemble.weights.sum(-1) > 0]
     mean = weights.mean(0).tolist()
@@ -221,9 +218,9 @@ class PileTrainer(Trainer):
     number of processes: 1 × 32 queries and 4 × 8 take the same step. A query without a pair counts with a loss of 0.
 
     Training stops with FloatingPointError, on all processes, before the first step whose losses or gradients are not finite
-    (`pile_fast.step_check`), and before a model that a step broke is evaluated or saved. The message names the step and its
-    queries; checkpoints stay. Data sets that do not fit the loss, the metrics or each other are an error of `train`, by their
-    first rows: before the first step.
+    (`pile_fast.students.step_check`), and before a model that a step broke is evaluated or saved. The message names the step
+    and its queries; checkpoints stay. Data sets that do not fit the loss, the metrics or each other are an error of `train`,
+    by their first rows: before the first step.
 
     Args:
         model, args, data_collator, **kwargs: `Trainer`'s. The model is a `FeatureRanker`, a `BiEncoder`, or any model for
@@ -236,8 +233,8 @@ class PileTrainer(Trainer):
             returns the queries' losses (Q,). Default: ``PILELoss(reduction="none")``; its ``alpha=0`` trains on the
             labels alone, its ``iterations=0`` on the mean ensemble.
         max_documents_per_batch: texts that the encoder sees at a time, whatever a batch holds: bounds the memory, for a
-            second forward of all but the last of them (`pile_fast.gradient_cache`). The loss still sees whole lists. On one
-            process or under DDP.
+            second forward of all but the last of them (`pile_fast.students.gradient_cache`). The loss still sees whole lists.
+            On one process or under DDP.
         k: of NDCG@k at evaluation.
         log_components: log `loss_components` of the last batch with every training loss; costs as much as one loss, at
             logging steps only. For a `PILELoss`.

@@ -19,7 +19,7 @@ from pile_fast.cli import main
 from pile_fast.cli.evaluate_inputs import QUERIES_AT_ONCE
 from pile_fast.data import find_data, load_mq2008, read_rows, write_rows
 from pile_fast.data.wikiqa import load_wikiqa
-from pile_fast.metrics import average_precision, ndcg, pnr
+from pile_fast.evaluation.metrics import average_precision, ndcg, pnr
 from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,7 +183,7 @@ def test_broken_rows_can_be_left_out(text_file, capsys):
     [
         ([], "nothing to evaluate: give --teachers, --column, --model or --run"),
         (["--teachers", "--baseline", "t9"], "--baseline t9: expected one of t0, t1"),
-        (["--column", "ensemble_logits"], "--column ensemble_logits: query q0 of data.jsonl has no such column"),
+        (["--column", "ensemble_logits"], "--column ensemble_logits: query 'q0' of data.jsonl has no such column"),
         (["--run", "a=gone.run"], "gone.run: no such file"),
         (["--run", "a=other.run"], "--run a=other.run: none of its queries is in data.jsonl"),
         (["--run", "a=other.run", "--run", "a=other.run"], "two systems are called 'a'"),

@@ -14,11 +14,11 @@ import torch
 
 import pile_fast
 import pile_fast.cli.inspect
-import pile_fast.inspection
+import pile_fast.evaluation.inspection
 from pile_fast.cli import main
 from pile_fast.data import make_synthetic, write_rows
-from pile_fast.inspection import Contents, inspect
-from pile_fast.metrics import ndcg, pnr
+from pile_fast.evaluation.inspection import Contents, inspect
+from pile_fast.evaluation.metrics import ndcg, pnr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,7 +188,7 @@ def test_candidate_pairs_are_brute_forces():
     mean = pile_fast.pile_ensemble(lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens, iterations=0).logits
     labels = torch.where(mean.isnan(), torch.nan, lists.labels)
     bounds = lists.cu_seqlens.tolist()
-    above, below, query = pile_fast.inspection._candidates(mean, labels, lists.cu_seqlens)
+    above, below, query = pile_fast.evaluation.inspection._candidates(mean, labels, lists.cu_seqlens)
     found = {a: b for a, b in zip(above.tolist(), below.tolist(), strict=True)}
     for q in range(len(bounds) - 1):
         for i in range(bounds[q], bounds[q + 1]):
@@ -351,7 +351,7 @@ def test_names_of_any_kind_are_shown_and_plotted(capsys):  # B13
 
 
 def test_many_teachers_fit_in_the_report(capsys, monkeypatch):  # B14
-    monkeypatch.setattr("pile_fast.cli.inspect_report._MOST_PLOTTED", 3)
+    monkeypatch.setattr("pile_fast.evaluation.inspection_report._MOST_PLOTTED", 3)
     monkeypatch.setattr("pile_fast.cli.inspect.MOST_PRINTED", 5)
     lists = make_synthetic(4, documents=(5, 9))
     logits = torch.randn(len(lists.labels), 1).repeat(1, 12)
@@ -369,9 +369,9 @@ def test_agreement_of_long_lists_and_of_many_queries_is_sampled(monkeypatch):  #
     contents = Contents.from_rows(rows_of(lists))
     exact = inspect(contents)["agreement"]
     assert exact["documents"] is None
-    monkeypatch.setattr(pile_fast.inspection, "_SHORT_LIST", 40)
+    monkeypatch.setattr(pile_fast.evaluation.inspection, "_SHORT_LIST", 40)
     for most, tolerance in ((60_000, 0.06), (5_000, 0.2)):  # thinner lists; fewer lists, too
-        monkeypatch.setattr(pile_fast.inspection, "MOST_PAIRS", most)
+        monkeypatch.setattr(pile_fast.evaluation.inspection, "MOST_PAIRS", most)
         report = inspect(contents)
         sampled = report["agreement"]
         assert 100 < sampled["documents"] < 0.9 * len(contents.labels)
@@ -386,7 +386,7 @@ def test_chunks_make_no_difference_to_agreement(monkeypatch):
     lists.labels[::5] = torch.nan
     contents = Contents.from_rows(rows_of(lists))
     whole = inspect(contents)["agreement"]
-    monkeypatch.setattr(pile_fast.inspection, "_CHUNK", 500)
+    monkeypatch.setattr(pile_fast.evaluation.inspection, "_CHUNK", 500)
     chunked = inspect(contents)["agreement"]
     assert chunked["pairs"] == whole["pairs"]
     np.testing.assert_allclose(chunked["kendall_tau"], whole["kendall_tau"], rtol=1e-12)
@@ -397,7 +397,7 @@ def test_a_list_of_many_documents_takes_linear_time():  # B14
     size = 100_000
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(size, 4, generator=rng)
-    names = pile_fast.inspection.Names()
+    names = pile_fast.evaluation.inspection.Names()
     names.extend(map(str, range(size)))
     labels = torch.randint(0, 3, (size,), generator=rng).double()
     contents = Contents(["q"], names, labels, logits, torch.tensor([0, size]), list("abcd"), 0, False, 1)

@@ -15,8 +15,8 @@ import torch
 
 from pile_fast.cli import main, score
 from pile_fast.data import read_rows, write_rows
-from pile_fast.scoring import BM25
 from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
+from pile_fast.teachers import BM25
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,7 +121,7 @@ def test_several_teachers_in_one_file_keep_what_was_there(text_file, models, cap
 
 def test_a_teacher_of_the_same_name_is_replaced_only_when_asked(text_file, capsys):
     assert error_of(capsys, text_file, "--teacher", "t0=bm25", "--output", "out.parquet") == (
-        "data.jsonl has teacher t0 already: choose another name, or --overwrite it"
+        "data.jsonl has teacher 't0' already: choose another name, or --overwrite it"
     )
     assert main(["score", text_file, "--teacher", "t0=bm25", "--overwrite", "--output", "out.parquet"]) == 0
     assert main(["score", text_file, "--teacher", "bm25", "--output", "plain.parquet"]) == 0
@@ -145,14 +145,14 @@ def test_features_are_scored_by_a_feature_ranker_and_by_nothing_else(capsys):
         "--device abacus: "
     )
     assert error_of(capsys, "features.jsonl", "--teacher", "bm25", "--output", "no.parquet") == (
-        "features.jsonl: query q0: no query, which teacher bm25 (bm25) reads"
+        "features.jsonl: query 'q0': no query, which teacher 'bm25' (bm25) reads"
     )
 
 
 def test_a_feature_ranker_on_texts_says_so(text_file, capsys):
     FeatureRanker(FeatureRankerConfig(num_features=2)).save_pretrained("mlp")
     assert error_of(capsys, text_file, "--teacher", "m=mlp", "--output", "no.parquet") == (
-        "data.jsonl: query q0: no features, which teacher m (features) reads"
+        "data.jsonl: query 'q0': no features, which teacher 'm' (features) reads"
     )
 
 
@@ -174,7 +174,7 @@ def test_a_logit_that_is_not_finite_is_an_error(text_file, models, tiny_text_mod
     torch.nn.init.constant_(model.classifier.bias, math.inf)
     model.save_pretrained("cross")
     message = error_of(capsys, text_file, "--teacher", "ce=cross", "--output", "out.parquet")
-    assert message == "teacher ce: a logit of query q0 is not finite"
+    assert message == "teacher 'ce': a logit of query 'q0' is not finite"
 
 
 # -- bad input
@@ -272,7 +272,7 @@ def test_broken_rows_stop_it_before_the_work_or_are_counted(text_rows, capsys, m
     arguments = ["data.jsonl", "--teacher", "bm25", "--output", "out.parquet"]
     with monkeypatch.context() as patch:
         patch.setattr(score, "_write_parts", lambda *a: pytest.fail("work began"))
-        assert error_of(capsys, *arguments) == "data.jsonl: query late: no query, which teacher bm25 (bm25) reads"
+        assert error_of(capsys, *arguments) == "data.jsonl: query 'late': no query, which teacher 'bm25' (bm25) reads"
     assert main(["score", *arguments, "--skip-bad-rows"]) == 0
     told = capsys.readouterr().err
     assert "Left out 2 broken rows or lines:\n" in told and "query late: no query" in told

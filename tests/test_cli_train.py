@@ -210,6 +210,9 @@ def test_broken_config_file(capsys, content, message):
         (["x.jsonl", "--student", "bi-encoder", "--output-dir", "out"], "--student bi-encoder needs --model"),
         (["x.jsonl", "--num-layers", "0"], "argument --num-layers: expected a whole number >= 1, got '0'"),
         (["x.jsonl", "--learning-rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["x.jsonl", "--alpha", "2"], "argument --alpha: expected a number >= 0 and <= 1, got 2.0"),
+        (["x.jsonl", "--label-loss", "hinge"], "argument --label-loss: expected one of 'logistic'"),
+        (["x.jsonl", "--distillation", "logistic:temperature=0"], "argument --distillation: Logistic: temperature: expected a"),
         (["x.jsonl", "--config"], "argument --config: expected one argument"),
         (["x.jsonl", "--tempo", "3"], "unrecognized arguments: --tempo"),
     ],
@@ -227,7 +230,6 @@ BEST = ("--load-best-model-at-end", "--save-strategy", "epoch")
     "arguments, message",
     [
         (("none.jsonl", "--student", "features"), "none.jsonl: no such file"),
-        ((*FEATURES, "--alpha", "2"), "alpha: expected a number >= 0 and <= 1, got 2.0"),
         ((*FEATURES, "--teacher-columns", "bm25"), "--teacher-columns: no teacher 'bm25' in the data, there are: teacher 1, "),
         ((*FEATURES, "--prior", "1", "2"), "--prior: expected a weight for each of the 6 teachers, got 2"),
         ((*FEATURES, "--ensemble-logits"), "query 'q0': no ensemble_logits; write them with pile-fast ensemble"),
@@ -238,7 +240,7 @@ BEST = ("--load-best-model-at-end", "--save-strategy", "epoch")
         ((*FEATURES, "--report-to", "codecarbon"), "requires `codecarbon` to be installed"),
         ((*FEATURES, "--model", "."), ".: no model in this folder, it has no config.json"),
         ((*FEATURES, "--resume-from-checkpoint", "nowhere"), "nowhere"),
-        (("train.jsonl", "--student", "cross-encoder", "--model", "ranker"), "query q0: no 'query', which a cross-encoder"),
+        (("train.jsonl", "--student", "cross-encoder", "--model", "ranker"), "query 'q0': no 'query', which a cross-encoder"),
         (("labels.jsonl", "--student", "features"), "the data has no teacher_logits: add teachers (pile-fast score), or train"),
         (("broken.jsonl", "--student", "features"), "broken.jsonl:2: "),
     ],
@@ -355,7 +357,7 @@ def test_row_without_a_text_is_known_before_the_first_step(capsys, text, text_ro
     for column in ("query", "documents"):
         write("gap.jsonl", [*rows[:9], *without(rows[9:10], column), *rows[10:]])
         code, line = error(capsys, "gap.jsonl", "--student", "bi-encoder", "--model", "encoder", *OUT)
-        assert code == 1 and f"gap.jsonl: query q9: no {column!r}, which a bi-encoder needs" in line
+        assert code == 1 and f"gap.jsonl: query 'q9': no {column!r}, which a bi-encoder needs" in line
 
 
 # B12, C6, C8, and nothing of a folder where nothing was done.

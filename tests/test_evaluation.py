@@ -7,9 +7,9 @@ import pytest
 import scipy.stats
 import torch
 
-import pile_fast.evaluation
-from pile_fast.evaluation import BOOTSTRAP_SAMPLES, PERMUTATIONS, Metric, evaluate, holm
-from pile_fast.metrics import average_precision, mrr, ndcg, opa, pair_counts, pnr
+from pile_fast.evaluation import compare
+from pile_fast.evaluation.compare import BOOTSTRAP_SAMPLES, PERMUTATIONS, Metric, evaluate, holm
+from pile_fast.evaluation.metrics import average_precision, mrr, ndcg, opa, pair_counts, pnr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +147,7 @@ def test_a_million_queries_are_resampled_in_blocks(monkeypatch):  # B14
     systems = {name: labels + noise * torch.randn(3 * queries, generator=rng) for name, noise in (("a", 1.0), ("b", 1.03))}
     arguments = {"metrics": ["mrr", "pnr"], "baseline": "a"}
     single = evaluate(systems, labels, cu_seqlens, **arguments).results["b"]
-    monkeypatch.setattr(pile_fast.evaluation, "MOST_UNITS", 700)
+    monkeypatch.setattr(compare, "MOST_UNITS", 700)
     blocks = evaluate(systems, labels, cu_seqlens, **arguments).results["b"]
     for metric in ("mrr", "pnr"):
         one, other = single[metric], blocks[metric]
@@ -215,8 +215,8 @@ def test_equal_systems_differ_by_nothing(lists):
 
 def test_under_the_null_hypothesis_p_is_uniform(monkeypatch):
     """Systems of equal quality: p < 0.2 in about a fifth of the trials."""
-    monkeypatch.setattr(pile_fast.evaluation, "PERMUTATIONS", 300)
-    monkeypatch.setattr(pile_fast.evaluation, "BOOTSTRAP_SAMPLES", 1)
+    monkeypatch.setattr(compare, "PERMUTATIONS", 300)
+    monkeypatch.setattr(compare, "BOOTSTRAP_SAMPLES", 1)
     rng = torch.Generator().manual_seed(0)
     queries, n = 40, 6
     cu_seqlens = torch.arange(0, queries * n + 1, n)
@@ -239,9 +239,9 @@ def test_the_same_seed_gives_the_same_numbers_whoever_else_is_there(lists):
 
 def test_chunks_of_resampling_make_no_difference_to_what_is_tested(lists, monkeypatch):
     systems, labels, cu_seqlens = lists
-    monkeypatch.setattr(pile_fast.evaluation, "_CHUNK", 50 * 999)
-    assert sum(pile_fast.evaluation._chunks(PERMUTATIONS, 50)) == PERMUTATIONS
-    assert sum(pile_fast.evaluation._chunks(BOOTSTRAP_SAMPLES, 10**9)) == BOOTSTRAP_SAMPLES
+    monkeypatch.setattr(compare, "_CHUNK", 50 * 999)
+    assert sum(compare._chunks(PERMUTATIONS, 50)) == PERMUTATIONS
+    assert sum(compare._chunks(BOOTSTRAP_SAMPLES, 10**9)) == BOOTSTRAP_SAMPLES
     result = evaluate(systems, labels, cu_seqlens, metrics=["map"], baseline="good").results["other"]["map"]
     monkeypatch.undo()
     whole = evaluate(systems, labels, cu_seqlens, metrics=["map"], baseline="good").results["other"]["map"]

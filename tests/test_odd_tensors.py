@@ -18,8 +18,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pile_fast
-from pile_fast import ensembles, metrics
+from pile_fast import ensembles
 from pile_fast.backends import cpp
+from pile_fast.evaluation import metrics
 
 BACKENDS = ["torch"] if cpp.unavailable() else ["torch", "cpp"]
 QUERIES, SLOTS, TEACHERS = 2, 5, 3

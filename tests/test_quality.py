@@ -9,7 +9,7 @@ import torch
 
 import pile_fast
 from pile_fast.data import make_synthetic, pack_queries
-from pile_fast.metrics import ndcg
+from pile_fast.evaluation.metrics import ndcg
 from pile_fast.students import FeatureRanker, FeatureRankerConfig
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -17,10 +17,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import pile_fast
-from pile_fast import gradient_cache
 from pile_fast.cli import main
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator
-from pile_fast.students import KINDS, FeatureRanker, FeatureRankerConfig, load_ranker
+from pile_fast.students import KINDS, FeatureRanker, FeatureRankerConfig, gradient_cache, load_ranker
 from pile_fast.trainer import PileTrainer, last_checkpoint, loss_components, ranking_quality
 
 WORKER = Path(__file__).with_name("trainer_worker.py")

@@ -11,17 +11,16 @@ import pickle
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.data.formats import FORMATS
-from pile_fast.options import EnsembleOptions, Options, table
+from pile_fast.extras import EXTRAS
+from pile_fast.options import Option, Options, table
 from pile_fast.printable import printable
-
-# How pairs are summed is nothing that a command's user has to choose.
-PILE_OPTIONS = tuple(name for name in EnsembleOptions._fields if name != "pairwise")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -82,15 +81,39 @@ def add_skip_bad_rows(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
 
 
-def add_options(parser: argparse._ActionsContainer, *sets: Options, without: Sequence[str] = ()) -> list[argparse.Action]:
-    """A flag for each option of the sets (see `pile_fast.options`), None where it is not given."""
-    return [
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=row.type, choices=[c for c in row.choices if c] or None, help=row.help
-        )
-        for name, row in table(*sets).items()
-        if name not in without
-    ]
+def flags_of(*sets: Options) -> dict[str, Option]:
+    """The options of the sets that a command line has: all but how pairs are summed and the losses reduced."""
+    return {name: row for name, row in table(*sets).items() if name not in ("pairwise", "reduction")}
+
+
+def add_options(parser: argparse._ActionsContainer, *sets: Options, defaults: bool = False) -> list[argparse.Action]:
+    """A flag for each of `flags_of`, None where it is not given.
+
+    Args:
+        defaults: say in the help what None stands for.
+    """
+    actions = []
+    for name, row in flags_of(*sets).items():
+        choices, default = [choice for choice in row.choices if choice], row.default if defaults else None
+        help = row.help if default is None else f"{row.help} (default: {default})"
+        flag = "--" + name.replace("_", "-")
+        actions.append(parser.add_argument(flag, type=_checked(name, row), choices=choices or None, help=help))
+    return actions
+
+
+def _checked(name: str, row: Option) -> Callable[[str], Any]:
+    """An argparse type: the text as the option's type, if the option's check passes it."""
+
+    def parse(text: str) -> Any:
+        value = row.type(text)
+        try:
+            row.check(name, value)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from None
+        return value
+
+    parse.__name__ = getattr(row.type, "__name__", "parse")  # for argparse's "invalid int value"
+    return parse
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict:
@@ -106,13 +129,13 @@ def print_left_out(bad_rows: BadRows | None) -> None:
         print(f"Left out {bad_rows.count:,} broken rows or lines{shown}:", *reasons, sep="\n  ", file=sys.stderr)
 
 
-def require(command: str, *modules: str, extra: str = "train") -> None:
+def require(command: str, *modules: str) -> None:
     """Ends the command with the line that installs what is missing."""
     for module in modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{extra}]'") from error
+            raise UserError(f"{command} needs {error.name}: pip install 'pile_fast[{EXTRAS.get(module, 'train')}]'") from error
 
 
 # Folders that this command made, in this order.
@@ -166,44 +189,19 @@ def load_ranker(model: str, *, device: str | None, **options):
     except (RuntimeError, AssertionError) as error:  # no such device; not built for it
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     quiet_loading()
-    with loading(model):
-        return students.load_ranker(model, device=device, **options)
-
-
-@contextlib.contextmanager
-def loading(model: str) -> Iterator[None]:
-    """What the readers of a model's files raise about damaged ones, each its own, as one line that names the model."""
-    import torch
-    from safetensors import SafetensorError
-
     try:
-        yield
+        return students.load_ranker(model, device=device, **options)
     except torch.OutOfMemoryError:
         raise
-    except (SafetensorError, RuntimeError, EOFError, UnicodeError, struct.error, pickle.UnpicklingError, ValueError) as error:
-        if isinstance(error, ValueError) and not isinstance(error, (UnicodeError, json.JSONDecodeError)):
-            raise  # words of a reader that knew what it read
+    except _damaged() as error:
         raise UserError(f"{model}: a file of the model is damaged or of another model: {error}") from error
 
 
-def percent(share: float | None) -> str:
-    """A share in a table: 12%, <1%, or – where there is none."""
-    if share is None or math.isnan(share):
-        return "–"
-    return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
+def _damaged() -> tuple[type[Exception], ...]:
+    """What the readers of a model's files raise about damaged ones, each its own."""
+    from safetensors import SafetensorError
 
-
-def decimal(value: float | None, places: int = 3) -> str:
-    """A number in a table: three decimals or so, ∞, or – where there is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    return "∞" if value == math.inf else f"{value:.{places}f}" if abs(value) < 1000 else f"{value:.4g}"
-
-
-def short(name: str, most: int) -> str:
-    """A name in a plot: printable, and cut where it is long."""
-    name = printable(name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return SafetensorError, RuntimeError, EOFError, UnicodeError, json.JSONDecodeError, struct.error, pickle.UnpicklingError
 
 
 def write_json(path: Path, value: object) -> None:

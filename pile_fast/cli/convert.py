@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from pile_fast.cli.common import add_format, add_skip_bad_rows, print_left_out, real_number
-from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.cli.errors import UserError
 from pile_fast.data.formats import FORMATS, read_rows, write_rows
 from pile_fast.data.named import NAMED, read_named, with_pairs
 from pile_fast.data.rows import BadRows, check_row, drop_unlabelled
@@ -84,16 +84,15 @@ def run(args: argparse.Namespace) -> int:
         if not queries:
             raise UserError("no query is left to write")
 
-    with user_errors(args.output):
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        rows = _rows(args, bad_rows)
-        if args.drop_unlabelled:
-            rows = labelled(rows)
-        if args.with_pairs:
-            rows = with_pairs(rows)
-        with tqdm(counted(rows), unit=" queries", disable=None) as progress:  # None: only on a terminal
-            write_rows(args.output, progress, format=args.target, teacher=args.teacher)
+    rows = _rows(args, bad_rows)
+    if args.drop_unlabelled:
+        rows = labelled(rows)
+    if args.with_pairs:
+        rows = with_pairs(rows)
+    with tqdm(counted(rows), unit=" queries", disable=None) as progress:  # None: only on a terminal
+        write_rows(args.output, progress, format=args.target, teacher=args.teacher)
     print(f"Wrote {queries:,} queries to {args.output}.")
     if documents:
         print(f"Left out {documents:,} documents without a label.")

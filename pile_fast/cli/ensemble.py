@@ -9,22 +9,19 @@ import math
 import os
 from pathlib import Path
 
-from pile_fast.cli.common import PILE_OPTIONS, add_format, add_options, given, real_number
+from pile_fast.cli.common import add_format, add_options, flags_of, given, real_number
 from pile_fast.cli.errors import UserError
 from pile_fast.data.files import refuse_same_file
-from pile_fast.ensembles import ENSEMBLES, NEEDS_STUDENT, StackingEnsemble
-from pile_fast.functional import pile_ensemble
+from pile_fast.ensembles import OFFLINE
 from pile_fast.options import EnsembleOptions
 from pile_fast.printable import printable
 
-_METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
 # Flags that are options of the ensemble's function, by its argument.
-_OPTIONS = (*PILE_OPTIONS, "k")
+_OPTIONS = (*flags_of(EnsembleOptions), "k")
 
 
 def _takes(method: str, option: str) -> bool:
-    function = {"pile": pile_ensemble, "stacking": StackingEnsemble}.get(method) or ENSEMBLES[method]
-    return option in inspect.signature(function).parameters
+    return option in inspect.signature(OFFLINE[method]).parameters
 
 
 def add_parser(commands) -> None:
@@ -45,7 +42,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--unjudged", type=real_number(-math.inf), metavar="LABEL", help="of what the qrels do not list (default: unlabelled)"
     )
-    parser.add_argument("--method", choices=_METHODS, default="pile", help="(default: %(default)s)")
+    parser.add_argument("--method", choices=OFFLINE, default="pile", help="(default: %(default)s)")
     parser.add_argument(
         "--fit",
         metavar="FILE",
@@ -58,11 +55,11 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
     options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
-    flags = add_options(options, EnsembleOptions, without=["pairwise"])
+    flags = add_options(options, EnsembleOptions)
     flags.append(options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)"))
     for action in flags:
-        methods = [method for method in _METHODS if _takes(method, action.dest)]
-        action.help = f"{', '.join(methods) if len(methods) < len(_METHODS) else 'all methods'}: {action.help}"
+        methods = [method for method in OFFLINE if _takes(method, action.dest)]
+        action.help = f"{', '.join(methods) if len(methods) < len(OFFLINE) else 'all methods'}: {action.help}"
     parser.set_defaults(run=run)
 
 
@@ -71,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if unknown := sorted(name for name in options if not _takes(args.method, name)):
         flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise UserError(f"{flags}: not an option of --method {args.method}")
-    from pile_fast.data.offline import OfflineEnsemble, ensemble_file, read_fit
     from pile_fast.data.trec import named_runs
+    from pile_fast.offline.ensemble import OfflineEnsemble, ensemble_file, read_fit
 
     fit = None
     if args.fit:
@@ -101,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 def _on_ray(args: argparse.Namespace, ensemble) -> None:
     if len(args.inputs) > 1 or args.source not in (None, "parquet") or args.qrels or args.unjudged is not None:
         raise UserError("--ray: expected one INPUT, a Parquet file or a folder of them, and no --qrels and --unjudged")
-    from pile_fast.integrations.ray import ensemble_folder
+    from pile_fast.offline.ray import ensemble_folder
 
     logging.disable(logging.ERROR)  # Ray tells every step, and every error once more
     try:

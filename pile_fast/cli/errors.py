@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dis
 import json
 import lzma
 import os
@@ -21,22 +20,11 @@ import zlib
 from collections.abc import Iterator
 from typing import NoReturn
 
+from pile_fast.extras import EXTRAS
 from pile_fast.printable import printable
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_LEFT = 0, 1, 2, 130, 141
 LONGEST_LINE = 2000
-# Which extra of this package brings a module.
-EXTRAS = {
-    **dict.fromkeys(
-        ("accelerate", "bm25s", "datasets", "huggingface_hub", "jinja2", "matplotlib", "pyarrow", "rich", "safetensors",
-         "sklearn", "tokenizers", "tqdm", "transformers", "yaml"),
-        "train",
-    ),
-    "ray": "ray",
-    "sentence_transformers": "sentence-transformers",
-    "lightning_ir": "lightning-ir",
-    "triton": "gpu",
-}  # fmt: skip
 _DAMAGED = (EOFError, lzma.LZMAError, zlib.error, pickle.UnpicklingError)
 
 
@@ -115,25 +103,9 @@ def _of_pyarrow(error: BaseException) -> bool:
 
 
 def _was_said(error: BaseException) -> bool:
-    """Whether somebody wrote the message, in a `raise`: the words of an operation that failed tell the user nothing."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return True
-    code = trace.tb_frame.f_code.co_code
-    return trace.tb_lasti < len(code) and code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-
-
-@contextlib.contextmanager
-def user_errors(output: str) -> Iterator[None]:
-    """What the user can put right, as a `UserError`; for `output` see `explain`."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or (line := explain(error, output)) is None:
-            raise
-        raise UserError(line) from error
+    """Whether a `raise` wrote the message: the words of an operation that failed tell the user nothing."""
+    trace = traceback.extract_tb(error.__traceback__)
+    return not trace or (trace[-1].line or "raise ").startswith("raise ")
 
 
 def ended(error: BaseException, output: str | None = None) -> int | None:

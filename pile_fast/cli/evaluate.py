@@ -15,12 +15,12 @@ from pile_fast.cli.common import (
     whole_number,
     writable_folder,
 )
-from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.cli.errors import UserError
 from pile_fast.cli.evaluate_inputs import read_inputs
 from pile_fast.cli.evaluate_report import explain, plot, print_table, write_report
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.evaluation import DEFAULT_METRICS, EMPTY, Metric, evaluate
-from pile_fast.metrics import GAINS
+from pile_fast.evaluation.metrics import GAINS
 
 
 def add_parser(commands) -> None:
@@ -105,28 +105,27 @@ def _unjudged(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     require("evaluate", "rich", "tqdm", *["matplotlib"] * bool(args.output), *["transformers"] * bool(args.model))
     if any(Metric(name).outside for name in args.metrics):
-        require(f"evaluate --metrics {','.join(args.metrics)}", "ir_measures", extra="ir-measures")
+        require(f"evaluate --metrics {','.join(args.metrics)}", "ir_measures")
     if not (args.teachers or args.column or args.model or args.runs or args.qrels):
         raise UserError(
             "nothing to evaluate: give --teachers, --column, --model or --run for a file of queries, --qrels for TREC runs"
         )
     output = writable_folder(args.output) if args.output else None
     bad_rows = BadRows() if args.skip_bad_rows else None
-    with user_errors(args.output):
-        inputs = read_inputs(args, bad_rows)
-        if not inputs.systems:
-            raise UserError("nothing to evaluate: give --teachers, --column, --model or --run")
-        if args.baseline is not None and args.baseline not in inputs.systems:
-            raise UserError(f"--baseline {args.baseline}: expected one of {', '.join(inputs.systems)}")
-        evaluation = evaluate(
-            {name: system.scores for name, system in inputs.systems.items()}, inputs.labels, inputs.cu_seqlens,
-            metrics=args.metrics, baseline=args.baseline, relevant_at=args.relevant_at, gain=args.gain,
-            unjudged=args.unjudged, empty=args.empty, seed=args.seed, query_ids=inputs.query_ids,
-        )  # fmt: skip
-        if output:
-            write_report(output / "metrics.json", evaluation, inputs, args, bad_rows)
-            with atomic_path(output / "metrics.png") as temporary:
-                plot(evaluation, args, temporary)
+    inputs = read_inputs(args, bad_rows)
+    if not inputs.systems:
+        raise UserError("nothing to evaluate: give --teachers, --column, --model or --run")
+    if args.baseline is not None and args.baseline not in inputs.systems:
+        raise UserError(f"--baseline {args.baseline}: expected one of {', '.join(inputs.systems)}")
+    evaluation = evaluate(
+        {name: system.scores for name, system in inputs.systems.items()}, inputs.labels, inputs.cu_seqlens,
+        metrics=args.metrics, baseline=args.baseline, relevant_at=args.relevant_at, gain=args.gain,
+        unjudged=args.unjudged, empty=args.empty, seed=args.seed, query_ids=inputs.query_ids,
+    )  # fmt: skip
+    if output:
+        write_report(output / "metrics.json", evaluation, inputs, args, bad_rows)
+        with atomic_path(output / "metrics.png") as temporary:
+            plot(evaluation, args, temporary)
     print_table(evaluation, inputs.systems, args)
     print("\n".join(explain(evaluation, inputs, args)))
     print_left_out(bad_rows)

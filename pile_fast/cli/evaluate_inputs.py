@@ -9,7 +9,7 @@ import gc
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.cli.common import load_ranker
-from pile_fast.cli.errors import UserError, user_errors
+from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, read_rows
 from pile_fast.data.files import DAMAGED, open_bytes
 from pile_fast.data.formats import format_of, stem
@@ -140,7 +140,10 @@ def read_inputs(args: argparse.Namespace, bad_rows: BadRows | None) -> Inputs:
         raise UserError(f"--teachers: {names} has no teachers")
     columns = [inputs.add_system("column", name, names) for name in dict.fromkeys(args.column)]
     runs = [(inputs.add_system("run", name, path), read_run(path, bad_rows)) for name, path in run_files]
-    models = [(inputs.add_system("model", name, path), _load_model(name, path, args)) for name, path in args.model]
+    models = [
+        (inputs.add_system("model", name, path), load_ranker(path, max_length=args.max_length, device=args.device))
+        for name, path in args.model
+    ]
     if qrels is not None:
         _check_shared(args.qrels, qrels, runs)
 
@@ -151,7 +154,7 @@ def read_inputs(args: argparse.Namespace, bad_rows: BadRows | None) -> Inputs:
         for i, row in enumerate(batch):
             query_id = row["query_id"]
             if columns and row["ensemble_logits"] is None:
-                raise UserError(f"--column ensemble_logits: query {query_id} of {names} has no such column")
+                raise UserError(f"--column ensemble_logits: query {query_id!r} of {names} has no such column")
             documents = row["doc_ids"]
             listed = [(system, [logits[m] for logits in row["teacher_logits"]]) for m, system in enumerate(teachers)]
             listed += [(system, row[system.name]) for system in columns]
@@ -285,11 +288,6 @@ def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
     rows = iter(rows)
     while batch := list(itertools.islice(rows, QUERIES_AT_ONCE)):
         yield batch
-
-
-def _load_model(name: str, path: str, args: argparse.Namespace) -> Callable:
-    with user_errors(f"--model {name}"):
-        return load_ranker(path, max_length=args.max_length, device=args.device)
 
 
 def _model_scores(system: System, ranker, rows: list[dict], data: str, args: argparse.Namespace) -> list[Tensor]:

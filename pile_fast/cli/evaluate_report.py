@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 import pile_fast
-from pile_fast.cli.common import decimal, finite, percent, short
-from pile_fast.cli.errors import printable
+from pile_fast.cli.common import finite
 from pile_fast.cli.evaluate_inputs import Inputs, System
 from pile_fast.data import BadRows, atomic_path
-from pile_fast.evaluation import BOOTSTRAP_SAMPLES, MOST_UNITS, PERMUTATIONS, Evaluation, Metric
+from pile_fast.evaluation.compare import BOOTSTRAP_SAMPLES, MOST_UNITS, PERMUTATIONS, Evaluation, Metric
+from pile_fast.printable import decimal, percent, printable, short
 
 SIGNIFICANT = 0.05
 _MOST_LISTED = 10

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 import pile_fast
-from pile_fast.cli.common import add_input, decimal, percent, print_left_out, require, whole_number, writable_folder, write_json
-from pile_fast.cli.errors import printable, user_errors
-from pile_fast.cli.inspect_report import plot, write_html
+from pile_fast.cli.common import add_input, print_left_out, require, whole_number, writable_folder, write_json
 from pile_fast.data import BadRows, atomic_path, read_rows
-from pile_fast.inspection import Contents, inspect
+from pile_fast.evaluation.inspection import Contents, inspect
+from pile_fast.evaluation.inspection_report import plot, write_html
+from pile_fast.printable import decimal, percent, printable
 
 LONGEST_EXCERPT = 300
 MOST_PRINTED = 50
@@ -36,23 +36,22 @@ def run(args: argparse.Namespace) -> int:
 
     output = writable_folder(args.output)
     bad_rows = BadRows() if args.skip_bad_rows else None
-    with user_errors(args.output):
-        contents = Contents.from_rows(_rows(args, bad_rows))
-        report = inspect(contents, most=args.most)
-        _add_texts(contents, report, args)
-        report = {
-            "data": args.data,
-            "pile_fast": pile_fast.__version__,
-            "bad_rows": bad_rows.count if bad_rows else 0,
-            **report,
-        }
-        paths = {kind: output / f"report.{kind}" for kind in ("html", "png", "json")}
-        title = f"{printable(Path(args.data).name)}: labels and teachers"
-        write_json(paths["json"], report)
-        with atomic_path(paths["png"]) as temporary:
-            plot(contents, report, title, temporary)
-        with atomic_path(paths["html"]) as temporary:
-            write_html(report, title, paths["png"], temporary)
+    contents = Contents.from_rows(_rows(args, bad_rows))
+    report = inspect(contents, most=args.most)
+    _add_texts(contents, report, args)
+    report = {
+        "data": args.data,
+        "pile_fast": pile_fast.__version__,
+        "bad_rows": bad_rows.count if bad_rows else 0,
+        **report,
+    }
+    paths = {kind: output / f"report.{kind}" for kind in ("html", "png", "json")}
+    title = f"{printable(Path(args.data).name)}: labels and teachers"
+    write_json(paths["json"], report)
+    with atomic_path(paths["png"]) as temporary:
+        plot(contents, report, title, temporary)
+    with atomic_path(paths["html"]) as temporary:
+        write_html(report, title, paths["png"], temporary)
     _print(report)
     print_left_out(bad_rows)
     print(f"Wrote {paths['html']}, {paths['png']} and {paths['json']}.")

@@ -11,11 +11,12 @@ from pathlib import Path
 import pile_fast
 from pile_fast.cli.common import add_input, load_ranker, print_left_out, real_number, require, whole_number, writable_folder
 from pile_fast.cli.errors import UserError
-from pile_fast.data import BadRows, ResumableOutput, fingerprint, read_rows
+from pile_fast.data import BadRows, fingerprint, read_rows
 from pile_fast.data.files import refuse_same_file
 from pile_fast.data.rows import reject
+from pile_fast.offline.resumable import ResumableOutput
 from pile_fast.printable import printable
-from pile_fast.scoring import BM25
+from pile_fast.teachers import BM25
 
 KINDS = ("cross-encoder", "bi-encoder", "features", "bm25")
 # A kill costs at most about so many documents' work.
@@ -40,7 +41,7 @@ class Teacher:
         needed = ("features",) if self.kind == "features" else ("query", "documents")
         for column in needed:
             if row[column] is None or (column == "query" and not row["query"].strip()):
-                raise ValueError(f"query {row['query_id']}: no {column}, which teacher {self.name} ({self.kind}) reads")
+                raise ValueError(f"query {row['query_id']!r}: no {column}, which teacher {self.name!r} ({self.kind}) reads")
 
     def reads(self, row: dict) -> list[int]:
         """The documents that it scores: all but those without a text to read."""
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--teacher: two are called {twice.pop()!r}")
     if Path(args.output).suffix != ".parquet":
         raise UserError(f"--output {args.output}: expected a name that ends in .parquet")
-    from pile_fast.data.parts import DataSet
+    from pile_fast.offline.parts import DataSet
 
     data = DataSet(args.data, format=args.source)  # a missing file shows before models are loaded
     refuse_same_file(Path(args.output), data.files)
@@ -154,7 +155,7 @@ def _look_through(args: argparse.Namespace, bad_rows) -> Totals:
         raise UserError(f"{args.data}: no rows are left")
     taken = [teacher.name for teacher in args.teachers if teacher.name in totals.teachers]
     if taken and not args.overwrite:
-        raise UserError(f"{args.data} has teacher {taken[0]} already: choose another name, or --overwrite it")
+        raise UserError(f"{args.data} has teacher {taken[0]!r} already: choose another name, or --overwrite it")
     totals.teachers = list(dict.fromkeys([*totals.teachers, *(teacher.name for teacher in args.teachers)]))
     if lexical:
         bm25 = BM25(collection, k1=args.k1, b=args.b)
@@ -230,7 +231,7 @@ def _score(rows: list[dict], teachers: list[Teacher]) -> list[dict]:
         for row in scored:
             column = columns.get(row["query_id"], {})
             if not all(map(math.isfinite, column.values())):
-                raise ValueError(f"teacher {teacher.name}: a logit of query {row['query_id']} is not finite")
+                raise ValueError(f"teacher {teacher.name!r}: a logit of query {row['query_id']!r} is not finite")
             _set_column(row, teacher.name, [column.get(i) for i in range(len(row["doc_ids"]))])
     return scored
 

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import importlib.metadata
-import inspect
 import json
 import os
 import shutil
@@ -21,23 +20,23 @@ import torch
 
 import pile_fast
 from pile_fast.cli.common import (
-    PILE_OPTIONS,
     add_format,
     add_options,
     add_skip_bad_rows,
+    flags_of,
     given,
     print_left_out,
     quiet_loading,
     whole_number,
     writable_folder,
 )
-from pile_fast.cli.errors import DONE, FAILED, UserError, report, user_errors
+from pile_fast.cli.errors import DONE, FAILED, UserError, report
 from pile_fast.options import EnsembleOptions, LossOptions
 
 _KINDS = ("features", "cross-encoder", "bi-encoder")
-_LOSS_OPTIONS = ("alpha", "distillation", "label_loss", *PILE_OPTIONS, "prior", "backend")
+_LOSS_OPTIONS = (*flags_of(LossOptions, EnsembleOptions), "prior", "backend")
 # Those that an ensemble made beforehand leaves nothing to do.
-_ENSEMBLE_OPTIONS = (*(name for name in PILE_OPTIONS if name != "pair_weight"), "prior")
+_ENSEMBLE_OPTIONS = (*(name for name in flags_of(EnsembleOptions) if name not in LossOptions._fields), "prior")
 # Without it a folder cannot be loaded as a model, so it is written last.
 _LAST_FILE = "config.json"
 
@@ -167,15 +166,11 @@ def _own_options() -> argparse.ArgumentParser:
     student.add_argument("--scale", type=float, help="bi-encoder: factor on the similarity (default: 20)")
 
     loss = parser.add_argument_group("loss (docs/algorithm.md)")
-    add_options(loss, LossOptions, EnsembleOptions, without=["reduction", "pairwise"])
+    add_options(loss, LossOptions, EnsembleOptions, defaults=True)
     loss.add_argument(
         "--prior", nargs="+", type=float, metavar="W", help="the teachers' weights to start from (default: equal)"
     )
-    loss.add_argument("--backend", help="of the loss: see pile-fast info")
-    for name, parameter in inspect.signature(pile_fast.PILELoss).parameters.items():
-        action = next((action for action in loss._group_actions if action.dest == name), None)
-        if action is not None and parameter.default is not None:
-            action.help += f" (default: {parameter.default})"
+    loss.add_argument("--backend", help="of the loss: see pile-fast info (default: auto)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output-dir", "--output_dir", metavar="DIR", help="checkpoints, metrics and the trained student")
@@ -197,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
     try:
-        with _no_empty_folder_left(args.output_dir), user_errors(args.output_dir):
+        with _no_empty_folder_left(args.output_dir):
             return _train(args)
     except FloatingPointError as error:  # on all processes
         line = _stopped(error, args.output_dir)
@@ -359,7 +354,7 @@ def _rows(args: argparse.Namespace, paths: list[str], evaluated: Sequence[str] |
         data = load_dataset(paths, format=args.source, bad_rows=bad_rows)
         for column in ("query", "documents"):
             if missing := data.data.column(column).is_null().index(True).as_py() + 1:
-                of = f"{', '.join(paths)}: query {data[missing - 1]['query_id']}"
+                of = f"{', '.join(paths)}: query {data[missing - 1]['query_id']!r}"
                 raise UserError(f"{of}: no {column!r}, which a {args.student} needs")
         if _choose_teachers(data[0], args, evaluated)["teachers"] != data[0]["teachers"]:
             data = data.with_transform(lambda columns: _each_row(columns, lambda row: _choose_teachers(row, args, evaluated)))

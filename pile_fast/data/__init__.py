@@ -10,7 +10,6 @@ from pile_fast.data.letor import read_letor
 from pile_fast.data.lists import RankedLists
 from pile_fast.data.locate import find_data
 from pile_fast.data.mq2008 import load_mq2008
-from pile_fast.data.resumable import ResumableOutput
 from pile_fast.data.rows import BadRows, DataError, check_row, ensemble_as_teacher
 from pile_fast.data.synthetic import make_synthetic
 
@@ -18,7 +17,6 @@ __all__ = [
     "BadRows",
     "DataError",
     "RankedLists",
-    "ResumableOutput",
     "atomic_path",
     "check_row",
     "ensemble_as_teacher",

@@ -138,7 +138,8 @@ def _text(where: str, value: object) -> str:
 
 def _targets(rows: Sequence[dict[str, Any]], documents: str) -> RankingTargets:
     """What is numbers in rows whose documents are given by `documents`, their texts or their "features"."""
-    packed, names, infinite = [], None, None
+    packed: list[dict[str, Tensor]] = []
+    names, infinite = None, None
     for place, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(
@@ -152,7 +153,7 @@ def _targets(rows: Sequence[dict[str, Any]], documents: str) -> RankingTargets:
             )
         own = _teacher_names(row, of, count)
         names = own if names is None else names
-        if own not in (None, names):
+        if own is not None and names is not None and own != names:
             order = order_of_teachers(own, names, of, f"query {query_name(rows[0], 0)}")
             tensors["teacher_logits"] = tensors["teacher_logits"][:, order]
         if (where := tensors["teacher_logits"].isinf()).any():
@@ -213,7 +214,7 @@ def _tensors(row: Mapping[str, Any], place: int, source: str) -> dict[str, Tenso
     return tensors
 
 
-def _labels(values: object, of: str) -> Tensor:
+def _labels(values: Any, of: str) -> Tensor:
     labels = _numbers(values, f"{of}: labels", 1, torch.float64)
     if (where := labels.isinf()).any():
         document = int(where.nonzero()[0])

@@ -16,7 +16,7 @@ import numpy as np
 from pile_fast.data.files import read_cells
 from pile_fast.data.locate import find_file
 from pile_fast.data.rows import DataError, parse_count
-from pile_fast.scoring import BM25
+from pile_fast.teachers import BM25
 
 
 def load_cranfield(folder: str | os.PathLike, *, k: int = 100) -> list[dict]:

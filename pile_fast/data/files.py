@@ -15,12 +15,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from pile_fast.data.rows import BadRows, DataError, reject
 
 T = TypeVar("T")
-_OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+_OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 # Errors of the system that writing alone meets: no space, no quota, too large, read-only.
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _BLOCK, _BLOCKS = 2**20, 64  # of a file's fingerprint
@@ -36,11 +36,11 @@ def open_bytes(path: Path) -> IO[bytes]:
 def open_text(path: Path) -> Iterator[IO[str]]:
     """A plain, .gz or .xz file, to write UTF-8 lines to; the same lines give the same bytes."""
     with contextlib.ExitStack() as files:
-        file = files.enter_context(open(path, "wb"))
+        file: IO[bytes] = files.enter_context(open(path, "wb"))
         if path.suffix == ".gz":  # without name and time
-            file = files.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+            file = cast(IO[bytes], files.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0)))
         elif path.suffix == ".xz":
-            file = files.enter_context(lzma.open(file, "wb"))
+            file = cast(IO[bytes], files.enter_context(lzma.open(file, "wb")))
         yield files.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline="\n"))
 
 
@@ -216,4 +216,4 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
         following = thread.submit(next, items, end)
         while (item := following.result()) is not end:
             following = thread.submit(next, items, end)
-            yield item
+            yield cast(T, item)

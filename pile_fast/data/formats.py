@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pile_fast.data.rows import BadRows, DataError
 
-FORMATS = ("jsonl", "parquet", "letor", "trec", "qrels", "bge", "tevatron")
+if TYPE_CHECKING:
+    import datasets
+
+_OF_JSON = ("bge", "tevatron")  # lines of JSON with columns of their own
+# Each a module of this package with `read_rows` and `write_rows`, or two functions in `jsonl`.
+FORMATS = ("jsonl", "parquet", "letor", "trec", "qrels", *_OF_JSON)
 _SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet", ".pq"),
@@ -95,7 +103,10 @@ def read_rows(
     for path in [*paths, *(options[name] for name in _TREC_FILES & options.keys())]:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    return _some(_reader(format)(paths, bad_rows, **options), paths, bad_rows)
+    module = _module(format)
+    if format in _OF_JSON:
+        options["convert"] = getattr(module, f"from_{format}")
+    return _some(module.read_rows(paths, bad_rows, **options), paths, bad_rows)
 
 
 _TREC_FILES = {"qrels", "queries", "documents"}
@@ -104,10 +115,10 @@ _TREC_OPTIONS = _TREC_FILES | {"teachers", "unjudged"}
 
 def as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike], format: str | None = None) -> list[Path]:
     """The files; where the format is Parquet or open, a folder stands for the Parquet files in it."""
-    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    found = [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     if format not in (None, "parquet"):
-        return paths
-    return [part for path in paths for part in (_parts(path) or [path])]
+        return found
+    return [part for path in found for part in (_parts(path) or [path])]
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -117,33 +128,22 @@ def _parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES["parquet"] and path.name[0] not in "._")
 
 
-def _reader(format: str) -> Callable[..., Iterator[dict]]:
-    # Each imported when it is used: Parquet needs pyarrow.
-    if format == "parquet":
-        from pile_fast.data import parquet as reader
-    elif format == "letor":
-        from pile_fast.data import letor as reader
-    elif format == "trec":
-        from pile_fast.data import trec as reader
-    elif format == "qrels":
-        from pile_fast.data import qrels as reader
-    else:
-        from pile_fast.data import jsonl as reader
-    convert = {"bge": "from_bge", "tevatron": "from_tevatron"}.get(format)
-    return functools.partial(reader.read_rows, convert=getattr(reader, convert)) if convert else reader.read_rows
+def _module(format: str) -> ModuleType:
+    """The format's module, imported when it is used: Parquet needs pyarrow."""
+    return importlib.import_module(f"pile_fast.data.{'jsonl' if format in _OF_JSON else format}")
 
 
 def _some(rows: Iterator[dict], paths: list[Path], bad_rows: BadRows | None) -> Iterator[dict]:
-    before = (bad_rows.count, len(bad_rows.reasons)) if bad_rows is not None else None
+    before, shown = (bad_rows.count, len(bad_rows.reasons)) if bad_rows is not None else (0, 0)
     empty = True
     for row in rows:
         empty = False
         yield row
     if empty:
         reason = "no rows"
-        if before is not None and bad_rows.count > before[0]:
-            reason += f": all {bad_rows.count - before[0]} are broken"
-            reason += "".join(f", the first: {first}" for first in bad_rows.reasons[before[1] :][:1])
+        if bad_rows is not None and bad_rows.count > before:
+            reason += f": all {bad_rows.count - before} are broken"
+            reason += "".join(f", the first: {first}" for first in bad_rows.reasons[shown:][:1])
         raise DataError(", ".join(map(str, paths)), reason)
 
 
@@ -165,29 +165,13 @@ def write_rows(path: str | os.PathLike, rows: Iterable[dict], *, format: str | N
     format = format or format_of(path)
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if teacher is not None and format not in ("trec", "bge", "tevatron"):
+    if teacher is not None and format not in ("trec", *_OF_JSON):
         raise ValueError(f"teacher: the format {format} holds all teachers or none")
-    if format == "parquet":
-        from pile_fast.data import parquet
-
-        parquet.write_rows(path, rows)
-    elif format == "letor":
-        from pile_fast.data import letor
-
-        letor.write_rows(path, rows)
-    elif format == "trec":
-        from pile_fast.data import trec
-
-        trec.write_rows(path, rows, teacher=teacher)
-    elif format == "qrels":
-        from pile_fast.data import qrels
-
-        qrels.write_rows(path, rows)
+    module = _module(format)
+    if format in _OF_JSON:
+        module.write_rows(path, rows, functools.partial(getattr(module, f"to_{format}"), teacher=teacher))
     else:
-        from pile_fast.data import jsonl
-
-        convert = {"bge": jsonl.to_bge, "tevatron": jsonl.to_tevatron}.get(format)
-        jsonl.write_rows(path, rows, functools.partial(convert, teacher=teacher) if convert else None)
+        module.write_rows(path, rows, **({"teacher": teacher} if format == "trec" else {}))
 
 
 def load_dataset(
@@ -196,7 +180,7 @@ def load_dataset(
     format: str | None = None,
     bad_rows: BadRows | None = None,
     **options,
-):
+) -> datasets.Dataset:
     """The rows as a `datasets.Dataset` with the schema's columns, for training.
 
     It lies in the `datasets` cache, on disk, whatever its size, and is made anew when a file changes.
@@ -219,7 +203,7 @@ def load_dataset(
     content = [fingerprint(*files), format, sorted(options.items()), bad_rows is not None, SCHEMA.to_string(), __version__]
     read = False
 
-    def rows():
+    def rows() -> Iterator[dict]:
         nonlocal read
         read = True
         yield from read_rows(paths, format=format, bad_rows=bad_rows, **options)

@@ -9,9 +9,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from pile_fast.data.files import atomic_path, byte_lines, decode, open_text
-from pile_fast.data.rows import COLUMNS, UNLABELLED, BadRows, DataError, RowChecker, check_row, reject, scores_of, show
+from pile_fast.data.rows import (
+    COLUMNS,
+    UNLABELLED,
+    BadRows,
+    DataError,
+    RowChecker,
+    check_row,
+    reject,
+    scores_of,
+    show,
+    twice,
+)
 
 
 def read_rows(
@@ -152,9 +164,7 @@ def _unreadable(error: Exception) -> str:
 def _object(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {show(twice)} appears twice in one object")
+        raise ValueError(f"the key {show(twice(name for name, _ in pairs))} appears twice in one object")
     return content
 
 
@@ -246,16 +256,16 @@ def from_tevatron(line: dict, number: str) -> dict:
 
     The one teacher's scores are a list "scores", or the "score" of each passage, null where a passage has none.
     """
-    row = {"query_id": _first(line.get("query_id"), number), "query": line.get("query")}
+    row: dict[str, Any] = {"query_id": _first(line.get("query_id"), number), "query": line.get("query")}
     passages = {}
     if line.get("passages") is not None:
-        if twice := [name for name in _LABELS if line.get(name)]:
-            raise ValueError(f"passages: expected either passages or {twice[0]}, got both")
+        if both := [name for name in _LABELS if line.get(name)]:
+            raise ValueError(f"passages: expected either passages or {both[0]}, got both")
         passages = {f"passages[{i}]": passage for i, passage in enumerate(_list(line, "passages"))}
     else:
         row["labels"] = []
-        for (name, label), default in zip(_LABELS.items(), (None, []), strict=True):
-            part = _list(line, name, default)
+        for name, label in _LABELS.items():
+            part = _list(line, name, None if label else [])
             passages |= {f"{name}[{i}]": passage for i, passage in enumerate(part)}
             row["labels"] += [label] * len(part)
     for where, passage in passages.items():
@@ -271,8 +281,8 @@ def from_tevatron(line: dict, number: str) -> dict:
         raise ValueError(f"{list(passages)[names.index(None)]}: docid: expected one as the other passages have, got null")
     own = [passage.get("score") for passage in passages.values()]
     if line.get("scores") is not None:
-        if where := next((where for where, score in zip(passages, own, strict=True) if score is not None), None):
-            raise ValueError(f"{where}: score: expected none beside the list of scores")
+        if scored := next((where for where, score in zip(passages, own, strict=True) if score is not None), None):
+            raise ValueError(f"{scored}: score: expected none beside the list of scores")
         row |= _teacher(_list(line, "scores"))
     elif any("score" in passage for passage in passages.values()):
         row |= _teacher(own)
@@ -291,7 +301,7 @@ def to_bge(row: dict, teacher: str | None = None) -> dict:
     """Labels above 0 are positives; with the scores of one teacher (`scores_of`), if there are teachers."""
     positive = _positive(row)
     line = {"query_id": row["query_id"], "query": row["query"]}
-    columns = {"": _texts(row)}
+    columns: dict[str, list] = {"": _texts(row)}
     if row["teachers"] or row["ensemble_logits"]:
         columns["_scores"] = _all_scores(row, teacher)
     for suffix, values in columns.items():
@@ -325,7 +335,7 @@ def _positive(row: dict) -> list[bool]:
     return [label > 0 for label in row["labels"]]
 
 
-def _all_scores(row: dict, teacher: str | None) -> list[float]:
+def _all_scores(row: dict, teacher: str | None) -> list[float | None]:
     name, scores = scores_of(row, teacher)
     if None in scores:
         missing = row["doc_ids"][scores.index(None)]

@@ -54,7 +54,8 @@ def read_letor(*paths: str | os.PathLike, num_features: int | None = None) -> Ra
     Raises:
         DataError: a line is broken; the message reads ``file:line: reason``.
     """
-    labels, indices, values, query_ids, doc_ids, parts, starts = [], [], [], [], [], [], []
+    labels: list[float] = []
+    indices, values, query_ids, doc_ids, parts, starts = [], [], [], [], [], []
     for document in _documents([Path(path) for path in paths], num_features, None):
         if document.starts_query:
             query_ids.append(document.query_id)
@@ -179,8 +180,8 @@ def _documents(paths: list[Path], num_features: int | None, bad_rows: BadRows | 
                     raise ValueError(f"query {qid!r} appeared before; the rows of a query must stand together")
                 count = 1 if starts else count + 1
                 names = set() if starts else names
-                name = _DOC_ID.search(decode(comment))
-                name = name[1] if name else f"{qid}.{count}"
+                named = _DOC_ID.search(decode(comment))
+                name = named[1] if named else f"{qid}.{count}"
                 if name in names:
                     raise ValueError(f"query {qid!r}, document {name!r}: appears twice")
             except ValueError as error:

@@ -67,8 +67,8 @@ class RankedLists:
                 [   nan]])
         """
         check = RowChecker()
-        names, doc_ids, lengths, columns = [], [], [0], {"features": [], "labels": [], "teacher_logits": []}
-        teachers: list[str] = []
+        columns: dict[str, list[Tensor]] = {"features": [], "labels": [], "teacher_logits": []}
+        names, doc_ids, lengths, teachers = [], [], [0], []
         for row in rows:
             row = check(row)
             if row["features"] is None:

@@ -6,6 +6,7 @@ Logits and labels reach the kernels as the arrays they were decoded to, with the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ _NAMES = pa.list_(pa.string())
 _LARGEST_WHOLE = 2**53  # whole numbers beyond it tie in float64
 
 
-def pack(table: pa.Table, *, labelled: bool, first_row: int = 0, teachers: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
+def pack(table: pa.Table, *, labelled: bool, first_row: int = 0, teachers: int = 1) -> tuple[Tensor, Any, Tensor]:
     """teacher_logits (D, M) float32, labels (D,) float32 or float64, cu_seqlens (Q + 1,); no copy where nothing is null.
 
     Args:
@@ -40,7 +41,7 @@ def pack(table: pa.Table, *, labelled: bool, first_row: int = 0, teachers: int =
     cu_seqlens = _starts(lists)
     documents = lists.flatten()
 
-    def fail(document: int, reason: str):
+    def fail(document: int, reason: str) -> NoReturn:
         row = int(np.searchsorted(cu_seqlens, document, side="right")) - 1
         raise ValueError(f"row {first_row + row + 1}: {reason.format(i=document - cu_seqlens[row])}")
 

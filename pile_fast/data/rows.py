@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from decimal import Decimal
+from typing import Any, TypeVar
 
 from pile_fast.printable import printable
 
+T = TypeVar("T")
 COLUMNS = (
     "query_id", "query", "documents", "features", "doc_ids", "labels", "teacher_logits", "teachers", "ensemble_logits",
 )  # fmt: skip
@@ -130,7 +132,7 @@ def check_row(row: dict, teachers: list[str] | None = None) -> dict:
     if size == 0:
         raise ValueError(f"{given[0]}: the query has no documents")
 
-    checked = dict.fromkeys(COLUMNS)
+    checked: dict[str, Any] = dict.fromkeys(COLUMNS)
     checked["query_id"] = query_id
     if row.get("query") is not None:
         checked["query"] = _text("query", row["query"])
@@ -139,9 +141,7 @@ def check_row(row: dict, teachers: list[str] | None = None) -> dict:
     if "doc_ids" in given:
         checked["doc_ids"] = [_name(f"doc_ids[{i}]", name) for i, name in enumerate(row["doc_ids"])]
         if len(set(checked["doc_ids"])) != size:
-            seen: set[str] = set()
-            twice = next(name for name in checked["doc_ids"] if name in seen or seen.add(name))
-            raise ValueError(f"doc_ids: document {twice!r} appears twice")
+            raise ValueError(f"doc_ids: document {twice(checked['doc_ids'])!r} appears twice")
     else:
         checked["doc_ids"] = [f"{query_id}.{i}" for i in range(1, size + 1)]
     if "features" in given:
@@ -197,7 +197,7 @@ def scores_of(row: dict, teacher: str | None) -> tuple[str, list[float | None]]:
         return "ensemble", row["ensemble_logits"]
     if teacher is None and len(row["teachers"]) == 1:
         teacher = row["teachers"][0]
-    if teacher not in row["teachers"]:
+    if teacher is None or teacher not in row["teachers"]:
         given = "none was named" if teacher is None else f"got {teacher!r}"
         names = ", ".join(map(repr, row["teachers"])) or "(the rows have none)"
         raise ValueError(f"teacher: expected one of {names}; {given}")
@@ -237,7 +237,7 @@ def _labels(values: list) -> list[float | None]:
 
 
 def _numbers(name: str, values: Iterable, nullable: bool = True) -> list[float | None]:
-    checked = []
+    checked: list[float | None] = []
     for i, value in enumerate(values):
         if value is None and nullable:
             checked.append(None)
@@ -311,6 +311,16 @@ def _text(name: str, value: object) -> str:
         except UnicodeEncodeError as error:  # JSON can write half a character
             raise ValueError(f"{name}: not Unicode: {error.reason} at character {error.start + 1}") from None
     return value
+
+
+def twice(values: Iterable[T]) -> T | None:
+    """The first value that came before, or None."""
+    seen: set[T] = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
 
 
 def show(value: object) -> str:

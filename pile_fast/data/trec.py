@@ -15,7 +15,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pile_fast.data.files import DAMAGED, atomic_path, decode, fields, open_bytes, open_text
 from pile_fast.data.formats import stem
@@ -69,7 +69,7 @@ def read_rows(
         for query in names:
             scores = _combine(query, runs, bad_rows)
             judged = grades.get(query, {})
-            row = {
+            row: dict[str, Any] = {
                 "query_id": query,
                 "query": query_texts.get(query),
                 "doc_ids": list(scores),
@@ -157,9 +157,9 @@ def write_rows(path: Path, rows: Iterable[dict], *, teacher: str | None = None) 
         for row in rows:
             name, logits = scores_of(row, teacher)
             tag = "_".join(name.split())
-            scored = [pair for pair in zip(row["doc_ids"], logits, strict=True) if pair[1] is not None]
+            scored = [(logit, document) for document, logit in zip(row["doc_ids"], logits, strict=True) if logit is not None]
             empty = empty and not scored
-            for rank, (document, logit) in enumerate(sorted(scored, key=lambda pair: -pair[1]), 1):
+            for rank, (logit, document) in enumerate(sorted(scored, key=lambda pair: -pair[0]), 1):
                 file.write(f"{field(row, row['query_id'])} Q0 {field(row, document)} {rank} {float(logit)!r} {tag}\n")
         if empty:
             raise ValueError("there are no scores to write as a run")

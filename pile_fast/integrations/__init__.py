@@ -3,14 +3,3 @@
 Importing this package imports none of the libraries. A module whose library is missing raises an ImportError that says what to
 install.
 """
-
-import importlib
-from types import ModuleType
-
-from pile_fast.extras import needs_extra
-
-
-def import_library(module: str, extra: str) -> ModuleType:
-    """Import an optional library's module; an ImportError says which extra of this package brings it."""
-    with needs_extra(extra):
-        return importlib.import_module(module)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import pile_fast
-from pile_fast.integrations import import_library
+from pile_fast.extras import needs_extra
 
-losses = import_library("lightning_ir.loss", "lightning-ir")
+with needs_extra("lightning-ir"):
+    from lightning_ir import loss as losses
+
 logger = logging.getLogger(__name__)
 
 

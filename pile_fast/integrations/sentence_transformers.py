@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pile_fast
 from pile_fast.checks import number
-from pile_fast.integrations import import_library
+from pile_fast.extras import needs_extra
 from pile_fast.integrations.columns import (
     Names,
     RankedBatch,
@@ -29,8 +29,10 @@ from pile_fast.integrations.columns import (
     without_null,
 )
 
-library = import_library("sentence_transformers", "sentence-transformers")
-util = import_library("sentence_transformers.util", "sentence-transformers")
+with needs_extra("sentence-transformers"):
+    import sentence_transformers as library
+    from sentence_transformers import util
+
 
 if int(library.__version__.split(".")[0]) < 6:
     raise ImportError(

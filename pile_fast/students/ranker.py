@@ -67,7 +67,7 @@ class Ranker:
         Raises:
             ValueError: a row lacks what the ranker needs; the message names the query.
         """
-        from pile_fast.gradient_cache import forward_in_passes
+        from pile_fast.students.gradient_cache import forward_in_passes
 
         scores: list[Tensor] = []
         for group in _groups(rows, batch_size * _PASSES_AT_ONCE):

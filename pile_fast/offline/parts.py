@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pile_fast.data import parquet
 from pile_fast.data.files import fingerprint
 from pile_fast.data.formats import as_paths, format_of, read_rows
+from pile_fast.data.rows import twice
 from pile_fast.extras import needs_extra
 
 with needs_extra("train"):
@@ -69,8 +70,8 @@ class DataSet:
                 raise ValueError(f"{path}: a folder without Parquet files; give a file, or a folder of Parquet files")
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-        if twice := _twice(self.files):
-            raise ValueError(f"{twice}: given twice")
+        if again := twice(self.files):
+            raise ValueError(f"{again}: given twice")
         formats = {format} if format else {format_of(path) for path in self.files}
         if len(formats) != 1 or not self.files:
             raise ValueError(f"expected files of one format, got {', '.join(sorted(formats)) or 'no files'}")
@@ -147,12 +148,6 @@ class DataSet:
             except pa.ArrowException as error:
                 raise ValueError(f"{path}: expected columns of the same types as in {self.files[0]}: {error}") from error
         return common if len(schemas) > 1 else schemas[0]
-
-
-def _twice(values: Sequence):
-    """The first that appeared before, or None."""
-    seen = set()
-    return next((value for value in values if value in seen or seen.add(value)), None)
 
 
 def _read(path: Path, file, start: int, stop: int, size: int, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:

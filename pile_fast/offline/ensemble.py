@@ -22,24 +22,16 @@ import pile_fast
 from pile_fast.data.files import ahead, refuse_same_file
 from pile_fast.data.formats import format_of, write_rows
 from pile_fast.data.packed import default_names, orders_pairs, pack, teacher_names
-from pile_fast.data.parts import DataSet, Part
-from pile_fast.data.resumable import ResumableOutput
 from pile_fast.data.rows import RowChecker
-from pile_fast.ensembles import (
-    ENSEMBLES,
-    NEEDS_LABELS,
-    NEEDS_STUDENT,
-    StackingEnsemble,
-    best_teacher_ensemble,
-    shared_prior,
-)
+from pile_fast.ensembles import NEEDS_LABELS, NEEDS_STUDENT, OFFLINE, best_teacher_ensemble, mean_ensemble, shared_prior
 from pile_fast.extras import needs_extra
 from pile_fast.functional import pile_ensemble
+from pile_fast.offline.parts import DataSet, Part
+from pile_fast.offline.resumable import ResumableOutput
 
 with needs_extra("train"):
     import pyarrow as pa
 
-METHODS = (*(name for name in ENSEMBLES if name not in NEEDS_STUDENT), "stacking")
 # Methods that work on padded lists get at most this many slots at a time.
 _PADDED_SLOTS = 2**20
 
@@ -51,7 +43,7 @@ class OfflineEnsemble:
     table with one more column, `ensemble_logits`: a number per document, null where no teacher scored it.
 
     Args:
-        method: one of `METHODS`: those of `pile_fast.ensembles.ENSEMBLES` that need no student, and "stacking".
+        method: one of `pile_fast.ensembles.OFFLINE`, the methods that need no student.
         keep_weights: also add `ensemble_weights`, documents × teachers, as they are before they are rescaled to the
             teachers that scored a document.
         replace: put the ensemble in the place of the teachers, as the one teacher "ensemble", instead of adding a column.
@@ -86,8 +78,8 @@ class OfflineEnsemble:
     ):
         if method in NEEDS_STUDENT:
             raise ValueError(f"method: {method} needs the student's logits, so it runs while the student is trained")
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if method not in OFFLINE:
+            raise ValueError(f"method: expected one of {', '.join(OFFLINE)}, got {method!r}")
         if fit is None and method == "stacking":
             raise ValueError("fit: stacking needs data with labels to learn its weights from")
         if fit is not None and method not in ("stacking", "best", "pile"):
@@ -128,7 +120,7 @@ class OfflineEnsemble:
                 self.learnt = options["prior"].tolist()
             return functools.partial(pile_ensemble, return_weights=self.keep_weights, **options)
         if self.method == "stacking":
-            stacking = StackingEnsemble(**self.options).fit(teacher_logits, labels, cu_seqlens=cu_seqlens)
+            stacking = OFFLINE["stacking"](**self.options).fit(teacher_logits, labels, cu_seqlens=cu_seqlens)
             self.learnt = stacking.weights.tolist()
             return stacking
         if self.method == "best":
@@ -137,8 +129,8 @@ class OfflineEnsemble:
             best = best_teacher_ensemble(teacher_logits, labels, cu_seqlens=cu_seqlens, **self.options).weights
             self.learnt = best.tolist()
             calibration = {name: value for name, value in self.options.items() if name == "normalize"}
-            return functools.partial(ENSEMBLES["mean"], prior=best, **calibration)
-        return functools.partial(ENSEMBLES[self.method], **self.options)
+            return functools.partial(mean_ensemble, prior=best, **calibration)
+        return functools.partial(OFFLINE[self.method], **self.options)
 
     @property
     def settings(self) -> dict:
@@ -266,7 +258,7 @@ def read_fit(paths: str | os.PathLike | Sequence[str | os.PathLike], **options) 
     """What `OfflineEnsemble` learns from, in memory: logits, labels and names of the teachers of a data set.
 
     Args:
-        paths, options: see `pile_fast.data.parts.DataSet`.
+        paths, options: see `pile_fast.offline.parts.DataSet`.
 
     Raises:
         ValueError: a row is broken: "file: row 7: reason", or the teachers are not the same in all rows.

@@ -1,4 +1,4 @@
-"""Teacher logits for the rows of a file: BM25 here, neural rankers through `pile_fast.students.load_ranker`."""
+"""BM25, a teacher without a network."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pile_fast.data.files import ahead, atomic_path
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps two processes off one output there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _PART = re.compile(r"\d{8,}\.parquet")
 # What `atomic_path` leaves in the folder if the process is killed.
@@ -63,7 +63,7 @@ class ResumableOutput:
         if self.path.exists() and not self.path.is_file():
             raise OSError(f"{path}: not a regular file")
         self.folder = self.path.with_name(self.path.name + ".parts")
-        self._lock = self._take_lock()
+        self._lock: int | None = self._take_lock()
         try:
             for file in self.folder.iterdir():  # of a process that was killed while it wrote
                 if _STALE.fullmatch(file.name):

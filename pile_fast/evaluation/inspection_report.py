@@ -1,4 +1,4 @@
-"""The pictures and the HTML page of `pile_fast.inspection.inspect`'s report."""
+"""The pictures and the HTML page of `pile_fast.evaluation.inspection.inspect`'s report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pile_fast.cli.common import decimal, percent, short
-from pile_fast.cli.errors import printable
-from pile_fast.inspection import Contents
+from pile_fast.evaluation.inspection import Contents
+from pile_fast.printable import decimal, percent, printable, short
 
 _BINS = 40
 _MOST_PLOTTED = 60  # teachers

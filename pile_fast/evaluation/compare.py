@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pile_fast import _ir_measures
 from pile_fast.checks import choice
-from pile_fast.metrics import (
+from pile_fast.evaluation import ir_measures
+from pile_fast.evaluation.metrics import (
     GAINS,
+    Lists,
     PairCounts,
-    _Lists,
     average_precision_values,
     count_pairs,
     ndcg_values,
@@ -139,11 +139,11 @@ class Metric:
         base = _ALIASES.get(base, base)
         with_k = k.isascii() and k.isdecimal() and int(k) > 0
         good = base in _RANKED and (not at or with_k)
-        good = good or base in _PAIRWISE + _ir_measures.PLAIN and not at or base in _ir_measures.AT_K and with_k
+        good = good or base in _PAIRWISE + ir_measures.PLAIN and not at or base in ir_measures.AT_K and with_k
         if not good:
             raise ValueError(
-                f"metrics: expected ndcg, mrr or map, with @k or without, {', '.join(_ir_measures.AT_K)} with @k, "
-                f"{', '.join(_PAIRWISE + _ir_measures.PLAIN)}; got {name!r}"
+                f"metrics: expected ndcg, mrr or map, with @k or without, {', '.join(ir_measures.AT_K)} with @k, "
+                f"{', '.join(_PAIRWISE + ir_measures.PLAIN)}; got {name!r}"
             )
         self.base, self.k = base, int(k) if at else None
         self.name = f"{base}@{self.k}" if at else base
@@ -151,7 +151,7 @@ class Metric:
     @property
     def outside(self) -> bool:
         """Whether ir-measures computes it."""
-        return self.base in _ir_measures.PLAIN + _ir_measures.AT_K
+        return self.base in ir_measures.PLAIN + ir_measures.AT_K
 
     def value(self, fraction: np.ndarray) -> np.ndarray:
         """The metric of a set of queries from the ratio of its sums."""
@@ -218,8 +218,8 @@ def evaluate(
         raise ValueError(f"baseline: expected one of {', '.join(systems)}, got {baseline!r}")
     parsed = list({metric.name: metric for metric in map(Metric, metrics)}.values())
     names = list(systems)
-    judgements = _Judgements(labels, cu_seqlens, relevant_at, unjudged)
-    outside = _ir_measures.Evaluator([(m.name, m.base, m.k) for m in parsed if m.outside], judgements, query_ids)
+    judgements = Judgements(labels, cu_seqlens, relevant_at, unjudged)
+    outside = ir_measures.Evaluator([(m.name, m.base, m.k) for m in parsed if m.outside], judgements, query_ids)
     fractions, coverage = {}, {}
     for name, scores in systems.items():
         fractions[name], coverage[name] = _measure(scores, judgements, parsed, gain, empty, outside)
@@ -231,7 +231,7 @@ def evaluate(
     return Evaluation(results, coverage, judgements.counts())
 
 
-class _Judgements:
+class Judgements:
     """What was judged: labels (D,), their queries, and what follows from them for every system alike."""
 
     def __init__(self, labels: Tensor, cu_seqlens: Tensor, relevant_at: float, unjudged: str):
@@ -243,8 +243,8 @@ class _Judgements:
         # What was not judged is left out by a label of NaN, and gains nothing by one of 0.
         zero = ~self.judged & self.judged_queries[self.query] if unjudged == "zero" else torch.zeros_like(self.judged)
         nothing = torch.zeros(len(labels))
-        self.lists = _Lists(nothing, torch.where(zero, 0.0, labels.double()), None, cu_seqlens)
-        self.pairs = _Lists(nothing, labels, None, cu_seqlens)  # of judged documents only
+        self.lists = Lists(nothing, torch.where(zero, 0.0, labels.double()), None, cu_seqlens)
+        self.pairs = Lists(nothing, labels, None, cu_seqlens)  # of judged documents only
 
     def per_query(self, flags: Tensor) -> Tensor:
         """(Q,) how many of the (D,) flags are set."""
@@ -265,11 +265,11 @@ class _Judgements:
 
 def _measure(
     scores: Tensor,
-    judgements: _Judgements,
+    judgements: Judgements,
     metrics: Sequence[Metric],
     gain: str,
     empty: str,
-    outside: _ir_measures.Evaluator,
+    outside: ir_measures.Evaluator,
 ) -> tuple[dict[str, np.ndarray], Coverage]:
     """A system's fractions (Q, 2), numerator and denominator, by each metric, 0 / 0 for a query that does not count."""
     retrieved = ~scores.isnan()

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pile_fast.data import parquet, write_rows
-from pile_fast.data.parts import DataSet
+from pile_fast.offline.parts import DataSet
 
 
 @pytest.fixture(autouse=True)

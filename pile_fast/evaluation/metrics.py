@@ -39,7 +39,7 @@ class PairCounts(NamedTuple):
     tied: Tensor  # s_i = s_j
 
 
-class _Lists:
+class Lists:
     """The labelled documents of all queries in one row: (documents,) tensors with queries contiguous and in order.
 
     One row for both layouts, so that padding costs nothing and cannot change a result.
@@ -68,7 +68,7 @@ class _Lists:
                 given = f"{retrieved.dtype} {tuple(retrieved.shape)}"
                 raise ValueError(f"retrieved: expected torch.bool {tuple(labels.shape)} like labels, got {given}")
         self.num_queries = batch.num_queries
-        if batch.packed:
+        if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, scores.shape[0])
             lengths = cu_seqlens.diff().long()
             query = torch.arange(self.num_queries, device=scores.device).repeat_interleave(lengths)
@@ -102,7 +102,7 @@ class _Lists:
         if bool(self.scores.isnan().any()):
             raise ValueError("scores: expected numbers, got NaN for a labelled document")
 
-    def with_scores(self, scores: Tensor, retrieved: Tensor | None = None) -> _Lists:
+    def with_scores(self, scores: Tensor, retrieved: Tensor | None = None) -> Lists:
         """The same documents and labels with another system's scores."""
         lists = copy.copy(self)
         lists.__dict__.pop("ranking", None)
@@ -199,18 +199,18 @@ def ndcg(
         TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
-    >>> from pile_fast.metrics import ndcg
+    >>> from pile_fast.evaluation.metrics import ndcg
     >>> round(ndcg(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0, 1, 2]])).item(), 4)
     0.5869
     """
     _check_ranked(k, empty, reduction)
     choice("gain", gain, GAINS)
     choice("ties", ties, ("stable", "average"))
-    lists = _Lists(scores, labels, mask, cu_seqlens, retrieved)
+    lists = Lists(scores, labels, mask, cu_seqlens, retrieved)
     return _ranked(lists, *ndcg_values(lists, k, gain, ties), empty, reduction)
 
 
-def ndcg_values(lists: _Lists, k: int | None, gain: str, ties: str = "stable") -> tuple[Tensor, Tensor]:
+def ndcg_values(lists: Lists, k: int | None, gain: str, ties: str = "stable") -> tuple[Tensor, Tensor]:
     """(Q,) NDCG@k, and whether the query has a document with a gain."""
     gains = _gains(lists, gain)
     discount = 1 / torch.log2(lists.rank + 1)
@@ -229,7 +229,7 @@ def ndcg_values(lists: _Lists, k: int | None, gain: str, ties: str = "stable") -
     return dcg / ideal, ideal > 0
 
 
-def _gains(lists: _Lists, gain: str) -> Tensor:
+def _gains(lists: Lists, gain: str) -> Tensor:
     """(documents,) gains, but for a power of two per query, which NDCG does not see: so no label is too large."""
     labels = lists.labels.clamp(min=0)
     largest = labels.new_zeros(lists.num_queries).scatter_reduce(0, lists.query, labels, "amax")
@@ -274,16 +274,16 @@ def mrr(
         TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
-    >>> from pile_fast.metrics import mrr
+    >>> from pile_fast.evaluation.metrics import mrr
     >>> mrr(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0, 1, 1]])).item()
     0.5
     """
     _check_ranked(k, empty, reduction)
-    lists = _Lists(scores, labels, mask, cu_seqlens, retrieved)
+    lists = Lists(scores, labels, mask, cu_seqlens, retrieved)
     return _ranked(lists, *reciprocal_rank_values(lists, lists.labels >= relevant_at, k), empty, reduction)
 
 
-def reciprocal_rank_values(lists: _Lists, relevant: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+def reciprocal_rank_values(lists: Lists, relevant: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     """(Q,) reciprocal rank of the first of the relevant documents (documents,), and whether the query has one."""
     found = lists.ranked(relevant)
     if k is not None:
@@ -322,16 +322,16 @@ def average_precision(
         TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
-    >>> from pile_fast.metrics import average_precision
+    >>> from pile_fast.evaluation.metrics import average_precision
     >>> average_precision(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[1, 0, 0, 1]])).item()
     0.75
     """
     _check_ranked(k, empty, reduction)
-    lists = _Lists(scores, labels, mask, cu_seqlens, retrieved)
+    lists = Lists(scores, labels, mask, cu_seqlens, retrieved)
     return _ranked(lists, *average_precision_values(lists, lists.labels >= relevant_at, k), empty, reduction)
 
 
-def average_precision_values(lists: _Lists, relevant: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+def average_precision_values(lists: Lists, relevant: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     """(Q,) average precision with the relevant documents (documents,), and whether the query has one."""
     ranked = lists.ranked(relevant).long()
     returned = lists.per_query(ranked)
@@ -356,14 +356,14 @@ def pair_counts(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, c
         TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
-    >>> from pile_fast.metrics import pair_counts
+    >>> from pile_fast.evaluation.metrics import pair_counts
     >>> [count.tolist() for count in pair_counts(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), torch.tensor([[2, 1, 0, 0]]))]
     [[3], [1], [1]]
     """
-    return count_pairs(_Lists(scores, labels, mask, cu_seqlens))
+    return count_pairs(Lists(scores, labels, mask, cu_seqlens))
 
 
-def count_pairs(lists: _Lists) -> PairCounts:
+def count_pairs(lists: Lists) -> PairCounts:
     """`pair_counts` of documents and labels that are in place."""
     # By label, and by score among equal labels: then a pair is out of order exactly if it is discordant.
     order = lists.order(lists.scores, lists.labels)
@@ -379,7 +379,7 @@ def count_pairs(lists: _Lists) -> PairCounts:
     return PairCounts(ordered - discordant - tied, discordant, tied)
 
 
-def _inversions(lists: _Lists, values: Tensor) -> Tensor:
+def _inversions(lists: Lists, values: Tensor) -> Tensor:
     """(Q,) pairs i before j of one query with values[i] > values[j]; values are ints >= 0.
 
     A radix sort from the highest bit: two values are told apart at the first bit in which they differ, when they are
@@ -437,7 +437,7 @@ def pnr(
         TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
-    >>> from pile_fast.metrics import pnr
+    >>> from pile_fast.evaluation.metrics import pnr
     >>> scores, labels = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]]), torch.tensor([[2, 1, 0], [0, 0, 1]])
     >>> pnr(scores, labels).item()  # 2 + 2 pairs right, 1 + 0 wrong
     4.0
@@ -487,7 +487,7 @@ def opa(
         TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
-    >>> from pile_fast.metrics import opa
+    >>> from pile_fast.evaluation.metrics import opa
     >>> opa(torch.tensor([[3.0, 1.0, 2.0, 1.0]]), torch.tensor([[2, 1, 0, 0]])).item()  # 3 right, 1 wrong, 1 tied
     0.6
     """
@@ -507,7 +507,7 @@ def _check_ranked(k, empty, reduction) -> None:
     choice("reduction", reduction, ("mean", "sum", "none"))
 
 
-def _ranked(lists: _Lists, values: Tensor, has_relevant: Tensor, empty: str, reduction: str) -> Tensor:
+def _ranked(lists: Lists, values: Tensor, has_relevant: Tensor, empty: str, reduction: str) -> Tensor:
     """Apply `empty`, drop queries without a document, reduce."""
     values = torch.where(has_relevant, values, {"zero": 0.0, "one": 1.0, "skip": math.nan}[empty])
     return _reduce(torch.where(lists.size > 0, values, torch.nan), reduction)

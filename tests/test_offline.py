@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from pile_fast import pile_ensemble
-from pile_fast.data import ResumableOutput, check_row, make_synthetic, offline, parquet, read_rows, write_rows
-from pile_fast.data.offline import METHODS, OfflineEnsemble, ensemble_file
-from pile_fast.ensembles import ENSEMBLES, StackingEnsemble, best_teacher_ensemble, mean_ensemble, shared_prior
+from pile_fast.data import check_row, make_synthetic, parquet, read_rows, write_rows
+from pile_fast.ensembles import ENSEMBLES, OFFLINE, StackingEnsemble, best_teacher_ensemble, mean_ensemble, shared_prior
+from pile_fast.offline import ensemble as offline
+from pile_fast.offline.ensemble import OfflineEnsemble, ensemble_file
+from pile_fast.offline.resumable import ResumableOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +73,7 @@ def fit():
 
 
 @pytest.mark.parametrize("slots", [2**20, 40])
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"stacking", "best", "pile"}))
+@pytest.mark.parametrize("method", sorted(set(OFFLINE) - {"stacking", "best", "pile"}))
 def test_the_ensemble_is_the_functions(rows, table, method, slots, monkeypatch):
     monkeypatch.setattr(offline, "_PADDED_SLOTS", slots)  # few: many calls of queries of alike length
     logits, labels, cu_seqlens = packed(rows)
@@ -663,7 +665,7 @@ MEMORY = """
 import sys
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from pile_fast.data import parquet
-from pile_fast.data.offline import OfflineEnsemble, ensemble_file
+from pile_fast.offline.ensemble import OfflineEnsemble, ensemble_file
 
 torch.set_num_threads(1)
 parquet.BATCH_VALUES = 2**17

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -19,15 +20,15 @@ with needs_extra("ray"):  # before the modules below, whose own need names anoth
     import ray
     import ray.data
 
-from pile_fast.data.offline import OfflineEnsemble, check_data, ensemble_tables, first_teachers
-from pile_fast.data.parts import DataSet
+from pile_fast.offline.ensemble import OfflineEnsemble, check_data, ensemble_tables, first_teachers
+from pile_fast.offline.parts import DataSet
 
 
 class RayEnsemble:
     """An ensemble as a function for `ray.data.Dataset.map_batches`, with ``batch_format="pyarrow"``.
 
     Args:
-        method, arguments: see `pile_fast.data.offline.OfflineEnsemble`.
+        method, arguments: see `pile_fast.offline.ensemble.OfflineEnsemble`.
         teachers: the names that all rows' teachers must have, in this order; None = those of a batch's first row.
 
     Raises:
@@ -59,10 +60,10 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
         ensemble: what to add to the rows.
 
     Warns:
-        UserWarning: see `pile_fast.data.offline.ensemble_file`.
+        UserWarning: see `pile_fast.offline.ensemble.ensemble_file`.
 
     Raises:
-        ValueError: a row is broken, see `pile_fast.data.offline.ensemble_file`, or `output` is there already.
+        ValueError: a row is broken, see `pile_fast.offline.ensemble.ensemble_file`, or `output` is there already.
         FileNotFoundError: there is no input, or no folder to put the output in.
     """
     path, output = Path(path), Path(output)
@@ -78,7 +79,7 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
     check_data(data, ensemble)
     teachers = first_teachers(data)
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="error")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     with _whole_folder(output.absolute()) as unfinished:
         rows = ray.data.read_parquet(_paths(path.absolute(), data))
         try:

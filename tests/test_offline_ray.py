@@ -9,7 +9,7 @@ import pytest
 
 from pile_fast.cli import main
 from pile_fast.data import check_row, make_synthetic, write_rows
-from pile_fast.data.offline import OfflineEnsemble
+from pile_fast.offline.ensemble import OfflineEnsemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -114,6 +114,6 @@ def test_without_ray_the_command_says_what_to_install(folder, capsys, monkeypatc
 
     for name in [name for name in sys.modules if name == "ray" or name.startswith("ray.")] + ["ray"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "pile_fast.integrations.ray", raising=False)
+    monkeypatch.delitem(sys.modules, "pile_fast.offline.ray", raising=False)
     assert main(["ensemble", "data", "--output", "out", "--ray"]) == 1
     assert "pip install 'pile_fast[ray]'" in capsys.readouterr().err

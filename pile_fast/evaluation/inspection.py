@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pile_fast.ensembles.pile import pile_with_weights
+from pile_fast.evaluation.metrics import Lists, count_pairs, ndcg_values, pair_counts
 from pile_fast.functional import pile_ensemble
-from pile_fast.metrics import _Lists, count_pairs, ndcg_values, pair_counts
 
 # A logit within this share of the teacher's whole range from its end counts as at the extreme.
 NEAR_EXTREME = 0.01
@@ -116,9 +117,9 @@ class Contents:
         return torch.arange(len(self.query_ids)).repeat_interleave(self.lengths)
 
     @functools.cached_property
-    def lists(self) -> _Lists:
+    def lists(self) -> Lists:
         """The labelled documents, for a teacher that scored them all."""
-        return _Lists(torch.zeros(len(self.labels)), self.labels, None, self.cu_seqlens)
+        return Lists(torch.zeros(len(self.labels)), self.labels, None, self.cu_seqlens)
 
     def labels_where(self, scored: Tensor) -> Tensor:
         return torch.where(scored, self.labels, torch.nan)
@@ -145,7 +146,8 @@ def inspect(contents: Contents, *, most: int = 20) -> dict:
     lengths = contents.lengths
     labels = _labels(contents)
     teachers = [_teacher(contents, m) for m in range(len(contents.teachers))]
-    queries = pairs = []
+    queries: list[dict] = []
+    pairs: list[dict] = []
     if teachers and labels["queries_with_pairs"]:
         for teacher, weight in zip(teachers, _pile_weights(contents), strict=True):
             teacher |= weight
@@ -174,7 +176,7 @@ def _labels(contents: Contents) -> dict:
     labels = contents.labels
     known = ~labels.isnan()
     values, counts = labels[known].unique(return_counts=True)
-    pairs = sum(pair_counts(torch.zeros_like(labels), labels, cu_seqlens=contents.cu_seqlens))
+    pairs = torch.stack(pair_counts(torch.zeros_like(labels), labels, cu_seqlens=contents.cu_seqlens)).sum(0)
     relevant = _per_query(contents, labels > 0) > 0
     few = len(values) <= MOST_LABEL_VALUES
     return {
@@ -245,7 +247,7 @@ def _quality(contents: Contents, m: int) -> dict:
     logits = contents.teacher_logits[:, m]
     missing = logits.isnan()
     if bool(missing.any()):
-        lists = _Lists(logits, contents.labels_where(~missing), None, contents.cu_seqlens)
+        lists = Lists(logits, contents.labels_where(~missing), None, contents.cu_seqlens)
     else:
         lists = contents.lists.with_scores(logits)
     right, wrong, tied = (int(count.sum()) for count in count_pairs(lists))
@@ -264,14 +266,14 @@ def _quality(contents: Contents, m: int) -> dict:
 def _pile_weights(contents: Contents) -> list[dict]:
     """Every teacher's mean weight in PILE, and in the mean, over the documents of queries with a labelled pair."""
     logits = contents.teacher_logits
-    ensemble = pile_ensemble(logits, contents.labels, cu_seqlens=contents.cu_seqlens, return_weights=True)
-    pairs = sum(pair_counts(torch.zeros_like(contents.labels), contents.labels, cu_seqlens=contents.cu_seqlens))
+    pile = pile_with_weights(logits, contents.labels, cu_seqlens=contents.cu_seqlens)
+    pairs = torch.stack(pair_counts(torch.zeros_like(contents.labels), contents.labels, cu_seqlens=contents.cu_seqlens)).sum(0)
     used = (pairs > 0)[contents.query] & ~logits.isnan().all(1)
     if not bool(used.any()):
         return [{} for _ in contents.teachers]
     present = ~logits[used].isnan()
     equal = (present / present.sum(1, keepdim=True)).double().mean(0)
-    weights = ensemble.weights[used].double().mean(0)
+    weights = pile.weights[used].double().mean(0)
     return [{"pile_weight": float(w), "mean_weight": float(e)} for w, e in zip(weights, equal, strict=True)]
 
 
@@ -287,7 +289,7 @@ def _agreement(contents: Contents) -> dict:
         table = torch.cat([table, contents.labels[:, None]], 1)  # float64 where labels are there
         names.append("labels")
     size = len(names)
-    drawn = _draw(contents.lengths, min(MOST_PAIRS, MOST_PRODUCTS // size**2))
+    drawn = _draw(contents.lengths.numpy(), min(MOST_PAIRS, MOST_PRODUCTS // size**2))
     agreeing = np.zeros((size, size))  # pairs ordered alike less those ordered otherwise
     ordered = np.zeros((size, size))  # pairs that both order
     tau, queries = np.zeros((size, size)), np.zeros((size, size))
@@ -309,12 +311,11 @@ def _agreement(contents: Contents) -> dict:
     }
 
 
-def _draw(lengths: Tensor, most: int) -> dict[int, np.ndarray] | None:
+def _draw(lengths: np.ndarray, most: int) -> dict[int, np.ndarray] | None:
     """Documents of queries whose pairs are at most `most`, by query; None = all documents.
 
     Long lists are thinned first, all to one length; if that is not enough, queries are left out.
     """
-    lengths = lengths.numpy()
 
     def pairs(longest: int) -> int:
         shorter = np.minimum(lengths, longest).astype(object if longest > 2**31 else np.int64)
@@ -393,7 +394,7 @@ def _suspicious(contents: Contents, most: int) -> tuple[list[dict], list[dict]]:
     gap = contents.teacher_logits[below] - contents.teacher_logits[above]  # NaN where one is not scored
     against, alike = (gap > 0).sum(1), (gap < 0).sum(1)
     margin = mean[below] - mean[above]
-    order = np.lexsort((-margin.numpy(), (alike - against).numpy()))[:most]
+    worst = np.lexsort((-margin.numpy(), (alike - against).numpy()))[:most]
     starts = contents.cu_seqlens
     pairs = [
         {
@@ -404,7 +405,7 @@ def _suspicious(contents: Contents, most: int) -> tuple[list[dict], list[dict]]:
             "higher": _document(contents, above[i], starts[query[i]]),
             "lower": _document(contents, below[i], starts[query[i]]),
         }
-        for i in order.tolist()
+        for i in worst.tolist()
         if against[i] > alike[i]
     ]
     return queries, pairs

@@ -8,14 +8,16 @@ which is trec_eval's, and the formula theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pile_fast.extras import needs_extra
+
 if TYPE_CHECKING:
-    from pile_fast.evaluation import _Judgements
-    from pile_fast.metrics import _Lists
+    from pile_fast.evaluation.compare import Judgements
+    from pile_fast.evaluation.metrics import Lists
 
 AT_K = ("p", "recall", "success", "judged", "err")
 PLAIN = ("rbp",)
@@ -38,22 +40,20 @@ class Evaluator:
     def __init__(
         self,
         metrics: Sequence[tuple[str, str, int | None]],
-        judgements: _Judgements,
+        judgements: Judgements,
         query_ids: Sequence[str] | None = None,
     ):
-        self._evaluators, self._names = [], {}
+        self._evaluators: list[Any] = []
+        self._names: dict[Any, tuple[str, str]] = {}
         if not metrics:
             return
-        try:
+        with needs_extra("ir-measures"):
             import ir_measures
-        except ImportError as error:
-            raise ImportError(
-                f"{metrics[0][0]} needs ir-measures: pip install 'pile_fast[ir-measures]'", name="ir_measures"
-            ) from error
         self._has_relevant = judgements.per_query(judgements.relevant) > 0
         self._has_gain = judgements.per_query(judgements.labels > 0) > 0
         self._judged_queries = judgements.judged_queries
-        by_relevance, by_grade = {}, {}
+        by_relevance: dict[Any, tuple[str, str]] = {}
+        by_grade: dict[Any, tuple[str, str]] = {}
         for name, base, k in metrics:
             measure = {
                 "p": ir_measures.P, "recall": ir_measures.R, "success": ir_measures.Success, "judged": ir_measures.Judged,
@@ -77,7 +77,7 @@ class Evaluator:
                 raise ValueError(f"{', '.join(name for name, _ in wanted.values())}: {error}") from error
             self._names |= wanted
 
-    def __call__(self, lists: _Lists) -> dict[str, tuple[Tensor, Tensor]]:
+    def __call__(self, lists: Lists) -> dict[str, tuple[Tensor, Tensor]]:
         """name → (Q,) values, and whether the query has what makes them more than 0."""
         if not self._evaluators:
             return {}
@@ -99,7 +99,7 @@ class Evaluator:
         return values
 
 
-def _check_err(judgements: _Judgements, query_ids: Sequence[str] | None) -> None:
+def _check_err(judgements: Judgements, query_ids: Sequence[str] | None) -> None:
     labels = judgements.labels
     bad = ((labels > _HIGHEST_ERR_GRADE) | (labels != labels.round())) & judgements.judged
     if bool(bad.any()):

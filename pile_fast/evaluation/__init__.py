@@ -1,0 +1,22 @@
+"""Ranking metrics, systems compared by them with intervals and tests, and what is wrong with a file's labels and teachers."""
+
+from pile_fast.evaluation.compare import DEFAULT_METRICS, EMPTY, Coverage, Evaluation, Metric, QueryCounts, Result, evaluate
+from pile_fast.evaluation.metrics import GAINS, average_precision, mrr, ndcg, opa, pair_counts, pnr
+
+__all__ = [
+    "DEFAULT_METRICS",
+    "EMPTY",
+    "GAINS",
+    "Coverage",
+    "Evaluation",
+    "Metric",
+    "QueryCounts",
+    "Result",
+    "average_precision",
+    "evaluate",
+    "mrr",
+    "ndcg",
+    "opa",
+    "pair_counts",
+    "pnr",
+]
