@@ -43,6 +43,8 @@ def lines(rows: list[dict]) -> list[list[str]]:
 def markdown(result: dict) -> str:
     machine, rows = result["machine"], result["rows"]
     parts = [
+        "# Beside other libraries\n",
+        "Written by `benchmarks/peers/compare.py`; benchmarks/README.md explains the columns. Plots lie beside this page.\n",
         f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}; "
         f"commit {(result['commit'] or 'unknown')[:12]}, {result['date']}. "
         "float32 where nothing else is said, forward + backward, one process per provider, in turns."
@@ -71,7 +73,7 @@ def markdown(result: dict) -> str:
     for section, heading in headings.items():
         for op, title in TITLES.items():
             if found := of(rows, section, op):
-                parts.append(f"### {title}, {heading}\n\n" + table(columns, lines(found)))
+                parts.append(f"## {title}, {heading}\n\n" + table(columns, lines(found)))
     if found := [row for row in rows if row["section"] == "step"]:
         step = next((row["p50_ms"] for row in found if row["provider"] == "MiniLM-L6 step"), None)
         body = []
@@ -79,7 +81,7 @@ def markdown(result: dict) -> str:
             share = f"{row['p50_ms'] / step:.3%}" if step and row["p50_ms"] else "–"
             body.append([row["provider"], number(row["p50_ms"]) if row["p50_ms"] else row["failure"], share])
         shape = f"{found[0]['queries']} queries of {found[0]['documents']} documents"
-        heading = f"### Beside a cross-encoder's training step, {shape}, 128 tokens a pair\n\n"
+        heading = f"## Beside a cross-encoder's training step, {shape}, 128 tokens a pair\n\n"
         parts.append(heading + table(["Provider", "ms", "of the step"], body))
     return "\n".join(parts)
 

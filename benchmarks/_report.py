@@ -120,6 +120,10 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def markdown(result: dict) -> str:
     rows, machine, versions = result["rows"], result["machine"], result["versions"]
     parts = [
+        "# Speed on the CPU\n",
+        "Written by `benchmarks/speed.py`; benchmarks/README.md explains the columns. The goals are ratios to the reference run\n"
+        "eagerly, in the same process. \"batch\" compares 1,000 lists of 1,000 documents with one list of 1,000,000: the short lists\n"
+        "stay in L2, the long one streams from memory, which is the difference.\n",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instruction_set']}; "
         f"Python {versions['python']}, PyTorch {versions['torch']}, pile_fast {versions['pile_fast']}, "
         f"commit {(result['commit'] or 'unknown')[:12]}, {result['date']}. float32, T = 10."
@@ -130,7 +134,7 @@ def markdown(result: dict) -> str:
         parts.append(f"**The machine was not idle: other processes took {taken:.2f} cores. Do not trust these figures.**\n")
 
     def add(heading: str, body: list[str]) -> None:
-        parts.append(f"### {heading}\n\n" + "\n".join(body))
+        parts.append(f"## {heading}\n\n" + "\n".join(body))
 
     if result["goals"]:
         lines = []

@@ -1,6 +1,6 @@
 """How fast pile_fast is on this CPU, beside PyTorch, and how far from what the CPU can do: see README.md.
 
-python benchmarks/speed.py [--only a,b,...] [--quick] [--threads N] [--markdown FILE] [--output DIR]
+python benchmarks/speed.py [--only a,b,...] [--quick] [--threads N] [--output DIR]
 """
 
 from __future__ import annotations
@@ -175,7 +175,6 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads of every provider (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="timing per table cell group (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few repetitions, no torch.compile: for a test")
-    parser.add_argument("--markdown", type=Path, help="also write the tables here")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), help="default: %(default)s")
     args = parser.parse_args()
     only = args.only.split(",")
@@ -204,8 +203,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
     tables = markdown(result)
-    if args.markdown:
-        args.markdown.write_text(tables)
+    (folder / "speed.md").write_text(tables)
     print(tables)
     return int(any("failure" in row for row in run.rows))
 

@@ -3,8 +3,8 @@
 python benchmarks/peers/compare.py [--only n,queries,...] [--providers ...] [--quick] [--threads N] [--output DIR]
 
 Every provider runs in a process of its own, in its own environment where it needs one (environments.py), is held against the
-float64 reference first, then timed forward + backward, in turns with the others. Writes peers.json, peers.csv and plots: see
-../README.md.
+float64 reference first, then timed forward + backward, in turns with the others. Writes peers.json, peers.csv, their tables
+(peers.md) and plots: see ../README.md.
 """
 
 from __future__ import annotations
@@ -387,7 +387,9 @@ def main() -> int:
     folder = args.output / machine_slug(args.threads)
     write(folder, result)
     _peers_report.plot(result, folder)
-    print(_peers_report.markdown(result))
+    tables = _peers_report.markdown(result)
+    (folder / "peers.md").write_text(tables)
+    print(tables)
     wrong = [row for row in comparison.rows if (row["failure"] or "").startswith(("wrong", "failed"))]
     # Plain sums over many pairs overflow float16: that is a finding.
     return int(any(row["dtype"] != "float16" or row["provider"] not in PLAIN for row in wrong))
