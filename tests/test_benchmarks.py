@@ -15,8 +15,7 @@ def run(tmp_path, *arguments):
 
 def test_quick_run(tmp_path):
     pytest.importorskip("pile_fast._cpu")
-    tables = tmp_path / "speed.md"
-    process = run(tmp_path, "--only", "a,e,g", "--markdown", str(tables))
+    process = run(tmp_path, "--only", "a,e,g")
     assert process.returncode == 0, process.stderr
     (path,) = tmp_path.glob("*/speed.json")
     result = json.loads(path.read_text())
@@ -43,7 +42,7 @@ def test_quick_run(tmp_path):
     assert [goal["goal"] for goal in result["goals"]] == [
         "`pile_loss` 1×8×2, forward+backward: times an empty autograd.Function"
     ]
-    assert tables.read_text() == process.stdout.removesuffix("\n") and "| 4×16×2 | cpp auto |" in process.stdout
+    assert path.with_name("speed.md").read_text() == process.stdout.removesuffix("\n") and "| 4×16×2 | cpp auto |" in process.stdout
     assert "| `pile_loss` document, forward+backward | 2×40×4 |" in process.stdout
 
 

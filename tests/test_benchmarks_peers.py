@@ -49,6 +49,7 @@ def test_quick_run(tmp_path):
         f"peers_{name}.png" for name in ("time_by_length", "memory_by_length", "against_eager", "of_the_limit")
     }
     assert "| 2×40 | pile_fast |" in process.stdout
+    assert (folder / "peers.md").read_text() == process.stdout.removesuffix("\n")
 
 
 def test_a_provider_that_does_not_exist(tmp_path):
