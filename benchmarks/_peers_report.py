@@ -49,7 +49,7 @@ def markdown(result: dict) -> str:
         f"commit {(result['commit'] or 'unknown')[:12]}, {result['date']}. "
         "float32 where nothing else is said, forward + backward, one process per provider, in turns."
         + (" Quick run: figures mean nothing." if result["quick"] else "")
-        + "\n"
+        + "\n",
     ]
     if (taken := machine["cores_taken_by_others"]) and taken > IDLE:
         parts.append(f"**The machine was not idle: other processes took {taken:.2f} cores. Do not trust these figures.**\n")

@@ -22,9 +22,9 @@ METRICS = {"ndcg@10": "NDCG@10", "mrr": "MRR", "map": "MAP", "pnr": "PNR"}
 RESAMPLES = 2000
 PAGE = """# Quality: all tables
 
-Written by `python benchmarks/quality.py --report` from the `.jsonl` files beside this page. [docs/quality.md](../../../docs/quality.md)
-says what was compared and what was found. This package's methods are in bold. A test or validation figure is NDCG@10 unless it says
-otherwise.
+Written by `python benchmarks/quality.py --report` from the `.jsonl` files beside this page.
+[docs/quality.md](../../../docs/quality.md) says what was compared and what was found. This package's methods are in
+bold. A test or validation figure is NDCG@10 unless it says otherwise.
 
 ## Students
 
@@ -42,32 +42,34 @@ In parentheses: the 95 % interval, by bootstrap over queries.
 
 ## Differences and their tests
 
-Difference in NDCG@10 with its 95 % interval, then p of the paired t-test over queries. In parentheses: p after Holm's correction over
-all comparisons in that column; bold where it is below 0.05.
+Difference in NDCG@10 with its 95 % interval, then p of the paired t-test over queries. In parentheses: p after Holm's
+correction over all comparisons in that column; bold where it is below 0.05.
 
 {tests}
 
 ## The ensembles themselves
 
-NDCG@10 of the targets. An ensemble that is given the labels of the queries it is judged on looks superb and has learnt nothing: with
-the labels hidden PILE is the mean. Only the students above are rankers to compare. The last row has the teachers' own NDCG@10 on the
-test queries, and how far they agree: the mean correlation of two teachers' calibrated logits on the training queries.
+NDCG@10 of the targets. An ensemble that is given the labels of the queries it is judged on looks superb and has learnt
+nothing: with the labels hidden PILE is the mean. Only the students above are rankers to compare. The last row has the
+teachers' own NDCG@10 on the test queries, and how far they agree: the mean correlation of two teachers' calibrated
+logits on the training queries.
 
 {leak}
 
 ## Damaged teachers, missing scores, wrong labels
 
-The training queries of the cross-fitted data are damaged, those to validate and to test on are not. The grid points are those
-chosen without damage.
+The training queries of the cross-fitted data are damaged, those to validate and to test on are not. The grid points are
+those chosen without damage.
 
 - *useless*: so many of the five teachers are noise.
 - *adversarial*: so many are negated.
 - *half*: so many are noise on a random half of the queries.
 - *missing*: this share of all logits is NaN.
-- *label noise*: the labels of this share of the documents are shuffled among them. The teachers were fitted to the right ones.
+- *label noise*: the labels of this share of the documents are shuffled among them. The teachers were fitted to the
+  right ones.
 
-Mean NDCG@10 of three seeds. Column 0 is the comparison above, on the same folds and as many of its seeds. The best under the worst
-damage comes first.
+Mean NDCG@10 of three seeds. Column 0 is the comparison above, on the same folds and as many of its seeds. The best
+under the worst damage comes first.
 
 {damage}
 
@@ -75,8 +77,8 @@ damage comes first.
 
 ## Defaults
 
-One option at a time away from the defaults of either granularity, learning rate 0.003, three seeds. In parentheses: the difference to
-the defaults of the same granularity.
+One option at a time away from the defaults of either granularity, learning rate 0.003, three seeds. In parentheses: the
+difference to the defaults of the same granularity.
 
 {defaults}
 

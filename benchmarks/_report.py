@@ -121,14 +121,14 @@ def markdown(result: dict) -> str:
     rows, machine, versions = result["rows"], result["machine"], result["versions"]
     parts = [
         "# Speed on the CPU\n",
-        "Written by `benchmarks/speed.py`; benchmarks/README.md explains the columns. The goals are ratios to the reference run\n"
-        "eagerly, in the same process. \"batch\" compares 1,000 lists of 1,000 documents with one list of 1,000,000: the short lists\n"
-        "stay in L2, the long one streams from memory, which is the difference.\n",
+        "Written by `benchmarks/speed.py`; benchmarks/README.md explains the columns. The goals are ratios to the reference\n"
+        "run eagerly, in the same process. 'batch' compares 1,000 lists of 1,000 documents with one list of 1,000,000: the\n"
+        "short lists stay in L2, the long one streams from memory, which is the difference.\n",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['instruction_set']}; "
         f"Python {versions['python']}, PyTorch {versions['torch']}, pile_fast {versions['pile_fast']}, "
         f"commit {(result['commit'] or 'unknown')[:12]}, {result['date']}. float32, T = 10."
         + (" Quick run: figures mean nothing." if result["quick"] else "")
-        + "\n"
+        + "\n",
     ]
     if (taken := machine["cores_taken_by_others"]) and taken > IDLE:
         parts.append(f"**The machine was not idle: other processes took {taken:.2f} cores. Do not trust these figures.**\n")

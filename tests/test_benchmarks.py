@@ -42,7 +42,8 @@ def test_quick_run(tmp_path):
     assert [goal["goal"] for goal in result["goals"]] == [
         "`pile_loss` 1×8×2, forward+backward: times an empty autograd.Function"
     ]
-    assert path.with_name("speed.md").read_text() == process.stdout.removesuffix("\n") and "| 4×16×2 | cpp auto |" in process.stdout
+    assert path.with_name("speed.md").read_text() == process.stdout.removesuffix("\n")
+    assert "| 4×16×2 | cpp auto |" in process.stdout
     assert "| `pile_loss` document, forward+backward | 2×40×4 |" in process.stdout
 
 

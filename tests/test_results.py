@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,5 +70,5 @@ def test_links_lead_somewhere(page):
         path = page.parent / target if target else page
         assert path.exists(), target
         if anchor:
-            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-            assert anchor[1:] in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, (target, anchor)
+            titles = re.findall(r"^#+ (.*)$", path.read_text().lower(), re.MULTILINE)
+            assert anchor[1:] in {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}, (target, anchor)
