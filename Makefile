@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 
-.PHONY: setup demo test wheel test-pythons test-oldest test-lightning-ir sanitize fuzz bench bench-peers-setup bench-ensemble text quality quality-text quality-smoke gpu-check triton-table cuda-table lint clean
+.PHONY: setup demo test wheel test-pythons test-oldest test-lightning-ir sanitize fuzz bench bench-peers-setup bench-ensemble text quality quality-text quality-smoke gpu-check triton-table cuda-table options-page lint clean
 
 setup: $(VENV)/.installed
 
@@ -76,6 +76,10 @@ triton-table: setup
 # Registers of every CUDA kernel on every architecture of the build, into docs/cuda.md; needs nvcc and no GPU.
 cuda-table: setup
 	$(BIN)/python tests/cuda_resources.py --write
+
+# docs/options.md from the tables of options and terms.
+options-page: setup
+	$(BIN)/python tests/test_docs.py
 
 # This package alone, then beside the peers that are installed (bench-peers-setup, once): figures want an idle machine.
 bench: setup

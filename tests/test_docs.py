@@ -1,15 +1,98 @@
-"""Pages that can be checked against the code are."""
+"""Pages that can be checked against the code are. `python tests/test_docs.py` writes docs/options.md anew."""
 
+import dataclasses
+import functools
+import inspect
 import re
 from pathlib import Path
 
+from pile_fast import checks, terms
+from pile_fast.options import EnsembleOptions, LossOptions, Option, table
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pile_fast", "kernels", "csrc", "benchmarks", "tests")
+OPTIONS_PAGE = """# Options and terms
+
+Every option of the ensemble and of the losses, with its default. `make options-page` writes this page from the table in
+`pile_fast/options.py` and the classes in `pile_fast/terms.py`. [algorithm.md](algorithm.md) has the formulas.
+
+`pile_loss` and `PILELoss` take all of them, `pile_ensemble` those of the ensemble. `distillation_loss` and `ranking_loss` take
+a term as `kind`, `reduction` and `pairwise`; `ranking_loss` takes `pair_weight` too. The commands have them as flags, such as
+`--step-size` for `step_size`, except `pairwise` and `reduction`.
+
+## Of the ensemble
+
+{ensemble}
+
+## Of the student's loss
+
+`pair_weight` and `pairwise` hold for the loss as well.
+
+{loss}
+
+## Terms
+
+A term is given by its name for the defaults (`distillation="logistic"`), by its name with numbers
+(`distillation="logistic:temperature=2"`), or as an object (`distillation=pile_fast.terms.Logistic(temperature=2)`).
+{terms}"""
+
+
+def accepted(check) -> str:
+    """What a check lets through, in words."""
+    function, bounds = (check.func, check.keywords) if isinstance(check, functools.partial) else (check, {})
+    if function is checks.count:
+        return "whole number ≥ 0"
+    if function is checks.number:
+        low = f" {'>' if bounds.get('open_low') else '≥'} {bounds['low']:g}" if "low" in bounds else ""
+        return f"number{low}" + (f" and ≤ {bounds['high']:g}" if "high" in bounds else "")
+    if function is terms.find:
+        return "a term: " + ", ".join(f"`{name}`" for name in terms.names(check.args[0]))
+    return ", ".join(f"`{choice!r}`".replace("'", '"') for choice in bounds["choices"])
+
+
+def rows(options: dict[str, Option]) -> str:
+    lines = ["| option | default | may be | what it is |", "| --- | --- | --- | --- |"]
+    for name, row in options.items():
+        default = repr(row.default).replace("'", '"')
+        lines.append(f"| `{name}` | `{default}` | {accepted(row.check)} | {row.help} |")
+    return "\n".join(lines)
+
+
+def term(kind: type[terms.Term]) -> str:
+    body = inspect.cleandoc(kind.__doc__).split("\n", 1)
+    text = re.sub(r"\.\. math:: (.*)", r"$$\1$$", body[1])
+    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
+    argument = {"distill": "distillation", "label": "label_loss"}[kind.kind]
+    numbers = [
+        f"- `{field.name}` = {field.default:g}: {field.metadata['help']}; {accepted(field.metadata['check'])}"
+        for field in dataclasses.fields(kind)
+    ]
+    title = body[0].partition(": ")[2].capitalize()
+    parts = [f'### `{argument}="{kind.name}"`: `{kind.__name__}`', title, text.strip(), "\n".join(numbers)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def options_page() -> str:
+    ensemble, loss = table(EnsembleOptions), table(LossOptions)
+    kinds = [type(terms.find(kind, kind, name)) for kind in ("distill", "label") for name in terms.names(kind)]
+    return OPTIONS_PAGE.format(
+        ensemble=rows(ensemble),
+        loss=rows({name: row for name, row in loss.items() if name not in ensemble}),
+        terms="".join(f"\n{term(kind)}\n" for kind in kinds),
+    )
+
+
+def test_the_page_of_options_is_that_of_the_table():
+    assert (ROOT / "docs/options.md").read_text() == options_page()
 
 
 def test_the_page_of_environment_variables_has_all_of_them_and_no_others():
     files = [path for folder in SOURCES for path in ROOT.glob(f"{folder}/**/*") if path.suffix in (".py", ".h", ".cpp", ".cu")]
     files += [ROOT / "setup.py", ROOT / "Makefile"]
     used = {name for path in files for name in re.findall(r"PILE_FAST_[A-Z_]+", path.read_text())}
-    rows = re.findall(r"^\| `(\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted(used)
+    found = re.findall(r"^\| `(\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
+    assert sorted(found) == sorted(used)
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/options.md").write_text(options_page())
