@@ -1,5 +1,5 @@
-# `make demo` and `make test` set everything up themselves, in .venv; the second run starts in seconds.
-# A CPU machine can be spared PyTorch's CUDA download where an index offers a CPU build: make TORCH="torch==2.13.0+cpu" PIP_FLAGS="--extra-index-url ..."
+# `make demo` and `make test` set everything up in .venv; the second run starts in seconds.
+# To spare a CPU machine PyTorch's CUDA download, name an index with a CPU build: make TORCH="torch==2.13.0+cpu" PIP_FLAGS="--extra-index-url ..."
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
@@ -55,7 +55,7 @@ test-lightning-ir: setup build/peers/lightning-ir/pyvenv.cfg
 build/peers/%/pyvenv.cfg: $(VENV)/.installed
 	$(BIN)/python benchmarks/peers/environments.py $*
 
-# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, built aside.
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 sanitize: setup
 	$(BIN)/python tests/sanitize.py
 
@@ -81,12 +81,12 @@ cuda-table: setup
 options-page: setup
 	$(BIN)/python tests/test_docs.py
 
-# This package alone, then beside the peers that are installed (bench-peers-setup, once): figures want an idle machine.
+# This package alone, then beside the other libraries that are installed (bench-peers-setup, once). Use an idle machine.
 bench: setup
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/peers/compare.py
 
-# An environment in build/peers for each peer that cannot live in .venv.
+# An environment in build/peers for each library that cannot be installed in .venv.
 bench-peers-setup: setup
 	$(BIN)/python benchmarks/peers/environments.py
 
@@ -98,7 +98,7 @@ bench-ensemble: setup
 text: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail -c "$$(sed -n '/^```bash/,/^```/{/^```/d;p}' docs/text.md)"
 
-# Needs MQ2008 (PILE_FAST_DATA or data/); goes on where it was stopped, then writes all tables and plots to benchmarks/results/quality.
+# Needs MQ2008 (PILE_FAST_DATA or data/); resumes after a stop, then writes all tables and plots to benchmarks/results/quality.
 quality: setup
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quality.py --report

@@ -1,7 +1,7 @@
 """Many `FeatureRanker`s trained at once: one stack of networks, batched matrix products, one loss call for all of them.
 
 K students × S seeds. Within a seed everything random is the same for all K students (initial weights, order of the queries,
-dropout), so that luck blurs their differences less. Targets are computed once, outside, because they do not depend on the
+dropout), so that chance blurs their differences less. Targets are computed once, outside, because they do not depend on the
 student; those that do (AE-KD, GOVERN) are computed again at the start of some epochs.
 """
 

@@ -2,7 +2,7 @@
 
 python benchmarks/quality.py [--only a,b,...] [--processes N] [--report] [--smoke]
 
-What is finished is kept in results/quality/*.jsonl, a line per unit of work: kill it when you like, the same command goes on.
+What is finished is kept in results/quality/*.jsonl, a line per unit of work: after a kill the same command resumes.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
 
 
 def _end_with_the_parent() -> None:
-    """Lets a worker end when the run is killed: by itself it would wait for work for ever."""
+    """Let a worker end when the run is killed; otherwise it would wait for work for ever."""
     sentinel = multiprocessing.parent_process().sentinel
 
     def watch() -> None:

@@ -3,7 +3,7 @@
 python benchmarks/quality_text.py runs/text [--seeds N] [--processes N]
 
 Needs the scored files of docs/text.md (`make text`) and that page's variable MINILM. Cranfield, on which nothing is trained,
-shows what carries over. What a finished student scores is kept in FOLDER/quality/; the same command goes on. Writes
+shows what carries over. What a finished student scores is kept in FOLDER/quality/, so the command resumes. Writes
 results/quality/text.jsonl, lines like those of quality.py.
 """
 

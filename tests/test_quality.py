@@ -70,7 +70,7 @@ def test_a_student_of_the_stack_is_a_feature_ranker_trained_by_pile_loss(lists, 
     torch.testing.assert_close(stack.model(1, 1)(lists.features), scores)
 
 
-def test_students_of_one_seed_share_their_luck_and_others_do_not(lists, one_thread):
+def test_students_of_one_seed_share_all_random_draws_and_others_do_not(lists, one_thread):
     import _quality_students as students
 
     student = students.Student(pile_target(lists), lists.labels)
