@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import re
 from pathlib import Path
+
+import pytest
 
 from pile_fast import checks, terms
 from pile_fast.options import EnsembleOptions, LossOptions, Option, table
@@ -92,6 +95,27 @@ def test_the_page_of_environment_variables_has_all_of_them_and_no_others():
     used = {name for path in files for name in re.findall(r"PILE_FAST_[A-Z_]+", path.read_text())}
     found = re.findall(r"^\| `(\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
     assert sorted(found) == sorted(used)
+
+
+def test_the_drawing_of_the_floors_is_that_which_a_test_holds():
+    spec = importlib.util.spec_from_file_location("floors", ROOT / "tests/test_floors.py")
+    floors = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(floors)
+    (drawing,) = re.findall(r"```\n(doors .*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    floor, drawn = "", {}
+    for line in drawing.splitlines():
+        if not line.startswith("-"):
+            floor = line[:18].strip() or floor
+            drawn.setdefault(floor, []).extend(line[18:].split(" · "))
+    assert list(drawn.items()) == [(floor, list(rooms)) for floor, rooms in reversed(floors.FLOORS.items())]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_page_names_are_there(page):
+    names = re.findall(r"`((?:benchmarks|csrc|docs|kernels|pile_fast|tests)/[\w./]*|\w+\.py)`", (ROOT / page).read_text())
+    assert len(names) > 10
+    missing = [name for name in names if "huber" not in name and not (ROOT / name).exists()]
+    assert not missing
 
 
 if __name__ == "__main__":
