@@ -89,10 +89,18 @@ def test_the_page_of_options_is_that_of_the_table():
     assert (ROOT / "docs/options.md").read_text() == options_page()
 
 
-def test_the_page_of_environment_variables_has_all_of_them_and_no_others():
+def in_sources(pattern: str) -> set[str]:
     files = [path for folder in SOURCES for path in ROOT.glob(f"{folder}/**/*") if path.suffix in (".py", ".h", ".cpp", ".cu")]
-    files += [ROOT / "setup.py", ROOT / "Makefile"]
-    used = {name for path in files for name in re.findall(r"PILE_FAST_[A-Z_]+", path.read_text())}
+    return {found for path in (*files, ROOT / "setup.py", ROOT / "Makefile") for found in re.findall(pattern, path.read_text())}
+
+
+def test_pages_that_sources_name_are_there():
+    pages = in_sources(r"docs/\w+\.md")
+    assert len(pages) > 5 and all((ROOT / page).exists() for page in pages)
+
+
+def test_the_page_of_environment_variables_has_all_of_them_and_no_others():
+    used = in_sources(r"PILE_FAST_[A-Z_]+")
     found = re.findall(r"^\| `(\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
     assert sorted(found) == sorted(used)
 
