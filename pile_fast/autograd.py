@@ -97,9 +97,7 @@ def flat(options: EnsembleOptions | LossOptions) -> list[Any]:
 
 def _unflat(options: Options, arguments: Iterator[Any]) -> Any:
     hints = typing.get_type_hints(options).values()
-    values: list[Any] = [
-        terms.by_key(next(arguments), next(arguments)) if hint is Term else next(arguments) for hint in hints
-    ]
+    values: list[Any] = [terms.by_key(next(arguments), next(arguments)) if hint is Term else next(arguments) for hint in hints]
     return options(*values)
 
 
@@ -169,7 +167,7 @@ def pile_loss(batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOp
 
 def _loss(op: _Op, batch: RankingBatch, options: tuple[Any, ...], backend: str) -> Tensor:
     if batch.student_logits.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = _Loss.apply(batch.student_logits, op, batch, options, backend)
+        loss: Tensor = _Loss.apply(batch.student_logits, op, batch, options, backend)  # type: ignore[no-untyped-call]
     else:
         loss, _ = op(batch, options, (False,), backend)
     return loss
@@ -196,7 +194,7 @@ class _Loss(torch.autograd.Function):
         if gradient.dtype is not student_logits.dtype:  # a half gradient times one float32 per query
             gradient = gradient.to(student_logits.dtype)
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = _OnceDifferentiable.apply(gradient, student_logits)
+            gradient = _OnceDifferentiable.apply(gradient, student_logits)  # type: ignore[no-untyped-call]
         return gradient, None, None, None, None
 
 
