@@ -10,12 +10,12 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pile_fast.data.collator import (
     BiEncoderCollator,
@@ -39,7 +39,7 @@ from pile_fast.students.step_check import StepCheck, check_weights, shown
 from pile_fast.students.training_data import NamedLists, check_data, teachers_of
 
 with needs_extra("train"):
-    from transformers import EvalPrediction, Trainer
+    from transformers import EvalPrediction, Trainer, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 
@@ -56,7 +56,7 @@ def ranking_quality(
         f"ndcg@{k}": float(ndcg(scores, labels, k=k, ties="average", empty="skip", **layout)),
         "mrr": float(mrr(scores, labels, empty="skip", **layout)),
         "map": float(average_precision(scores, labels, empty="skip", **layout)),
-        "pnr": float(pnr(scores, labels, ties="half", **layout)),
+        "pnr": float(cast(Tensor, pnr(scores, labels, ties="half", **layout))),
     }
 
 
@@ -127,7 +127,7 @@ def needs_teachers(loss: Callable[..., Tensor]) -> bool:
     return isinstance(loss, PILELoss) and loss.options["alpha"] > 0
 
 
-def _packed(labels: object) -> Mapping:
+def _packed(labels: object) -> Any:
     """A batch's targets, if one of our collators made them.
 
     Raises:
@@ -142,7 +142,7 @@ def _packed(labels: object) -> Mapping:
     )
 
 
-def pile_compute_loss_func(**options) -> Callable[..., Tensor]:
+def pile_compute_loss_func(**options: Any) -> Callable[..., Tensor]:
     """A `compute_loss_func` for a `transformers.Trainer` of your own.
 
     Give that Trainer one of the collators of `pile_fast.data.collator`, ``remove_unused_columns=False`` and, for a model whose
@@ -166,7 +166,7 @@ def pile_compute_loss_func(**options) -> Callable[..., Tensor]:
     loss = PILELoss(reduction="none", **options)
     warned = False
 
-    def compute_loss(outputs, labels: RankingTargets, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def compute_loss(outputs: Any, labels: RankingTargets, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         nonlocal warned
         warned = warn_of_infinite(_packed(labels), warned)
         losses = query_losses(loss, logits_of(outputs), labels)
@@ -245,19 +245,20 @@ class PileTrainer(Trainer):
 
     # `compute_loss` divides by the queries of the whole step, so the Trainer must not divide by the number of batches.
     loss_is_scaled_for_ga = True
+    model: nn.Module
 
     def __init__(
         self,
-        model=None,
-        args=None,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
         *,
         data_collator: Callable[[Sequence[dict]], dict] | None = None,
         loss: Callable[..., Tensor] | None = None,
         max_documents_per_batch: int | None = None,
         k: int = 10,
         log_components: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if max_documents_per_batch is not None and max_documents_per_batch < 1:
             raise ValueError(f"max_documents_per_batch: expected a whole number >= 1, got {max_documents_per_batch}")
         kwargs.setdefault("compute_metrics", RankingMetrics(k))
@@ -269,7 +270,7 @@ class PileTrainer(Trainer):
         if data_collator is None:
             self.data_collator = _collator_for(self.model, self.processing_class)
         self.loss = PILELoss(reduction="none") if loss is None else loss
-        if isinstance(self.loss, torch.nn.Module):
+        if isinstance(self.loss, nn.Module):
             self.loss.to(self.args.device)
         self.max_documents_per_batch = max_documents_per_batch
         if self.args.n_gpu > 1:
@@ -289,7 +290,7 @@ class PileTrainer(Trainer):
         self.label_names = ["labels"]
         # What `loss_is_scaled_for_ga` says to versions of transformers that do not know it.
         self.model_accepts_loss_kwargs = True
-        self._log_components = log_components and isinstance(self.loss, PILELoss)
+        self._log_components = log_components
         self._last_batch: tuple[Tensor, RankingTargets] | None = None
         self._check = StepCheck(self.accelerator)
         self._teachers: Sequence[str] | None = None
@@ -297,7 +298,7 @@ class PileTrainer(Trainer):
         self._lossless = False
         self._evaluated: list[Tensor] = []
 
-    def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs) -> tuple[list, Tensor]:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
         """The batches of one optimiser step and the number of their queries, over all processes.
 
         None at the end of a data set without a length, where there are fewer than a step takes: the Trainer would leave their
@@ -315,7 +316,9 @@ class PileTrainer(Trainer):
         queries = sum(len(_packed(batch.get("labels"))["cu_seqlens"]) - 1 for batch in batches)
         return batches, self.accelerator.gather(torch.tensor(queries, device=self.args.device)).sum()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The loss of one packed batch, as its share of the step's mean: Σ over its queries / queries of the step."""
         inputs = dict(inputs)
         targets = self._matched(_packed(inputs.pop("labels", None)))
@@ -337,7 +340,7 @@ class PileTrainer(Trainer):
             self._evaluated.append(losses.detach())
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def training_step(self, model, *args, **kwargs) -> Tensor:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """A batch's forward and backward; after the last of an optimiser step, whether it may be taken."""
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
@@ -348,22 +351,22 @@ class PileTrainer(Trainer):
                 self._say("idle", f"{queries}: none has two documents to tell apart, nothing is learned from them")
         return loss
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """What the Trainer logs and, with a training loss, the components of the last batch's."""
-        if "loss" in logs and self._log_components and self._last_batch is not None:
+        if "loss" in logs and self._log_components and isinstance(self.loss, PILELoss) and self._last_batch is not None:
             logs = logs | loss_components(self.loss, *self._last_batch, self._teachers)
         super().log(logs, *args, **kwargs)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's. Several processes read a data set without a length into memory: else the rows that fill up its last
         batch would count twice."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = cast(dict, self.eval_dataset)[eval_dataset] if isinstance(eval_dataset, str) else dataset
         if dataset is not None and not has_length(dataset) and self.args.world_size > 1:
             eval_dataset = list(dataset)
         return super().get_eval_dataloader(eval_dataset)
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, of a model that is whole.
 
         The loss is left out where the rows have no teachers to compute it with, and is the mean over the queries also of a data
@@ -372,7 +375,7 @@ class PileTrainer(Trainer):
         if self.is_in_train:
             check_weights(self.model, self.state.global_step, self._check.queries)
         self._lossless, self._evaluated = False, []
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if self._lossless:
             output.metrics.pop(name, None)
@@ -381,12 +384,14 @@ class PileTrainer(Trainer):
         self._evaluated = []
         return output
 
-    def save_model(self, *args, **kwargs) -> None:
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, of a model that is whole."""
         check_weights(self.model, self.state.global_step, self._check.queries)
         super().save_model(*args, **kwargs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
         """Loss, logits (Q, N), and (labels (Q, N), lengths (Q,)).
 
         Padded, because the Trainer gathers and trims predictions by rows, and its rows are queries: a packed tensor
@@ -395,12 +400,13 @@ class PileTrainer(Trainer):
         Raises:
             FloatingPointError: a logit is NaN, which cannot be ranked; names the queries.
         """
-        loss, logits, targets = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        step: tuple[Any, ...] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, targets = step
         if logits is None:
             return loss, None, None
         lengths = targets["cu_seqlens"].diff()
         logits, labels = (
-            torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
+            nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
             for x in (logits.float(), targets["labels"].double())
         )
         if (nan := logits.isnan().any(1)).any():
@@ -408,20 +414,20 @@ class PileTrainer(Trainer):
             raise FloatingPointError(f"evaluation: the student's logits are NaN for queries {shown(bad)}")
         return loss, logits, (labels, lengths)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; ``resume_from_checkpoint=True`` means the newest checkpoint that is whole, see `last_checkpoint`."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir, processes=self.args.world_size)
+            found = last_checkpoint(str(self.args.output_dir), processes=self.args.world_size)
             resume_from_checkpoint = True if found is None else found  # the Trainer says that there is none
-        choosing = isinstance(self.compute_metrics, RankingMetrics) and self.args.eval_strategy != "no"
+        evaluated = self.compute_metrics if self.args.eval_strategy != "no" else None
+        metrics = evaluated.names() if isinstance(evaluated, RankingMetrics) else None
         check_data(
             self.train_dataset, self.eval_dataset, self.data_collator, needs_teachers=needs_teachers(self.loss),
             needs_labels=isinstance(self.loss, PILELoss) and self.loss.options["alpha"] == 0,
-            best_metric=self.args.metric_for_best_model if choosing else None,
-            metrics=self.compute_metrics.names() if choosing else None,
+            best_metric=None if metrics is None else self.args.metric_for_best_model, metrics=metrics,
         )  # fmt: skip
         self._check, self._teachers = StepCheck(self.accelerator), None
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self._check.queries)
         return output
 
@@ -451,8 +457,8 @@ class PileTrainer(Trainer):
         self._said.add(what)
 
 
-def _collator_for(model, tokenizer) -> Callable[[Sequence[dict]], dict]:
-    config = getattr(model, "config", None)
+def _collator_for(model: Any, tokenizer: Any) -> Callable[[Sequence[dict]], dict]:
+    config: Any = getattr(model, "config", None)
     if tokenizer is None:
         if getattr(model, "main_input_name", None) == "input_ids":
             raise ValueError("processing_class: expected the text model's tokenizer, got None")
@@ -475,15 +481,15 @@ class RankingMetrics:
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """The metrics of a whole evaluation, given at once, as a list of batches (``eval_do_concat_batches=False``) or batch
         by batch (``batch_eval_metrics=True``), the last one with `compute_result`."""
-        logits, targets = prediction.predictions, prediction.label_ids
-        batches = zip(logits, targets, strict=True) if isinstance(logits, list) else [(logits, targets)]
-        for logits, (labels, lengths) in batches:
-            logits, labels, lengths = map(torch.as_tensor, (logits, labels, lengths))
+        given: Any = prediction.predictions
+        targets: Any = prediction.label_ids
+        for scores, (own, sizes) in zip(given, targets, strict=True) if isinstance(given, list) else [(given, targets)]:
+            logits, labels, lengths = map(torch.as_tensor, (scores, own, sizes))
             mask = torch.arange(logits.shape[1], device=logits.device) < lengths[:, None]
             self._batches.append((logits[mask].cpu(), labels[mask].cpu(), lengths.cpu()))
         if not compute_result:
             return {}
         logits, labels, lengths = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         self._batches = []
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
         return ranking_quality(logits, labels, cu_seqlens=cu_seqlens, k=self.k)

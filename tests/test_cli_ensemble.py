@@ -70,7 +70,7 @@ def test_help_says_which_methods_take_an_option(capsys):
     assert main(["ensemble", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "all methods: calibration per query" in text and "best, ca_mkd, ebkd, pile: unit of differences" in text
-    assert " rrf: a document at rank" in text and " pile: difference a pair" in text
+    assert " rrf: a document at rank" in text and " pile: difference that a pair" in text
 
 
 def test_json_lines_in_and_out_and_replaced_teachers(capsys):

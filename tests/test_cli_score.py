@@ -275,7 +275,7 @@ def test_broken_rows_stop_it_before_the_work_or_are_counted(text_rows, capsys, m
         assert error_of(capsys, *arguments) == "data.jsonl: query 'late': no query, which teacher 'bm25' (bm25) reads"
     assert main(["score", *arguments, "--skip-bad-rows"]) == 0
     told = capsys.readouterr().err
-    assert "Left out 2 broken rows or lines:\n" in told and "query late: no query" in told
+    assert "Left out 2 broken rows or lines:\n" in told and "query 'late': no query" in told
     assert "data.jsonl:5: documents[0]: expected a text, got 7" in told
     assert [row["query_id"] for row in read_rows("out.parquet")] == ["q0", "q1", "q3"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 import pile_fast
 from pile_fast.cli import convert, demo, ensemble, evaluate, info, inspect, score, train
@@ -17,7 +18,7 @@ from pile_fast.printable import printable
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 

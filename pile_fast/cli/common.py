@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, atomic_path
@@ -21,6 +21,9 @@ from pile_fast.data.formats import FORMATS
 from pile_fast.extras import EXTRAS
 from pile_fast.options import Option, Options, table
 from pile_fast.printable import printable
+
+if TYPE_CHECKING:
+    from pile_fast.students import Ranker
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -83,7 +86,8 @@ def add_skip_bad_rows(parser: argparse._ActionsContainer) -> None:
 
 def flags_of(*sets: Options) -> dict[str, Option]:
     """The options of the sets that a command line has: all but how pairs are summed and the losses reduced."""
-    return {name: row for name, row in table(*sets).items() if name not in ("pairwise", "reduction")}
+    rows = table(*sets)  # type: ignore[arg-type]
+    return {name: row for name, row in rows.items() if name not in ("pairwise", "reduction")}
 
 
 def add_options(parser: argparse._ActionsContainer, *sets: Options, defaults: bool = False) -> list[argparse.Action]:
@@ -178,7 +182,7 @@ def quiet_loading() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load_ranker(model: str, *, device: str | None, **options):
+def load_ranker(model: str, *, device: str | None, **options: Any) -> Ranker:
     """`pile_fast.students.load_ranker`, quietly, on a device of the command line."""
     import torch
 
@@ -210,7 +214,7 @@ def write_json(path: Path, value: object) -> None:
         temporary.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """The value for JSON: a number that is not finite, for which it has no word, is None."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}

@@ -14,7 +14,7 @@ from pile_fast.data.rows import BadRows, check_row, drop_unlabelled
 from pile_fast.data.trec import named_runs
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "convert",
         help="between JSON lines, Parquet, LETOR/SVMlight, TREC runs and qrels, BGE and Tevatron",
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
         nonlocal documents
         for row in rows:
             size = len(row["doc_ids"])
-            row = drop_unlabelled(row)
-            documents += size - (len(row["doc_ids"]) if row else 0)
-            if row:
-                yield row
+            kept = drop_unlabelled(row)
+            documents += size - (len(kept["doc_ids"]) if kept else 0)
+            if kept:
+                yield kept
 
     def counted(rows: Iterator[dict]) -> Iterator[dict]:
         nonlocal queries

@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ from pile_fast.data import RankedLists, find_data, load_mq2008, make_synthetic
 
 QUERIES_PER_STEP = 32
 LEARNING_RATE = 1e-3
-STUDENT = {"hidden_sizes": (64, 64), "dropout": 0.1}
+STUDENT: dict[str, Any] = {"hidden_sizes": (64, 64), "dropout": 0.1}
 # Name and options of the students' losses; all of them see the labels of the training queries alone.
-STUDENTS = (
+STUDENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("labels alone", {"alpha": 0.0}),
     ("mean ensemble", {"iterations": 0}),
     ("mean ensemble + labels", {"iterations": 0, "alpha": 0.5}),
@@ -39,10 +40,10 @@ class Row:
     kind: str  # "teacher", "baseline", "ensemble", "student"
     name: str
     sees_labels: bool  # of the very queries it is evaluated on
-    quality: dict[str, float]
+    quality: dict[str, float | None]
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "demo",
         help="teachers, ensembles and distilled students on MQ2008 (or generated data), in one table",
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         if name == SAVED_STUDENT:
             student.save_pretrained(output / "student")
 
-    relevant = sum(bool((row["labels"] > 0).any()) for row in test)
+    relevant = sum(bool((test[q]["labels"] > 0).any()) for q in range(len(test)))
     caption = f"fold {args.fold}, {len(test)} test queries, {relevant} with a relevant document"
     _print_table(rows, caption)
     report = {
@@ -144,7 +145,7 @@ def _ensembles(train: RankedLists, test: RankedLists) -> Iterator[Row]:
             yield _row("ensemble", f"{name} ensemble", logits, test, sees_labels=name in NEEDS_LABELS)
 
 
-def _students(train: RankedLists, validation: RankedLists, args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module]]:
+def _students(train: RankedLists, validation: RankedLists, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Train one student per loss, alike in all else; each at its best epoch on the validation queries."""
     import rich.console
     import rich.progress
@@ -157,10 +158,10 @@ def _students(train: RankedLists, validation: RankedLists, args: argparse.Namesp
     transformers.logging.disable_progress_bar()
 
     class Bar(transformers.TrainerCallback):
-        def on_train_begin(self, arguments, state, control, **kwargs):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.task = progress.add_task(f"student of {name}", total=state.max_steps)
 
-        def on_step_end(self, arguments, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             progress.advance(self.task)
 
     with (

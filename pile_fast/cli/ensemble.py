@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from pile_fast.cli.common import add_format, add_options, flags_of, given, real_number
 from pile_fast.cli.errors import UserError
@@ -24,7 +25,7 @@ def _takes(method: str, option: str) -> bool:
     return option in inspect.signature(OFFLINE[method]).parameters
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "ensemble",
         help="add an ensemble of the teachers to a file of any size",
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _on_ray(args: argparse.Namespace, ensemble) -> None:
+def _on_ray(args: argparse.Namespace, ensemble: Any) -> None:
     if len(args.inputs) > 1 or args.source not in (None, "parquet") or args.qrels or args.unjudged is not None:
         raise UserError("--ray: expected one INPUT, a Parquet file or a folder of them, and no --qrels and --unjudged")
     from pile_fast.offline.ray import ensemble_folder

@@ -23,7 +23,7 @@ from pile_fast.evaluation import DEFAULT_METRICS, EMPTY, Metric, evaluate
 from pile_fast.evaluation.metrics import GAINS
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="models, TREC runs, teachers and ensembles on the same judged queries, with confidence intervals and tests",

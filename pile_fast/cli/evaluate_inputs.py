@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Inputs:
         systems: by name, in the order of the command line.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.query_ids: list[str] = []
         self.systems: dict[str, System] = {}
         self._lengths = [0]
@@ -173,7 +174,9 @@ def read_inputs(args: argparse.Namespace, bad_rows: BadRows | None) -> Inputs:
         if qrels is None and not seen & run.keys():
             raise UserError(f"--run {system.name}={system.source}: none of its queries is in {names}")
     others = dict.fromkeys(itertools.chain(*(run for _, run in runs), qrels or ()))
-    without = [(system, {}) for system in (*teachers, *columns, *(system for system, _ in models))]
+    without: list[tuple[System, dict[str, float]]] = [
+        (system, {}) for system in (*teachers, *columns, *(system for system, _ in models))
+    ]
     grades = qrels or {}
     for query_id in others:
         if query_id not in seen:
@@ -290,7 +293,7 @@ def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
         yield batch
 
 
-def _model_scores(system: System, ranker, rows: list[dict], data: str, args: argparse.Namespace) -> list[Tensor]:
+def _model_scores(system: System, ranker: Any, rows: list[dict], data: str, args: argparse.Namespace) -> list[Tensor]:
     try:
         return ranker.score(rows, batch_size=args.batch_size)
     except ValueError as error:

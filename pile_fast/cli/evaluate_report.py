@@ -15,7 +15,7 @@ import pile_fast
 from pile_fast.cli.common import finite
 from pile_fast.cli.evaluate_inputs import Inputs, System
 from pile_fast.data import BadRows, atomic_path
-from pile_fast.evaluation.compare import BOOTSTRAP_SAMPLES, MOST_UNITS, PERMUTATIONS, Evaluation, Metric
+from pile_fast.evaluation.compare import BOOTSTRAP_SAMPLES, MOST_UNITS, PERMUTATIONS, Evaluation, Metric, Result
 from pile_fast.printable import decimal, percent, printable, short
 
 SIGNIFICANT = 0.05
@@ -56,7 +56,7 @@ def print_table(evaluation: Evaluation, systems: dict[str, System], args: argpar
         for result in evaluation.results[name].values():
             cell = Text(_value(result.value), "bold")
             cell.append_text(Text(f"\n{_value(result.low)}–{_value(result.high)}", "not bold dim"))
-            if result.p is not None:
+            if result.difference is not None and result.p_holm is not None:
                 significant = result.p_holm < SIGNIFICANT
                 color = ("green" if result.difference > 0 else "red") if significant else "dim"
                 difference = "+" * (result.difference > 0) + _value(result.difference)
@@ -248,9 +248,9 @@ def plot(evaluation: Evaluation, args: argparse.Namespace, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _color(result, is_baseline: bool) -> str:
+def _color(result: Result, is_baseline: bool) -> str:
     if is_baseline:
         return "black"
-    if result.p is None or not result.p_holm < SIGNIFICANT:
-        return "tab:blue" if result.p is None else "tab:gray"
-    return "tab:green" if result.difference > 0 else "tab:red"
+    if result.difference is None or result.p_holm is None:
+        return "tab:blue"
+    return "tab:gray" if not result.p_holm < SIGNIFICANT else "tab:green" if result.difference > 0 else "tab:red"

@@ -14,7 +14,7 @@ from pile_fast.backends import cpp
 _OPTIONAL = ("transformers", "accelerate", "datasets", "scikit-learn")
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     commands.add_parser("info", help="versions, devices, and which backends work here").set_defaults(run=run)
 
 

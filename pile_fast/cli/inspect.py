@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import pile_fast
@@ -16,7 +17,7 @@ LONGEST_EXCERPT = 300
 MOST_PRINTED = 50
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "inspect",
         help="where teachers disagree with labels and with each other: coverage, saturation, quality, suspicious labels",
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rows(args: argparse.Namespace, bad_rows: BadRows | None):
+def _rows(args: argparse.Namespace, bad_rows: BadRows | None) -> Iterable[dict]:
     from tqdm import tqdm
 
     return tqdm(read_rows(args.data, format=args.source, bad_rows=bad_rows), unit=" queries", disable=None)

@@ -34,7 +34,7 @@ class Teacher:
     name: str
     model: str
     kind: str | None
-    score: Callable[[list[dict]], list] | None = None
+    score: Callable[[list[dict]], list] = dataclasses.field(init=False)  # once it is loaded
 
     def check(self, row: dict) -> None:
         """Raises ValueError if the row lacks what the teacher reads."""
@@ -59,7 +59,7 @@ class Totals:
     teachers: list[str]
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "score",
         help="teacher logits from cross-encoders, bi-encoders, feature rankers or BM25, added to a file of queries",
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
     if totals.empty:
         print(f"{totals.empty:,} empty documents were not scored: their logits are null.")
     print_left_out(bad_rows)
-    names = printable(", ".join(totals.teachers))
-    print(f"Wrote {printable(args.output)}: {totals.rows:,} queries, {totals.documents:,} documents, {names}.")
+    teachers = printable(", ".join(totals.teachers))
+    print(f"Wrote {printable(args.output)}: {totals.rows:,} queries, {totals.documents:,} documents, {teachers}.")
     return 0
 
 
@@ -139,7 +139,7 @@ def _load_models(args: argparse.Namespace) -> None:
         ]
 
 
-def _look_through(args: argparse.Namespace, bad_rows) -> Totals:
+def _look_through(args: argparse.Namespace, bad_rows: BadRows | None) -> Totals:
     """Read the whole file before the work begins: a broken row shows now, not after hours; BM25 gets its collection."""
     totals = Totals(0, 0, 0, [])
     collection: dict[str, None] = {}  # in the order they come
@@ -164,7 +164,7 @@ def _look_through(args: argparse.Namespace, bad_rows) -> Totals:
     return totals
 
 
-def _rows(args: argparse.Namespace, bad_rows=None) -> Iterator[dict]:
+def _rows(args: argparse.Namespace, bad_rows: BadRows | None = None) -> Iterator[dict]:
     """The rows that the teachers can score."""
     if args.skip_bad_rows and bad_rows is None:
         bad_rows = BadRows()
@@ -195,7 +195,7 @@ def _settings(args: argparse.Namespace) -> dict:
     }
 
 
-def _write_parts(output, args: argparse.Namespace, totals: Totals) -> None:
+def _write_parts(output: ResumableOutput, args: argparse.Namespace, totals: Totals) -> None:
     from tqdm import tqdm
 
     with tqdm(total=totals.documents, unit=" documents", disable=None) as bar:

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -41,24 +41,24 @@ _ENSEMBLE_OPTIONS = (*(name for name in flags_of(EnsembleOptions) if name not in
 _LAST_FILE = "config.json"
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="distil the teachers of a data file into a student", add_help=False)
     # The Trainer's own options can only be listed by importing it, which only this command should have to do.
     parser.parse_known_args = lambda args, namespace=None: _parse(_parser(parser), args, namespace)
 
 
-def _parse(parser: argparse.ArgumentParser, args: Sequence[str], namespace) -> tuple[argparse.Namespace, list[str]]:
+def _parse(parser: argparse.ArgumentParser, args: Sequence[str], namespace: Any) -> tuple[argparse.Namespace, list[str]]:
     """Parse the config file's options, then the command line's on top."""
     find = type(parser)(prog=parser.prog, add_help=False, allow_abbrev=False)
     find.add_argument("--config")
     config = find.parse_known_args(args)[0].config
     if config is not None and not {"-h", "--help"} & set(args):
         error = parser.error
-        parser.error = lambda message: error(f"--config {config}: {message}")
+        parser.error = lambda message: error(f"--config {config}: {message}")  # type: ignore[method-assign]
         namespace, unknown = parser.parse_known_args(_config_arguments(parser, config), namespace)
         if unknown:
             parser.error(f"unknown option {unknown[0].removeprefix('--')!r}")
-        parser.error = error
+        parser.error = error  # type: ignore[method-assign]
     namespace, unknown = parser.parse_known_args(args, namespace)
     if not unknown:
         _check(parser, namespace)
@@ -81,13 +81,13 @@ def _config_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:
     try:
         options = yaml.safe_load(Path(path).read_text())  # JSON is YAML
     except OSError as error:
-        parser.error(error.strerror)
+        parser.error(str(error.strerror))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(" ".join(str(error).split()))
     if not isinstance(options, dict):
         parser.error(f"expected options as 'name: value', got {type(options).__name__}")
     switches = {flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings}
-    arguments = []
+    arguments: list[str] = []
     for name, value in options.items():
         flag = f"--{str(name).replace('_', '-')}"
         if value is None or (value is False and flag in switches):
@@ -120,7 +120,7 @@ def _parser(stub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         [(field.name, field.type, field) for field in fields],
         namespace={"_argument_group_name": "options of transformers' Trainer"},
     )
-    trainer = HfArgumentParser(options, add_help=False)
+    trainer = HfArgumentParser(options, add_help=False)  # type: ignore[arg-type]
     trainer.set_defaults(eval_strategy=None)
     parser = type(stub)(
         prog=stub.prog,
@@ -232,7 +232,7 @@ def _stopped(error: FloatingPointError, output: str) -> str:
     return f"{error}; training stopped there and {kept}. Look at these queries, or try a lower --learning-rate"
 
 
-def _settings(args: argparse.Namespace):
+def _settings(args: argparse.Namespace) -> Any:
     """transformers' TrainingArguments."""
     import transformers
 
@@ -338,7 +338,7 @@ def _output_folder(args: argparse.Namespace) -> Path:
     return output
 
 
-def _rows(args: argparse.Namespace, paths: list[str], evaluated: Sequence[str] | None = None):
+def _rows(args: argparse.Namespace, paths: list[str], evaluated: Sequence[str] | None = None) -> Any:
     """The rows as a data set that holds what the student and the loss need.
 
     Args:
@@ -388,7 +388,7 @@ def _choose_teachers(row: dict, args: argparse.Namespace, evaluated: Sequence[st
     return row | {"teacher_logits": logits, "teachers": list(names)}
 
 
-def _teachers_of(data) -> Sequence[str]:
+def _teachers_of(data: Any) -> Sequence[str]:
     return data.teacher_names if hasattr(data, "teacher_names") else data[0]["teachers"]
 
 
@@ -399,7 +399,7 @@ def _check_teachers(args: argparse.Namespace, names: Sequence[str]) -> None:
         raise UserError(f"--prior: expected a weight for each of the {len(names)} teachers, got {len(args.prior)}")
 
 
-def _student(args: argparse.Namespace, train):
+def _student(args: argparse.Namespace, train: Any) -> tuple[Any, Any, Any]:
     """(model, tokenizer or None, collator)."""
     from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator
     from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
@@ -410,6 +410,7 @@ def _student(args: argparse.Namespace, train):
             return load_ranker(args.model, kind="features", device="cpu").model, None, FeatureCollator()
         config = FeatureRankerConfig(train.features.shape[1], args.hidden_sizes, args.dropout)
         return FeatureRanker(config).fit_standardization(train.features), None, FeatureCollator()
+    collator: CrossEncoderCollator | BiEncoderCollator
     if args.student == "cross-encoder":
         model = load_cross_encoder(args.model, trained=False, num_layers=args.num_layers)
         collator = CrossEncoderCollator(*load_tokenizer(args.model, model, args.max_length))
@@ -421,7 +422,7 @@ def _student(args: argparse.Namespace, train):
     return model, collator.tokenizer, collator
 
 
-def _save(trainer, output: Path) -> None:
+def _save(trainer: Any, output: Path) -> None:
     """Write the student into `output`, aside first, and `_LAST_FILE` last: without it no half of it can be loaded."""
     aside = output / "student.tmp"
     if trainer.is_world_process_zero():

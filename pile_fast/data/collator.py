@@ -71,7 +71,7 @@ class CrossEncoderCollator:
         The tokenizer's tensors (D, length), padded to the longest pair, and "labels": `RankingTargets`.
     """
 
-    def __init__(self, tokenizer, max_length: int | None = None):
+    def __init__(self, tokenizer: Any, max_length: int | None = None):
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class BiEncoderCollator:
         `query_index` (D,), and "labels": `RankingTargets`.
     """
 
-    def __init__(self, tokenizer, max_length: int | None = None):
+    def __init__(self, tokenizer: Any, max_length: int | None = None):
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class BiEncoderCollator:
         }
 
 
-def _tokenize(collator, *texts: list[str]) -> dict[str, Tensor]:
+def _tokenize(collator: Any, *texts: list[str]) -> dict[str, Tensor]:
     return dict(collator.tokenizer(*texts, padding=True, truncation=True, max_length=collator.max_length, return_tensors="pt"))
 
 
@@ -253,7 +253,7 @@ def _is_number(value: object) -> bool:
     return value is None or isinstance(value, (numbers.Real, np.number, Decimal))
 
 
-def _field(row: Mapping[str, Any], place: int, name: str):
+def _field(row: Mapping[str, Any], place: int, name: str) -> Any:
     value = row.get(name)
     if value is None:
         raise ValueError(

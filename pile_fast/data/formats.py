@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pile_fast.data.rows import BadRows, DataError
 
@@ -61,7 +61,7 @@ def read_rows(
     *,
     format: str | None = None,
     bad_rows: BadRows | None = None,
-    **options,
+    **options: Any,
 ) -> Iterator[dict]:
     """The rows of a file, or of several files as one data set: checked, normalised (`check_row`), one at a time.
 
@@ -179,7 +179,7 @@ def load_dataset(
     *,
     format: str | None = None,
     bad_rows: BadRows | None = None,
-    **options,
+    **options: Any,
 ) -> datasets.Dataset:
     """The rows as a `datasets.Dataset` with the schema's columns, for training.
 

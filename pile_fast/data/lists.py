@@ -38,7 +38,7 @@ class RankedLists:
     teacher_names: tuple[str, ...]
     parts: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         documents, queries = self.features.shape[0], self.cu_seqlens.shape[0] - 1
         for name, wanted in (
             ("labels", (documents,)),

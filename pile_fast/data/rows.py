@@ -73,7 +73,7 @@ def reject(bad_rows: BadRows | None, where: object, reason: object) -> None:
 class RowChecker:
     """Checks and normalises the rows of one data set: each on its own (`check_row`) and against those before it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen: set[str] = set()
         self._teachers: list[str] | None = None
         self._width: int | None = None

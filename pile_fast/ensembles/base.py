@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,18 @@ class Ensemble(NamedTuple):
 class Teachers:
     """Checked and calibrated teachers of one call as (Q, N, M), and the way back to the caller's layout."""
 
-    def __init__(self, teacher_logits, labels, mask, cu_seqlens, normalize, *, prior=None, student_logits=None, needs=""):
+    def __init__(
+        self,
+        teacher_logits: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        normalize: str,
+        *,
+        prior: Tensor | None = None,
+        student_logits: Tensor | None = None,
+        needs: str = "",
+    ) -> None:
         check_normalize("normalize", normalize)
         given = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
         for name in ("teacher_logits", needs):
@@ -47,8 +58,8 @@ class Teachers:
         self.normalize = normalize
         dtype = compute_dtype(teacher_logits)
         self.raw = self.view.pad(teacher_logits).to(dtype)
-        self.labels = self.view.labels(batch)
-        self.student = None if student_logits is None else self.view.pad(student_logits.detach()).to(dtype)
+        self.labels: Any = self.view.labels(batch)  # these two None if not given, and not called for by `needs`
+        self.student: Any = None if student_logits is None else self.view.pad(student_logits.detach()).to(dtype)
         self.present = present_teachers(self.raw, self.view.valid, prior)
         self.logits = calibrate(self.raw, self.present, normalize)
         self.scored = self.present.any(2)  # (Q, N)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Names:
     (3, 'é')
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._text = bytearray()
         self._ends = array("Q", [0])
 
@@ -453,7 +453,7 @@ def _findings(report: dict) -> list[str]:
     if not teachers:
         return [*found, "No teachers: add their logits with pile-fast score."]
 
-    def among(what: str, key: str, wanted) -> None:
+    def among(what: str, key: str, wanted: Callable[[float], bool]) -> None:
         some = [f"{t['name']} ({t[key]:.0%})" for t in teachers if t.get(key) is not None and wanted(t[key])]
         if some:
             more = f" and {len(some) - MOST_NAMED:,} more" if len(some) > MOST_NAMED else ""

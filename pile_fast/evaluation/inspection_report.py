@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,14 +49,14 @@ def plot(contents: Contents, report: dict, title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _missing(axes, title: str, reason: str) -> None:
+def _missing(axes: Any, title: str, reason: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.text(0.5, 0.5, reason, ha="center", va="center", color="gray", transform=axes.transAxes)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def _plot_lengths(axes, contents: Contents) -> None:
+def _plot_lengths(axes: Any, contents: Contents) -> None:
     lengths = contents.lengths.numpy()
     widest = int(lengths.max())
     if widest > 200:
@@ -67,7 +68,7 @@ def _plot_lengths(axes, contents: Contents) -> None:
     axes.set_ylabel("queries", fontsize=8)
 
 
-def _plot_labels(axes, contents: Contents, labels: dict) -> None:
+def _plot_labels(axes: Any, contents: Contents, labels: dict) -> None:
     if not labels["labelled"]:
         _missing(axes, "Labels", "no labels")
         return
@@ -82,7 +83,7 @@ def _plot_labels(axes, contents: Contents, labels: dict) -> None:
     axes.set_ylabel("documents", fontsize=8)
 
 
-def _rows(axes, teachers: list[dict]) -> np.ndarray:
+def _rows(axes: Any, teachers: list[dict]) -> np.ndarray:
     """Teachers from top to bottom; their heights."""
     positions = np.arange(len(teachers))[::-1]
     axes.set_yticks(positions, [short(teacher["name"], _LONGEST_NAME) for teacher in teachers], fontsize=7, parse_math=False)
@@ -91,7 +92,7 @@ def _rows(axes, teachers: list[dict]) -> np.ndarray:
     return positions
 
 
-def _legend(axes) -> None:
+def _legend(axes: Any) -> None:
     """Below the panel, where it hides no bar."""
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3, frameon=False)
 
@@ -100,13 +101,13 @@ def _column(teachers: list[dict], key: str) -> list[float]:
     return [math.nan if teacher.get(key) is None else teacher[key] for teacher in teachers]
 
 
-def _plot_coverage(axes, teachers: list[dict]) -> None:
+def _plot_coverage(axes: Any, teachers: list[dict]) -> None:
     axes.barh(_rows(axes, teachers), _column(teachers, "coverage"), color="tab:blue")
     axes.set_xlim(0, 1)
     axes.set_title("Share of documents scored", fontsize=10)
 
 
-def _plot_logits(axes, contents: Contents, count: int) -> None:
+def _plot_logits(axes: Any, contents: Contents, count: int) -> None:
     density = np.zeros((count, _BINS))
     for m, logits in enumerate(contents.teacher_logits[:, :count].double().numpy().T):
         known = logits[~np.isnan(logits)]
@@ -120,7 +121,7 @@ def _plot_logits(axes, contents: Contents, count: int) -> None:
     axes.set_title("Logits between the teacher's lowest and highest", fontsize=10)
 
 
-def _plot_saturation(axes, teachers: list[dict]) -> None:
+def _plot_saturation(axes: Any, teachers: list[dict]) -> None:
     positions = _rows(axes, teachers)
     for key, label, color, shift in (
         ("near_min", "logits at the lowest", "tab:blue", 0.27),
@@ -133,7 +134,7 @@ def _plot_saturation(axes, teachers: list[dict]) -> None:
     axes.set_title("Saturation", fontsize=10)
 
 
-def _plot_quality(axes, teachers: list[dict]) -> None:
+def _plot_quality(axes: Any, teachers: list[dict]) -> None:
     title = "Against the labels, on what the teacher scored"
     if not any(teacher.get("pairs") for teacher in teachers):
         _missing(axes, title, "no labelled pairs")
@@ -147,7 +148,7 @@ def _plot_quality(axes, teachers: list[dict]) -> None:
     axes.set_title(title, fontsize=10)
 
 
-def _plot_matrix(figure, axes, agreement: dict, shown: list[int], key: str, title: str, low: float) -> None:
+def _plot_matrix(figure: Any, axes: Any, agreement: dict, shown: list[int], key: str, title: str, low: float) -> None:
     if len(agreement["names"]) < 2:
         _missing(axes, title, "needs two teachers, or a teacher and labels")
         return
@@ -168,7 +169,7 @@ def _plot_matrix(figure, axes, agreement: dict, shown: list[int], key: str, titl
     axes.set_title(title, fontsize=10)
 
 
-def _plot_weights(axes, teachers: list[dict]) -> None:
+def _plot_weights(axes: Any, teachers: list[dict]) -> None:
     title = "Mean weight in PILE, and in the plain mean (|)"
     if not any("pile_weight" in teacher for teacher in teachers):
         _missing(axes, title, "no labelled pairs")

@@ -498,7 +498,7 @@ def opa(
     return _reduce((right + tied / 2 if ties == "half" else right) / pairs, reduction)
 
 
-def _check_ranked(k, empty, reduction) -> None:
+def _check_ranked(k: object, empty: object, reduction: object) -> None:
     if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
         raise TypeError(f"k: expected an int or None, got {type(k).__name__}")
     if k is not None and k < 1:

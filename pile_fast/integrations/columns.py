@@ -33,15 +33,16 @@ class Names:
     @classmethod
     def of(cls, datasets: Iterable[Sequence[str]], inputs: int, labels: bool) -> Names:
         """From the data sets' columns, of which the batch's have `inputs` and perhaps labels."""
-        found, found_labels = [], []
+        found: list[list[str]] = []
+        found_labels: list[str] = []
         for columns in datasets:
             label = next((name for name in LABEL_COLUMNS if name in columns), None)
             names = [name for name in columns if name != label]
             if len(names) == inputs and (label is not None) == labels:
                 found.append(names)
-                found_labels.append(label)
+                found_labels += [label] if label else []
         by_input = tuple(tuple(dict.fromkeys(names)) for names in zip(*found, strict=True)) or ((),) * inputs
-        return cls(by_input, tuple(dict.fromkeys(found_labels)) if labels else ())
+        return cls(by_input, tuple(dict.fromkeys(found_labels)))
 
     def at(self, index: int) -> str:
         """How an error calls an input column, counted from 0."""
@@ -81,7 +82,7 @@ class RankedBatch:
     told: bool
 
 
-def read_lists(inputs: Sequence[Sequence], labels, alpha: float, names: Names) -> tuple[list[list], RankedBatch]:
+def read_lists(inputs: Sequence[Sequence], labels: Any, alpha: float, names: Names) -> tuple[list[list], RankedBatch]:
     """(the documents of each query, what the loss needs) of columns of queries, documents, and teachers' logits.
 
     Args:
@@ -288,7 +289,9 @@ def _matrix(values: Any, n: int) -> np.ndarray:
     return matrix.reshape(n, -1) if n else np.empty((0, 0), np.float32)
 
 
-def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: float, names: Names, texts: int) -> RankedBatch:
+def _with_labels(
+    lengths: list[int], teachers: Tensor | None, labels: Any, alpha: float, names: Names, texts: int
+) -> RankedBatch:
     """Add the labels, which may bring the teachers with them.
 
     Lists: labels (n,), or (n, 1 + M), label first. A text per column: the same, but that (n,) without columns of teachers is
@@ -312,7 +315,7 @@ def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: flo
         reading += f", labels: the first number per document of {names.labels}, teachers: the other {teachers.shape[1]}"
         implied = False
     elif flat is not None and implied and teachers is None and alpha > 0:
-        flat, teachers = None, flat.float().unsqueeze(1)
+        teachers, flat = flat.float().unsqueeze(1), None
         reading += f", teachers: one in {names.labels}"
     elif flat is not None:
         reading += f", labels: {names.labels}"
@@ -322,7 +325,7 @@ def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: flo
         reading += f", labels: 1 for {places[1]}, 0 for the other documents"
         certain = False
     if flat is not None and flat.is_floating_point() and bool((infinite := flat.isinf()).any()):
-        row = int(torch.repeat_interleave(torch.tensor(lengths))[infinite.nonzero()[0, 0].item()])
+        row = int(torch.repeat_interleave(torch.tensor(lengths))[int(infinite.nonzero()[0, 0])])
         raise ValueError(f"labels: expected finite numbers or NaN, got {flat[infinite][0].item()} for query {row} of the batch")
     if teachers is None:
         if alpha > 0:
@@ -342,7 +345,7 @@ def _with_labels(lengths: list[int], teachers: Tensor | None, labels, alpha: flo
     return RankedBatch(lengths, teachers, flat, reading, names.known or not certain)
 
 
-def _per_query(labels, lengths: list[int], columns: bool, names: Names, texts: int) -> list[Tensor]:
+def _per_query(labels: Any, lengths: list[int], columns: bool, names: Names, texts: int) -> list[Tensor]:
     """Each query's labels, (n,) or (n, 1 + M); reads shapes only, and the single numbers."""
     if texts > 1:
         wanted = "(n,), a number per document"

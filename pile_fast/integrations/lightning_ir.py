@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,20 +41,24 @@ class PILELoss(losses.ScoringLossFunction):
     """
 
     def __init__(
-        self, label_column: int | None = 0, missing_value: float | None = None, prior: Sequence[float] | None = None, **options
+        self,
+        label_column: int | None = 0,
+        missing_value: float | None = None,
+        prior: Sequence[float] | None = None,
+        **options: Any,
     ):
         super().__init__()
         if options.get("reduction") == "none":
             raise ValueError("reduction: expected 'mean' or 'sum', got 'none'; the trainer wants one number")
         self.label_column = label_column
         self.missing_value = missing_value
-        prior = None if prior is None else torch.as_tensor(prior, dtype=torch.float32)
-        self.loss = pile_fast.PILELoss(prior=prior, **options)
+        start = None if prior is None else torch.as_tensor(prior, dtype=torch.float32)
+        self.loss = pile_fast.PILELoss(prior=start, **options)
         if label_column is None and self.loss.options["alpha"] < 1:
             raise ValueError(f"label_column: expected a number at alpha={self.loss.options['alpha']:g}, got None")
         self._told_of_infinity = False
 
-    def compute_loss(self, output, batch) -> Tensor:
+    def compute_loss(self, output: Any, batch: Any) -> Tensor:
         """The loss () of the model's scores (B, N) against the targets (B, N, K)."""
         scores, targets = self.process_scores(output), batch.targets
         if targets is None:

@@ -47,7 +47,7 @@ class _PILELoss(nn.Module):
 
     _model_class: str
 
-    def __init__(self, model, activation_fn: nn.Module | None = None, **options):
+    def __init__(self, model: Any, activation_fn: nn.Module | None = None, **options: Any) -> None:
         super().__init__()
         if not isinstance(model, getattr(library, self._model_class)):
             others = {loss._model_class: loss.__name__ for loss in (PILELoss, BiEncoderPILELoss)}
@@ -58,7 +58,7 @@ class _PILELoss(nn.Module):
             raise ValueError("reduction: expected 'mean' or 'sum', got 'none'; the trainer wants one number")
         if options.get("prior") is not None:
             options["prior"] = torch.as_tensor(options["prior"], dtype=torch.float32)
-        self.activation_fn = activation_fn
+        self.activation_fn: Any = activation_fn
         self._card = model.model_card_data  # in which a trainer notes its data sets when it is built
         self.model = model
         self.loss = pile_fast.PILELoss(**options)
@@ -168,7 +168,9 @@ class PILELoss(_PILELoss):
 
     _model_class = "CrossEncoder"
 
-    def __init__(self, model, *, activation_fn: nn.Module | None = None, mini_batch_size: int | None = None, **options):
+    def __init__(
+        self, model: Any, *, activation_fn: nn.Module | None = None, mini_batch_size: int | None = None, **options: Any
+    ) -> None:
         if (outputs := getattr(model, "num_labels", 1)) != 1:
             raise ValueError(f"model: expected a CrossEncoder with num_labels=1, got num_labels={outputs}")
         super().__init__(model, activation_fn or nn.Identity(), **options)
@@ -191,7 +193,7 @@ class PILELoss(_PILELoss):
         except (TypeError, ValueError) as error:
             raise ValueError(f"PILELoss: {error}") from error
 
-    def _forward(self, inputs, labels, prompt, task):
+    def _forward(self, inputs: list, labels: Any, prompt: Any, task: Any) -> Any:
         names = self._names(len(inputs), labels is not None)
         alpha = self.loss.options["alpha"]
         documents, batch = read_lists(inputs, labels, alpha, names)
@@ -207,7 +209,7 @@ class PILELoss(_PILELoss):
             term = term / _queries_with_a_pair(teachers, labels, cu_seqlens, self.loss.prior).clamp(min=1)
         return {"distillation": loss - term, "labels": term}
 
-    def _logits(self, queries, documents, prompt, task) -> Tensor:
+    def _logits(self, queries: list, documents: list[list], prompt: Any, task: Any) -> Tensor:
         """The model's logits of all pairs (D,), float32."""
         pairs = [(query, document) for query, docs in zip(queries, documents, strict=True) for document in docs]
         size = self.mini_batch_size or len(queries)
@@ -263,8 +265,13 @@ class BiEncoderPILELoss(_PILELoss):
     _model_class = "SentenceTransformer"
 
     def __init__(
-        self, model, *, similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None, scale: float = 20.0, **options
-    ):
+        self,
+        model: Any,
+        *,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
+        scale: float = 20.0,
+        **options: Any,
+    ) -> None:
         super().__init__(model, **options)
         self.similarity_fct = similarity_fct or model.similarity_pairwise
         self.scale = number("scale", scale, low=0.0, open_low=True)
@@ -305,11 +312,13 @@ class _TakesNull:
     """A collator that takes None among the labels for NaN, if one of these losses trains the model."""
 
     equal_rows: bool
+    preprocess_fn: Any
+    valid_label_columns: Any
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         if features and getattr(getattr(self.preprocess_fn, "__self__", None), "pile_fast_labels", False):
             features = self.prepare(features)
-        return super().__call__(features)
+        return super().__call__(features)  # type: ignore[misc]
 
     def prepare(self, features: list[dict[str, Any]]) -> list[dict[str, Any]]:
         label = next((name for name in self.valid_label_columns if name in features[0]), None)
@@ -319,11 +328,15 @@ class _TakesNull:
         return [{**row, label: value} for row, value in zip(features, values, strict=True)]
 
 
-class CrossEncoderCollator(_TakesNull, CrossEncoderTrainer.data_collator_class):
+_pairs: Any = CrossEncoderTrainer.data_collator_class
+_columns: Any = SentenceTransformerTrainer.data_collator_class
+
+
+class CrossEncoderCollator(_TakesNull, _pairs):
     equal_rows = False
 
 
-class SentenceTransformerCollator(_TakesNull, SentenceTransformerTrainer.data_collator_class):
+class SentenceTransformerCollator(_TakesNull, _columns):
     equal_rows = True
 
     def prepare(self, features: list[dict[str, Any]]) -> list[dict[str, Any]]:

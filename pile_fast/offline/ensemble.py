@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class OfflineEnsemble:
         keep_weights: bool = False,
         replace: bool = False,
         fit: pa.Table | None = None,
-        **options,
+        **options: Any,
     ):
         if method in NEEDS_STUDENT:
             raise ValueError(f"method: {method} needs the student's logits, so it runs while the student is trained")
@@ -233,7 +234,7 @@ def _per_document(weights: Tensor, cu_seqlens: Tensor) -> Tensor:
     return weights.repeat_interleave(lengths, 0)
 
 
-def _by_length(function: Callable, teacher_logits: Tensor, labels: Tensor | None, cu_seqlens: Tensor):
+def _by_length(function: Callable, teacher_logits: Tensor, labels: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The function over queries of alike length at a time: it pads, and one long list must not pad thousands."""
     lengths = cu_seqlens.diff()
     ascending, order = lengths.sort(stable=True)
@@ -254,7 +255,7 @@ def _by_length(function: Callable, teacher_logits: Tensor, labels: Tensor | None
     return logits, weights
 
 
-def read_fit(paths: str | os.PathLike | Sequence[str | os.PathLike], **options) -> pa.Table:
+def read_fit(paths: str | os.PathLike | Sequence[str | os.PathLike], **options: Any) -> pa.Table:
     """What `OfflineEnsemble` learns from, in memory: logits, labels and names of the teachers of a data set.
 
     Args:
@@ -280,7 +281,7 @@ def ensemble_file(
     *,
     format: str | None = None,
     progress: Callable[[int], None] = lambda rows: None,
-    **options,
+    **options: Any,
 ) -> None:
     """Run an ensemble over a data set of any size, a part at a time.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pile_fast.data import parquet
 from pile_fast.data.files import fingerprint
@@ -60,7 +60,7 @@ class DataSet:
     [(0, 0, ['a']), (1, 0, ['b'])]
     """
 
-    def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike], *, format: str | None = None, **options):
+    def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike], *, format: str | None = None, **options: Any):
         self.name = ", ".join(map(str, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
         self.files = as_paths(paths, format)
         for path in self.files:
@@ -150,7 +150,7 @@ class DataSet:
         return common if len(schemas) > 1 else schemas[0]
 
 
-def _read(path: Path, file, start: int, stop: int, size: int, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+def _read(path: Path, file: Any, start: int, stop: int, size: int, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
     try:
         yield from parquet.read_tables(file, start, stop, size, columns)
     except ValueError as error:

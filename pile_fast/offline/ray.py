@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class RayEnsemble:
     [[1.5, 1.5]]
     """
 
-    def __init__(self, method: str | OfflineEnsemble = "pile", *, teachers: Sequence[str] | None = None, **arguments):
+    def __init__(self, method: str | OfflineEnsemble = "pile", *, teachers: Sequence[str] | None = None, **arguments: Any):
         self.ensemble = method if isinstance(method, OfflineEnsemble) else OfflineEnsemble(method, **arguments)
         self.teachers = teachers
 
@@ -104,7 +105,7 @@ def _paths(path: Path, data: DataSet) -> str | list[str]:
 
 
 @contextlib.contextmanager
-def _whole_folder(path: Path):
+def _whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `path` once it is whole, and goes if anything fails."""
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
     try:

@@ -7,10 +7,14 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pile_fast.data.files import ahead, atomic_path
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 try:
     import fcntl
@@ -135,7 +139,7 @@ class ResumableOutput:
     def _part(self, number: int) -> Path:
         return self.folder / f"{number:08d}.parquet"
 
-    def write(self, number: int, part) -> None:
+    def write(self, number: int, part: pa.Table | Iterable[dict]) -> None:
         """Write part `number`, from 0: a `pyarrow.Table`, or rows of the schema."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -195,11 +199,11 @@ class ResumableOutput:
     def __enter__(self) -> ResumableOutput:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def _read_part(path: Path):
+def _read_part(path: Path) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ class BiEncoderConfig(PretrainedConfig):
         pooling: str = "mean",
         similarity: str = "cosine",
         scale: float = 20.0,
-        **kwargs,
+        **kwargs: Any,
     ):
         if isinstance(encoder, dict):
             encoder = AutoConfig.for_model(**encoder)
@@ -52,7 +54,7 @@ class BiEncoderConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
         """The stored configuration, with the encoder's own and these settings apart."""
         stored, kwargs = super().get_config_dict(*args, **kwargs)
         if settings := stored.pop(_SETTINGS, None):
@@ -74,6 +76,7 @@ class BiEncoder(PreTrainedModel):
     torch.Size([2, 8])
     """
 
+    config: BiEncoderConfig
     config_class = BiEncoderConfig
     base_model_prefix = "encoder"
     main_input_name = "input_ids"
@@ -116,7 +119,9 @@ class BiEncoder(PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *args, config: BiEncoderConfig | None = None, **kwargs) -> BiEncoder:
+    def from_pretrained(  # type: ignore[override]
+        cls, name_or_path: str | Path, *args: Any, config: BiEncoderConfig | None = None, **kwargs: Any
+    ) -> BiEncoder:
         """Load a saved `BiEncoder`; further arguments are those of `AutoModel.from_pretrained`."""
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         stored, _ = PretrainedConfig.get_config_dict(name_or_path, **hub)
@@ -127,13 +132,13 @@ class BiEncoder(PreTrainedModel):
         model.encoder = AutoModel.from_pretrained(name_or_path, *args, config=config.encoder, **kwargs)
         return model.eval()
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Save as a sentence-transformers folder, the scale in its config.json.
 
@@ -157,7 +162,7 @@ class BiEncoder(PreTrainedModel):
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(json.dumps(content, indent=2) + "\n")
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes the names of `save_pretrained` too, which are the encoder's: a Trainer resumes from such a file."""
         if state_dict.keys() <= self.encoder.state_dict().keys():
             state_dict = {f"encoder.{name}": tensor for name, tensor in state_dict.items()}
@@ -261,11 +266,11 @@ def _sentence_transformers_pooling(folder: Path) -> str | None:
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
             settings = json.loads((folder / module["path"] / "config.json").read_text())
-            pooling = settings.get("pooling_mode") or [
+            named: Any = settings.get("pooling_mode") or [
                 name for name, key in (("mean", "pooling_mode_mean_tokens"), ("cls", "pooling_mode_cls_token"))
                 if settings.get(key)
             ]  # fmt: skip
-            pooling = pooling[0] if isinstance(pooling, list) and len(pooling) == 1 else pooling
+            pooling = named[0] if isinstance(named, list) and len(named) == 1 else named
             if pooling not in POOLINGS:
                 raise ValueError(f"{folder / module['path']}: expected 'mean' or 'cls' pooling, got {settings}")
         elif kind not in ("Transformer", "Normalize"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class FeatureRankerConfig(PretrainedConfig):
 
     model_type = "pile_fast_feature_ranker"
 
-    def __init__(self, num_features: int = 46, hidden_sizes: Sequence[int] = (64, 64), dropout: float = 0.1, **kwargs):
+    def __init__(self, num_features: int = 46, hidden_sizes: Sequence[int] = (64, 64), dropout: float = 0.1, **kwargs: Any):
         self.num_features = num_features
         self.hidden_sizes = list(hidden_sizes)
         self.dropout = dropout
@@ -47,6 +48,9 @@ class FeatureRanker(PreTrainedModel):
     config_class = FeatureRankerConfig
     base_model_prefix = "ranker"
     main_input_name = "features"
+    config: FeatureRankerConfig
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, config: FeatureRankerConfig):
         super().__init__(config)

@@ -10,6 +10,7 @@ of the passes run at once; memory is that of one pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def forward_in_passes(model: nn.Module, inputs: dict[str, Tensor], size: int | N
     return logits
 
 
-def logits_of(outputs) -> Tensor:
+def logits_of(outputs: object) -> Tensor:
     """(D,) from what a ranker returns: a tensor (D,) or (D, 1), or an output with such `logits`."""
     logits = _tensor(outputs)
     return logits.squeeze(1) if logits.dim() == 2 and logits.shape[1] == 1 else logits
@@ -95,5 +96,5 @@ def _rows(tokens: dict[str, Tensor]) -> int:
     return len(next(iter(tokens.values())))
 
 
-def _tensor(outputs) -> Tensor:
+def _tensor(outputs: Any) -> Tensor:
     return getattr(outputs, "logits", outputs)

@@ -120,6 +120,8 @@ def load_ranker(
         kind = found
     elif (kind == "features") != (found == "features"):
         raise ValueError(f"{name}: this is a {found} model, not a {kind} one")
+    model: PreTrainedModel
+    collator: Callable[[Sequence[dict]], dict]
     if kind == "features":
         model, collator = FeatureRanker.from_pretrained(name), FeatureCollator()
     elif kind == "cross-encoder":
@@ -142,7 +144,7 @@ def model_config(name: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{name}: no model in this folder, it has no config.json")
     try:
         _reach_hub(name)
-        config = json.loads(Path(cached_file(name, "config.json")).read_text())
+        config = json.loads(Path(str(cached_file(name, "config.json"))).read_text())
     except OSError as error:
         reason = str(error).split("\n")[0]
         raise OSError(f"{name}: no such folder, and not to be had from the Hugging Face hub: {reason}") from error
@@ -221,7 +223,7 @@ def _outputs(config: dict[str, Any]) -> int:
     return len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
 
 
-def load_bi_encoder(name: str, *, num_layers: int | None = None, **options) -> BiEncoder:
+def load_bi_encoder(name: str, *, num_layers: int | None = None, **options: Any) -> BiEncoder:
     """A saved `BiEncoder`, or one started from an encoder.
 
     Args:

@@ -78,7 +78,7 @@ def check_data(
         )
 
 
-def _first_batch(dataset: Any, collator: Any, called: str) -> dict[str, Any] | None:
+def _first_batch(dataset: Any, collator: Any, called: str) -> Mapping[str, Any] | None:
     """The first row of a data set with a length as a batch of `RankingTargets`; None where that cannot be had."""
     if not _has_first_row(dataset):
         return None
@@ -100,7 +100,7 @@ def teachers_of(dataset: Any) -> list[str] | None:
     return None if row.get("teachers") is None else [str(name) for name in row["teachers"]]
 
 
-def _check_alike(trained: dict[str, Any], evaluated: dict[str, Any]) -> None:
+def _check_alike(trained: Mapping[str, Any], evaluated: Mapping[str, Any]) -> None:
     of = f"query {_query(evaluated['labels'])} of the evaluation rows"
     if isinstance(trained.get("features"), Tensor):
         wanted, given = trained["features"].shape[1], evaluated["features"].shape[1]
@@ -127,7 +127,7 @@ def _has_labels(dataset: Any) -> bool:
     if isinstance(dataset, list):
         columns = [row.get("labels") for row in dataset if isinstance(row, Mapping)]
         return any(_is_label(label) for labels in columns if labels is not None for label in labels)
-    table = getattr(dataset, "data", None)
+    table: Any = getattr(dataset, "data", None)
     if not hasattr(table, "column"):  # not a datasets.Dataset
         return True
     if "labels" not in table.column_names:
