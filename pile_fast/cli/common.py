@@ -90,6 +90,20 @@ def flags_of(*sets: Options) -> dict[str, Option]:
     return {name: row for name, row in rows.items() if name not in ("pairwise", "reduction")}
 
 
+def add_qrels(parser: argparse.ArgumentParser) -> None:
+    """--qrels and --unjudged, of TREC runs."""
+    parser.add_argument("--qrels", metavar="FILE", help="TREC: judgements, 'query iteration document grade'")
+    help = "TREC: label of what the qrels do not list (default: unlabelled)"
+    parser.add_argument("--unjudged", type=real_number(-math.inf), metavar="LABEL", help=help)
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """How the models of --model and --teacher run."""
+    parser.add_argument("--batch-size", type=whole_number(1), default=64, help="texts a model scores at once (default: 64)")
+    parser.add_argument("--max-length", type=whole_number(1), help="tokens a text model reads (default: what it allows)")
+    parser.add_argument("--device", help="where models run, e.g. cuda:1 or cpu (default: the GPU if there is one)")
+
+
 def add_options(parser: argparse._ActionsContainer, *sets: Options, defaults: bool = False) -> list[argparse.Action]:
     """A flag for each of `flags_of`, None where it is not given.
 
@@ -131,6 +145,13 @@ def print_left_out(bad_rows: BadRows | None) -> None:
         shown = "" if bad_rows.count == len(bad_rows.reasons) else f", the first {len(bad_rows.reasons)}"
         reasons = map(printable, bad_rows.reasons)
         print(f"Left out {bad_rows.count:,} broken rows or lines{shown}:", *reasons, sep="\n  ", file=sys.stderr)
+
+
+def progress(rows: Iterable[dict]) -> Iterable[dict]:
+    """The rows, counted on a terminal as they are taken."""
+    from tqdm import tqdm
+
+    return tqdm(rows, unit=" queries", disable=None)
 
 
 def require(command: str, *modules: str) -> None:

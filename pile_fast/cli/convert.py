@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 
-from pile_fast.cli.common import add_format, add_skip_bad_rows, print_left_out, real_number
+from pile_fast.cli.common import add_format, add_qrels, add_skip_bad_rows, print_left_out, progress
 from pile_fast.cli.errors import UserError
 from pile_fast.data.formats import FORMATS, read_rows, write_rows
 from pile_fast.data.named import NAMED, read_named, with_pairs
@@ -32,21 +31,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, replaced once it is whole")
     add_format(parser, "the input")
     parser.add_argument("--to", dest="target", choices=FORMATS, metavar="FORMAT", help="of the output")
-    parser.add_argument("--qrels", metavar="FILE", help="TREC: judgements, 'query iteration document grade'")
-    parser.add_argument(
-        "--unjudged",
-        type=real_number(-math.inf),
-        metavar="LABEL",
-        help="TREC: label of what the qrels do not list (default: unlabelled)",
-    )
+    add_qrels(parser)
     parser.add_argument("--queries", metavar="FILE", help="TREC: the queries' texts, 'name TAB text'")
     parser.add_argument("--documents", metavar="FILE", help="TREC: the documents' texts, 'name TAB text'")
     parser.add_argument(
-        "--teacher",
-        metavar="NAME",
+        "--teacher", metavar="NAME",
         help="to TREC, BGE or Tevatron, which hold one: whose scores; 'ensemble' = what pile-fast ensemble wrote "
         "(default: the ensemble if there is one, else the only teacher)",
-    )
+    )  # fmt: skip
     parser.add_argument("--drop-unlabelled", action="store_true", help="leave out documents without a label")
     parser.add_argument("--with-pairs", action="store_true", help="leave out queries whose labels order no two documents")
     add_skip_bad_rows(parser)
@@ -84,15 +76,12 @@ def run(args: argparse.Namespace) -> int:
         if not queries:
             raise UserError("no query is left to write")
 
-    from tqdm import tqdm
-
     rows = _rows(args, bad_rows)
     if args.drop_unlabelled:
         rows = labelled(rows)
     if args.with_pairs:
         rows = with_pairs(rows)
-    with tqdm(counted(rows), unit=" queries", disable=None) as progress:  # None: only on a terminal
-        write_rows(args.output, progress, format=args.target, teacher=args.teacher)
+    write_rows(args.output, progress(counted(rows)), format=args.target, teacher=args.teacher)
     print(f"Wrote {queries:,} queries to {args.output}.")
     if documents:
         print(f"Left out {documents:,} documents without a label.")

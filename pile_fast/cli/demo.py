@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import pile_fast
-from pile_fast.cli.common import require, whole_number, writable_folder
+from pile_fast.cli.common import quiet_loading, require, whole_number, writable_folder
 from pile_fast.cli.errors import UserError
 from pile_fast.data import RankedLists, find_data, load_mq2008, make_synthetic
 
@@ -154,8 +154,7 @@ def _students(train: RankedLists, validation: RankedLists, args: argparse.Namesp
     from pile_fast.students import FeatureRanker, FeatureRankerConfig
     from pile_fast.trainer import PileTrainer
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_loading()
 
     class Bar(transformers.TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

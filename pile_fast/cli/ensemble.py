@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-from pile_fast.cli.common import add_format, add_options, flags_of, given, real_number
+from pile_fast.cli.common import add_format, add_options, add_qrels, flags_of, given
 from pile_fast.cli.errors import UserError
 from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import OFFLINE
@@ -39,17 +38,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FILE", help=".parquet or .jsonl; with --ray a new folder")
     add_format(parser, "the input")
-    parser.add_argument("--qrels", metavar="FILE", help="of runs: judgements, the labels")
-    parser.add_argument(
-        "--unjudged", type=real_number(-math.inf), metavar="LABEL", help="of what the qrels do not list (default: unlabelled)"
-    )
+    add_qrels(parser)
     parser.add_argument("--method", choices=OFFLINE, default="pile", help="(default: %(default)s)")
     parser.add_argument(
-        "--fit",
-        metavar="FILE",
+        "--fit", metavar="FILE",
         help="rows with labels: 'stacking' learns its weights from them (required), 'best' the one teacher to take "
         "(default: each query's best by its own labels), 'pile' the weights to start from (default: equal)",
-    )
+    )  # fmt: skip
     parser.add_argument("--weights", action="store_true", help="keep the teachers' weights: ensemble_weights")
     parser.add_argument(
         "--replace", action="store_true", help="put the ensemble in the place of the teachers, as the one teacher 'ensemble'"

@@ -9,23 +9,21 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import lzma
 import os
 import pickle
 import re
 import sys
 import traceback
 import warnings
-import zlib
 from collections.abc import Iterator
 from typing import NoReturn
 
+from pile_fast.data.files import DAMAGED
 from pile_fast.extras import EXTRAS
 from pile_fast.printable import printable
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_LEFT = 0, 1, 2, 130, 141
 LONGEST_LINE = 2000
-_DAMAGED = (EOFError, lzma.LZMAError, zlib.error, pickle.UnpicklingError)
 
 
 class UserError(Exception):
@@ -63,7 +61,7 @@ def explain(error: BaseException, output: str | None = None) -> str | None:
         return f"text that is not Unicode: {error}"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error}"
-    if isinstance(error, _DAMAGED):
+    if isinstance(error, (*DAMAGED, pickle.UnpicklingError)):
         return f"damaged file: {error}"
     if isinstance(error, OSError):
         return _system(error, output)

@@ -7,6 +7,7 @@ import math
 
 from pile_fast.cli.common import (
     add_format,
+    add_models,
     add_skip_bad_rows,
     named,
     print_left_out,
@@ -42,22 +43,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--column", choices=["ensemble_logits"], action="append", default=[], help="evaluate the file's ensemble"
     )
     parser.add_argument(
-        "--model",
-        metavar="NAME=MODEL",
-        type=named("MODEL"),
-        action="append",
-        default=[],
+        "--model", metavar="NAME=MODEL", type=named("MODEL"), action="append", default=[],
         help="evaluate a model: a folder, or a name on the Hugging Face hub; may be given several times",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--run",
-        metavar="NAME=FILE",
-        type=named("FILE"),
-        action="append",
-        default=[],
-        dest="runs",
+        "--run", metavar="NAME=FILE", type=named("FILE"), action="append", default=[], dest="runs",
         help="evaluate a TREC run file under a name; may be given several times",
-    )
+    )  # fmt: skip
     parser.add_argument("--qrels", metavar="FILE", help="TREC qrels: the judgements, in place of labels in the file")
     parser.add_argument(
         "--unjudged", type=_unjudged, default="zero", metavar="{0,skip}",
@@ -80,9 +72,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--empty", choices=EMPTY, default="zero",
         help="judged queries without a relevant document count as 0, as in trec_eval (default), as 1, or are left out (skip)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=whole_number(1), default=64, help="documents a model scores at once (default: 64)")
-    parser.add_argument("--max-length", type=whole_number(1), help="tokens a text model reads (default: the model's)")
-    parser.add_argument("--device", help="where models run, e.g. cuda (default: the model's choice)")
+    add_models(parser)
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the resampling (default: 0)")
     parser.add_argument("--output", metavar="DIR", help="where metrics.json and metrics.png go (default: nowhere)")
     parser.set_defaults(run=run)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pile_fast.cli.common import load_ranker
+from pile_fast.cli.common import load_ranker, progress
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, read_rows
 from pile_fast.data.files import DAMAGED, open_bytes
@@ -150,7 +150,7 @@ def read_inputs(args: argparse.Namespace, bad_rows: BadRows | None) -> Inputs:
 
     judged = False
     seen: set[str] = set()
-    for batch in _batches(_progress(itertools.chain([first], rows) if first else ())):
+    for batch in _batches(progress(itertools.chain([first], rows) if first else ())):
         scored = [(system, _model_scores(system, ranker, batch, names, args)) for system, ranker in models]
         for i, row in enumerate(batch):
             query_id = row["query_id"]
@@ -279,12 +279,6 @@ def _read_plain(path: Path, width: int, place: int, largest: float) -> Run | Non
             return None
     whole = count == sum(map(len, found.values())) > 0 and not next(iter(found)).startswith("\ufeff")
     return found if whole else None
-
-
-def _progress(rows: Iterable[dict]) -> Iterable[dict]:
-    from tqdm import tqdm
-
-    return tqdm(rows, unit=" queries", disable=None)
 
 
 def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pile_fast
-from pile_fast.cli.common import add_input, print_left_out, require, whole_number, writable_folder, write_json
+from pile_fast.cli.common import add_input, print_left_out, progress, require, whole_number, writable_folder, write_json
 from pile_fast.data import BadRows, atomic_path, read_rows
 from pile_fast.evaluation.inspection import Contents, inspect
 from pile_fast.evaluation.inspection_report import plot, write_html
@@ -40,12 +40,7 @@ def run(args: argparse.Namespace) -> int:
     contents = Contents.from_rows(_rows(args, bad_rows))
     report = inspect(contents, most=args.most)
     _add_texts(contents, report, args)
-    report = {
-        "data": args.data,
-        "pile_fast": pile_fast.__version__,
-        "bad_rows": bad_rows.count if bad_rows else 0,
-        **report,
-    }
+    report = {"data": args.data, "pile_fast": pile_fast.__version__, "bad_rows": bad_rows.count if bad_rows else 0, **report}
     paths = {kind: output / f"report.{kind}" for kind in ("html", "png", "json")}
     title = f"{printable(Path(args.data).name)}: labels and teachers"
     write_json(paths["json"], report)
@@ -60,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(args: argparse.Namespace, bad_rows: BadRows | None) -> Iterable[dict]:
-    from tqdm import tqdm
-
-    return tqdm(read_rows(args.data, format=args.source, bad_rows=bad_rows), unit=" queries", disable=None)
+    return progress(read_rows(args.data, format=args.source, bad_rows=bad_rows))
 
 
 def _add_texts(contents: Contents, report: dict, args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pile_fast
-from pile_fast.cli.common import add_input, load_ranker, print_left_out, real_number, require, whole_number, writable_folder
+from pile_fast.cli.common import add_input, add_models, load_ranker, print_left_out, real_number, require, writable_folder
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, fingerprint, read_rows
 from pile_fast.data.files import refuse_same_file
@@ -75,11 +75,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--output", metavar="FILE.parquet", required=True, help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the logits of teachers that the file has already")
-    parser.add_argument(
-        "--batch-size", type=whole_number(1), default=64, help="texts that a model scores at once (default: 64)"
-    )
-    parser.add_argument("--max-length", type=whole_number(1), help="tokens a text model reads (default: what the model allows)")
-    parser.add_argument("--device", help="where models run, e.g. cuda:1 or cpu (default: the GPU if there is one)")
+    add_models(parser)
     parser.add_argument("--k1", type=real_number(0), default=1.5, help="BM25: saturation of repeated words (default: 1.5)")
     parser.add_argument("--b", type=real_number(0, 1), default=0.75, help="BM25: discount of long documents (default: 0.75)")
     parser.set_defaults(run=run)

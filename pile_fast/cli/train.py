@@ -25,6 +25,7 @@ from pile_fast.cli.common import (
     add_skip_bad_rows,
     flags_of,
     given,
+    made_folders,
     print_left_out,
     quiet_loading,
     whole_number,
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
     try:
-        with _no_empty_folder_left(args.output_dir):
+        with made_folders():  # also where the process is left below
             return _train(args)
     except FloatingPointError as error:  # on all processes
         line = _stopped(error, args.output_dir)
@@ -205,20 +206,6 @@ def run(args: argparse.Namespace) -> int:
         # What the two writers of a checkpoint say when the disk is full, each without the file's name.
         if isinstance(error, SafetensorError) or "inline_container" in str(error):
             raise UserError(f"--output-dir {args.output_dir}: cannot write a checkpoint: {error}") from error
-        raise
-
-
-@contextlib.contextmanager
-def _no_empty_folder_left(path: str) -> Iterator[None]:
-    """After an error, the folders of the output that were not there before, as far as nothing is in them, go."""
-    folder = Path(path)
-    made = [folder for folder in (folder, *folder.parents) if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()
         raise
 
 

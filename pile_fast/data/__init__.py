@@ -14,19 +14,6 @@ from pile_fast.data.rows import BadRows, DataError, check_row, ensemble_as_teach
 from pile_fast.data.synthetic import make_synthetic
 
 __all__ = [
-    "BadRows",
-    "DataError",
-    "RankedLists",
-    "atomic_path",
-    "check_row",
-    "ensemble_as_teacher",
-    "find_data",
-    "fingerprint",
-    "load_dataset",
-    "load_mq2008",
-    "make_synthetic",
-    "pack_queries",
-    "read_letor",
-    "read_rows",
-    "write_rows",
-]
+    "BadRows", "DataError", "RankedLists", "atomic_path", "check_row", "ensemble_as_teacher", "find_data", "fingerprint",
+    "load_dataset", "load_mq2008", "make_synthetic", "pack_queries", "read_letor", "read_rows", "write_rows",
+]  # fmt: skip

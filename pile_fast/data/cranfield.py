@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pile_fast.checks import count
 from pile_fast.data.files import read_cells
 from pile_fast.data.locate import find_file
 from pile_fast.data.rows import DataError, parse_count
@@ -34,8 +35,7 @@ def load_cranfield(folder: str | os.PathLike, *, k: int = 100) -> list[dict]:
         FileNotFoundError: a file is missing; the message names it.
         ValueError: a line is broken; the message names file and line.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
-        raise ValueError(f"k: expected an int >= 0, got {k!r}")
+    count("k", k)
     folder = Path(folder)
     documents = {number: text for number, _, text in read_cells(find_file(folder, "cranfield/docs.tsv"), "\t", 3)}
     queries = dict(read_cells(find_file(folder, "cranfield/queries.tsv"), "\t", 2))

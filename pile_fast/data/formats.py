@@ -210,9 +210,7 @@ def load_dataset(
 
     try:
         dataset = datasets.Dataset.from_generator(
-            rows,
-            features=datasets.Features.from_arrow_schema(SCHEMA),
-            fingerprint=datasets.fingerprint.Hasher.hash(content),
+            rows, features=datasets.Features.from_arrow_schema(SCHEMA), fingerprint=datasets.fingerprint.Hasher.hash(content)
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (ValueError, OSError)):

@@ -12,18 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pile_fast.data.files import atomic_path, byte_lines, decode, open_text
-from pile_fast.data.rows import (
-    COLUMNS,
-    UNLABELLED,
-    BadRows,
-    DataError,
-    RowChecker,
-    check_row,
-    reject,
-    scores_of,
-    show,
-    twice,
-)
+from pile_fast.data.rows import COLUMNS, UNLABELLED, BadRows, DataError, RowChecker, check_row, reject, scores_of, show, twice
 
 
 def read_rows(

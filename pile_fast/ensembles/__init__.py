@@ -8,12 +8,11 @@ says what is its paper's and what is our adaptation to a ranked list. In all of 
   it (their plain mean if those have no weight to speak of); a teacher that scored nothing of a query is as good as not
   there;
 - `labels`, where a method makes no use of them, may be given and are only checked;
-- results carry no gradient.
+- results carry no gradient;
+- an argument that does not fit raises TypeError or ValueError, whose message names it.
 
 A new one is a file here and a row of `ENSEMBLES`.
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
@@ -49,18 +48,7 @@ OFFLINE: dict[str, Callable] = {name: ENSEMBLES[name] for name in ENSEMBLES if n
 OFFLINE["stacking"] = StackingEnsemble
 
 __all__ = [
-    "ENSEMBLES",
-    "NEEDS_LABELS",
-    "NEEDS_STUDENT",
-    "OFFLINE",
-    "Ensemble",
-    "StackingEnsemble",
-    "ae_kd_ensemble",
-    "best_teacher_ensemble",
-    "ca_mkd_ensemble",
-    "ebkd_ensemble",
-    "govern_ensemble",
-    "mean_ensemble",
-    "rrf_ensemble",
+    "ENSEMBLES", "NEEDS_LABELS", "NEEDS_STUDENT", "OFFLINE", "Ensemble", "StackingEnsemble", "ae_kd_ensemble",
+    "best_teacher_ensemble", "ca_mkd_ensemble", "ebkd_ensemble", "govern_ensemble", "mean_ensemble", "rrf_ensemble",
     "shared_prior",
-]
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """Weights from the teachers' pulls on the student (AE-KD), and its quadratic programme."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -44,9 +42,6 @@ def ae_kd_ensemble(
 
     Returns:
         Ensemble(logits, weights), weights (Q, M).
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import ae_kd_ensemble

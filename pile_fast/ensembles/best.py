@@ -1,7 +1,5 @@
 """The teacher that agrees best with the labels."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -37,9 +35,6 @@ def best_teacher_ensemble(
 
     Returns:
         Ensemble(logits, weights), weights (M,) for "global", (Q, M) for "query".
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import best_teacher_ensemble

@@ -1,7 +1,5 @@
 """Confidence-aware weights (CA-MKD)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from pile_fast.checks import number
@@ -32,9 +30,6 @@ def ca_mkd_ensemble(
 
     Returns:
         Ensemble(logits, weights), weights (Q, M).
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import ca_mkd_ensemble

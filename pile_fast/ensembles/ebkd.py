@@ -1,7 +1,5 @@
 """Entropy-based weights (EBKD)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -36,9 +34,6 @@ def ebkd_ensemble(
 
     Returns:
         Ensemble(logits, weights), weights (Q, M).
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import ebkd_ensemble

@@ -1,7 +1,5 @@
 """The majority's direction (after GOVERN)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -33,9 +31,6 @@ def govern_ensemble(
 
     Returns:
         Ensemble(logits, weights), weights (Q, N, M) or (D, M).
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import govern_ensemble

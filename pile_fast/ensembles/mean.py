@@ -1,7 +1,5 @@
 """The mean of the teachers, and their weighted mean."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from pile_fast.ensembles.base import Ensemble, Teachers
@@ -31,9 +29,6 @@ def mean_ensemble(
 
     Returns:
         Ensemble(logits, weights), weights (Q, M).
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import mean_ensemble

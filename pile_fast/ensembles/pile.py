@@ -1,7 +1,5 @@
 """PILE, as one of the ensembles."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, cast
 

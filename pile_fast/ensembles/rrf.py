@@ -1,7 +1,5 @@
 """Reciprocal rank fusion."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -35,9 +33,6 @@ def rrf_ensemble(
 
     Returns:
         Ensemble(logits, weights), weights (Q, M).
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import rrf_ensemble

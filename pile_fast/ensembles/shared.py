@@ -1,7 +1,5 @@
 """Teachers' weights that all queries share."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -38,9 +36,6 @@ def shared_prior(
 
     Returns:
         (M,) on the simplex. Queries without a labelled pair count as content with the weights as they are.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.ensembles import shared_prior

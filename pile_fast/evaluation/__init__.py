@@ -4,19 +4,6 @@ from pile_fast.evaluation.compare import DEFAULT_METRICS, EMPTY, Coverage, Evalu
 from pile_fast.evaluation.metrics import GAINS, average_precision, mrr, ndcg, opa, pair_counts, pnr
 
 __all__ = [
-    "DEFAULT_METRICS",
-    "EMPTY",
-    "GAINS",
-    "Coverage",
-    "Evaluation",
-    "Metric",
-    "QueryCounts",
-    "Result",
-    "average_precision",
-    "evaluate",
-    "mrr",
-    "ndcg",
-    "opa",
-    "pair_counts",
-    "pnr",
-]
+    "DEFAULT_METRICS", "EMPTY", "GAINS", "Coverage", "Evaluation", "Metric", "QueryCounts", "Result", "average_precision",
+    "evaluate", "mrr", "ndcg", "opa", "pair_counts", "pnr",
+]  # fmt: skip

@@ -264,12 +264,7 @@ class Judgements:
 
 
 def _measure(
-    scores: Tensor,
-    judgements: Judgements,
-    metrics: Sequence[Metric],
-    gain: str,
-    empty: str,
-    outside: ir_measures.Evaluator,
+    scores: Tensor, judgements: Judgements, metrics: Sequence[Metric], gain: str, empty: str, outside: ir_measures.Evaluator
 ) -> tuple[dict[str, np.ndarray], Coverage]:
     """A system's fractions (Q, 2), numerator and denominator, by each metric, 0 / 0 for a query that does not count."""
     retrieved = ~scores.isnan()

@@ -38,10 +38,7 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        metrics: Sequence[tuple[str, str, int | None]],
-        judgements: Judgements,
-        query_ids: Sequence[str] | None = None,
+        self, metrics: Sequence[tuple[str, str, int | None]], judgements: Judgements, query_ids: Sequence[str] | None = None
     ):
         self._evaluators: list[Any] = []
         self._names: dict[Any, tuple[str, str]] = {}

@@ -8,6 +8,7 @@ Where libraries differ (gain, score ties, queries without a relevant document) t
 - A NaN score of a document that counts is an error; ±inf scores rank first and last.
 - A document that `retrieved` says a system did not return earns nothing, while ideals and numbers of relevant documents
   know it: what trec_eval does with the documents of its qrels. Its score may be NaN.
+- An argument that does not fit raises TypeError or ValueError, whose message names it.
 - Everything is computed in float64 and costs O(n log n) per query; pairs are counted, never listed.
 """
 
@@ -46,12 +47,7 @@ class Lists:
     """
 
     def __init__(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        retrieved: Tensor | None = None,
+        self, scores: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, retrieved: Tensor | None = None
     ):
         for name, tensor in (("scores", scores), ("labels", labels)):
             if not isinstance(tensor, Tensor):
@@ -195,9 +191,6 @@ def ndcg(
     Returns:
         () or (Q,), float64. The mean over no query is NaN.
 
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-
     >>> import torch
     >>> from pile_fast.evaluation.metrics import ndcg
     >>> round(ndcg(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[0, 1, 2]])).item(), 4)
@@ -257,21 +250,11 @@ def mrr(
     Documents with equal scores keep their order.
 
     Args:
-        scores: (Q, N) or (D,), float; higher ranks first.
-        labels: (Q, N) or (D,), float or integer; NaN = unlabelled (left out).
-        mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
-        cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        retrieved: (Q, N) or (D,), bool, False = the system did not return the document; None = it returned all.
-        k: ranks that count; None = all.
+        scores, labels, mask, cu_seqlens, retrieved, k, empty, reduction: see `ndcg`.
         relevant_at: a document is relevant if its label is at least this.
-        empty: value of a query without a relevant document: "zero", "one", or "skip" (no value).
-        reduction: "mean" or "sum" over the queries that have a value, or "none" for (Q,) with NaN where there is none.
 
     Returns:
         () or (Q,), float64. The mean over no query is NaN.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.evaluation.metrics import mrr
@@ -318,9 +301,6 @@ def average_precision(
     Returns:
         () or (Q,), float64. The mean over no query is NaN.
 
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-
     >>> import torch
     >>> from pile_fast.evaluation.metrics import average_precision
     >>> average_precision(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[1, 0, 0, 1]])).item()
@@ -347,13 +327,10 @@ def pair_counts(scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, c
     """Count, per query, the pairs with y_i > y_j that the scores order rightly, wrongly, or not at all. O(n log n).
 
     Args:
-        scores, labels, mask, cu_seqlens: see `mrr`.
+        scores, labels, mask, cu_seqlens: see `ndcg`.
 
     Returns:
         PairCounts(concordant, discordant, tied), each (Q,), int64.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.evaluation.metrics import pair_counts
@@ -422,7 +399,7 @@ def pnr(
     `positive_negative_pair` is ``ties="negative"``. Without ties, a query's PNR is OPA / (1 − OPA).
 
     Args:
-        scores, labels, mask, cu_seqlens: see `mrr`.
+        scores, labels, mask, cu_seqlens: see `ndcg`.
         average: "micro", the ratio of the counts summed over queries; "macro", the mean of the queries' ratios; "none",
             the queries' ratios.
         ties: E is left out ("exclude"), added to D ("negative"), or halved between C and D ("half").
@@ -432,9 +409,6 @@ def pnr(
 
     Returns:
         () or, for "none", (Q,), float64; with `return_counts`, (ratio, PairCounts).
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.evaluation.metrics import pnr
@@ -476,15 +450,12 @@ def opa(
     ``ties="negative"`` is TF-Ranking's and rax's; with ``ties="half"`` and binary labels it is the query's ROC AUC.
 
     Args:
-        scores, labels, mask, cu_seqlens: see `mrr`.
+        scores, labels, mask, cu_seqlens: see `ndcg`.
         ties: a pair with equal scores is wrong ("negative"), half right ("half"), or does not count ("exclude").
         reduction: "mean" or "sum" over the queries that have a pair, or "none" for (Q,) with NaN where there is none.
 
     Returns:
         () or (Q,), float64. The mean over no query is NaN.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
 
     >>> import torch
     >>> from pile_fast.evaluation.metrics import opa

@@ -17,11 +17,5 @@ from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 from pile_fast.students.ranker import KINDS, Ranker, load_ranker
 
 __all__ = [
-    "KINDS",
-    "BiEncoder",
-    "BiEncoderConfig",
-    "FeatureRanker",
-    "FeatureRankerConfig",
-    "Ranker",
-    "load_ranker",
-]
+    "KINDS", "BiEncoder", "BiEncoderConfig", "FeatureRanker", "FeatureRankerConfig", "Ranker", "load_ranker",
+]  # fmt: skip
