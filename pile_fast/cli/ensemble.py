@@ -30,7 +30,7 @@ def add_parser(commands) -> None:
         help="add an ensemble of the teachers to a file of any size",
         description="Reads queries with teacher_logits (and labels), and writes the same rows with a column more: "
         "ensemble_logits, a number per document, null where no teacher scored it. From Parquet to Parquet the memory does not "
-        "grow with the file, and a command that was killed goes on where it was when it is run again.",
+        "grow with the file, and a command that was killed resumes when it is run again.",
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",

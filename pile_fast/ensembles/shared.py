@@ -37,7 +37,7 @@ def shared_prior(
         step_size, normalize, temperature, margin, pair_weight: see `pile_fast.pile_ensemble`.
 
     Returns:
-        (M,) on the simplex. Queries without a labelled pair count as content with the weights as they are.
+        (M,) on the simplex. Queries without a labelled pair count with a step of 0.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
