@@ -145,7 +145,7 @@ def model_config(name: str) -> dict[str, Any]:
         config = json.loads(Path(cached_file(name, "config.json")).read_text())
     except OSError as error:
         reason = str(error).split("\n")[0]
-        raise OSError(f"{name}: no such folder, and could not be loaded from the Hugging Face hub:  {reason}") from error
+        raise OSError(f"{name}: no such folder, and could not be loaded from the Hugging Face hub: {reason}") from error
     if "model_type" not in config:
         raise ValueError(f"{name}: its config.json names no model_type")
     return config
