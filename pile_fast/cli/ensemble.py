@@ -54,7 +54,7 @@ def add_parser(commands) -> None:
         "--replace", action="store_true", help="put the ensemble in the place of the teachers, as the one teacher 'ensemble'"
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
-    options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
+    options = parser.add_argument_group("options of the method (defaults: docs/options.md)")
     flags = add_options(options, EnsembleOptions)
     flags.append(options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)"))
     for action in flags:

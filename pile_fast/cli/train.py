@@ -165,7 +165,7 @@ def _own_options() -> argparse.ArgumentParser:
     student.add_argument("--similarity", choices=("cosine", "dot"), help="bi-encoder: of query and document (default: cosine)")
     student.add_argument("--scale", type=float, help="bi-encoder: factor on the similarity (default: 20)")
 
-    loss = parser.add_argument_group("loss (docs/algorithm.md)")
+    loss = parser.add_argument_group("loss (docs/options.md)")
     add_options(loss, LossOptions, EnsembleOptions, defaults=True)
     loss.add_argument(
         "--prior", nargs="+", type=float, metavar="W", help="the teachers' weights to start from (default: equal)"
