@@ -1,7 +1,7 @@
 """`PileTrainer`: `transformers.Trainer` on packed queries, and `pile_compute_loss_func` for a `Trainer` of your own.
 
-Everything the Trainer has is the Trainer's. Added are the packing of a batch of queries, the loss and what it logs, gradient
-caching, ranking metrics, checkpoints that are known to be whole, and a stop before numbers that are not finite do harm.
+It adds to the Trainer: batches of packed queries, the loss and what it logs, gradient caching, ranking metrics, checkpoints
+that are known to be complete, and a stop before numbers that are not finite reach the weights.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def warn_of_infinite(targets: Mapping, warned: bool) -> bool:
     """Say once that an infinite teacher logit counts as missing; returns whether it has been said."""
     where = targets.get("infinite")
     if where and not warned:
-        warnings.warn(f"teacher_logits: {where} an infinite logit; such count as missing, this is said once", stacklevel=2)
+        warnings.warn(f"teacher_logits: {where} an infinite logit, which counts as missing; shown once", stacklevel=2)
     return warned or bool(where)
 
 
@@ -418,7 +418,7 @@ class PileTrainer(Trainer):
         """Train; ``resume_from_checkpoint=True`` means the newest checkpoint that is whole, see `last_checkpoint`."""
         if resume_from_checkpoint is True:
             found = last_checkpoint(str(self.args.output_dir), processes=self.args.world_size)
-            resume_from_checkpoint = True if found is None else found  # the Trainer says that there is none
+            resume_from_checkpoint = True if found is None else found  # then the Trainer reports that there is none
         evaluated = self.compute_metrics if self.args.eval_strategy != "no" else None
         metrics = evaluated.names() if isinstance(evaluated, RankingMetrics) else None
         check_data(

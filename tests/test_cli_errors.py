@@ -49,7 +49,7 @@ def raised(error):
         (missing("pyarrow.parquet"), "this command needs pyarrow: pip install 'pile_fast[train]'"),
         (missing("ray"), "this command needs ray: pip install 'pile_fast[ray]'"),
         (missing("abacus"), "this command needs abacus: pip install abacus"),
-        (missing("pile_fast.students"), "this installation of pile_fast is not whole, install it again: No module named"),
+        (missing("pile_fast.students"), "this installation of pile_fast is incomplete, install it again: No module named"),
         (
             ImportError("cannot import name 'X' from 'transformers'", name="transformers"),
             "the transformers that is installed does not fit (cannot import name 'X' from 'transformers'): "

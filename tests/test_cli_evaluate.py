@@ -191,7 +191,7 @@ def test_broken_rows_can_be_left_out(text_file, capsys):
         (["--teachers", "--qrels", "other.qrels"], "--qrels other.qrels: none of its queries is in data.jsonl"),
         (["--teachers", "--qrels", "gone.qrels"], "gone.qrels: No such file or directory"),
         (["--model", "m=mlp"], "--model m: data.jsonl: query 'q0': "),
-        (["--model", "m=gone"], "gone: no such folder, and not to be had from the Hugging Face hub"),
+        (["--model", "m=gone"], "gone: no such folder, and could not be loaded from the Hugging Face hub"),
     ],
 )
 def test_errors_are_one_line(text_file, capsys, monkeypatch, arguments, message):

@@ -186,7 +186,7 @@ def test_model_errors_are_one_line(text_file, models, capsys, monkeypatch):
     assert "classifier: a ranker needs a cross-encoder with one output, this one has 3" in error_of(
         capsys, *arguments, "c=classifier"
     )
-    assert "no/such-model: no such folder, and not to be had from the Hugging Face hub" in error_of(
+    assert "no/such-model: no such folder, and could not be loaded from the Hugging Face hub" in error_of(
         capsys, *arguments, "c=no/such-model"
     )
     assert "encoder: not a trained cross-encoder" in error_of(capsys, *arguments, "c=encoder:cross-encoder")

@@ -258,7 +258,7 @@ def test_text_student_s_model_that_is_not_there(capsys, monkeypatch, text):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     student = ("train.parquet", "--student", "cross-encoder", *OUT)
     code, line = error(capsys, *student, "--model", "nobody/none")
-    assert code == 1 and "nobody/none: no such folder, and not to be had from the Hugging Face hub: " in line
+    assert code == 1 and "nobody/none: no such folder, and could not be loaded from the Hugging Face hub: " in line
     code, line = error(capsys, *student, "--model", "encoder", "--num-layers", "3")
     assert code == 1 and "encoder: has 2 layers, of which the first 3 cannot be kept" in line
 
@@ -414,7 +414,10 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(capsys, monkeypatch, text):
     begin = time.monotonic()
     code, line = error(capsys, "train.parquet", "--student", "cross-encoder", "--model", "nobody/none", *OUT)
     assert time.monotonic() - begin < 10
-    assert code == 1 and "nobody/none: no such folder, and not to be had from the Hugging Face hub: cannot reach 127." in line
+    assert (
+        code == 1
+        and "nobody/none: no such folder, and could not be loaded from the Hugging Face hub: cannot reach 127." in line
+    )
 
 
 def test_broken_rows_can_be_left_out(capsys, features):
@@ -491,7 +494,7 @@ def test_killed_and_resumed_run_ends_at_the_same_weights(capsys, text):
     assert not Path("killed/config.json").exists()
     capsys.readouterr()
     assert main(["train", *arguments, "--output-dir", "killed", "--resume-from-checkpoint"]) == 0
-    assert capsys.readouterr().out.startswith(("Going on from killed/checkpoint-", "No whole checkpoint in killed"))
+    assert capsys.readouterr().out.startswith(("Resuming from killed/checkpoint-", "No complete checkpoint in killed"))
     weights = load_file("killed/model.safetensors"), load_file("whole/model.safetensors")
     assert same(*weights), f"killed {delay} s after checkpoint {step} appeared"
 

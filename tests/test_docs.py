@@ -94,6 +94,11 @@ def in_sources(pattern: str) -> set[str]:
     return {found for path in (*files, ROOT / "setup.py", ROOT / "Makefile") for found in re.findall(pattern, path.read_text())}
 
 
+def test_the_list_of_pages_has_all_of_them():
+    listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text())
+    assert sorted([*listed, "README.md"]) == sorted(path.name for path in ROOT.glob("docs/*.md"))
+
+
 def test_pages_that_sources_name_are_there():
     pages = in_sources(r"docs/\w+\.md")
     assert len(pages) > 5 and all((ROOT / page).exists() for page in pages)

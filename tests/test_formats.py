@@ -308,7 +308,7 @@ def test_a_file_may_be_one_array(tmp_path, indent):
         (
             '[{"query_id": "a", "labels": [1]}]\n{"query_id": "b", "labels": [1]}',
             2,
-            "not JSON: the file goes on after its array",
+            "not JSON: there is more after the array",
         ),
         ('{\n "query_id": "a",\n "labels": [1]\n}', 1, "not JSON: Expecting property name enclosed in double quotes at chara"),
         ("[\n" + "[" * 100_000, 2, "not a row: nested too deeply"),

@@ -46,6 +46,21 @@ def test_the_main_tables_of_the_quality_page_are_rows_of_the_full_ones():
     assert len(found) > 10 and set(found) <= set(rows(RESULTS / "quality/report.md"))
 
 
+def test_what_damage_costs_on_the_quality_page_follows_from_the_run():
+    import _quality_report
+
+    methods = ("mean", "PILE", "PILE, query, shared prior", "PILE, query, shared prior + labels", "stacking")
+    damages = {"one useless": ("useless", 1), "three useless": ("useless", 3), "two adversarial": ("adversarial", 2)}
+    curves = _quality_report.damage_curves(RESULTS / "quality")
+    table = rows(ROOT / "docs/quality.md")
+    for words, (kind, level) in damages.items():
+        (row,) = (row for row in table if row.startswith(f"| {words} teacher"))
+        points = [dict(curves[kind][method]) for method in methods]
+        losses = [1 - of[level] / of[0] for of in points]
+        wanted = [f"{100 * loss:.1f} %" if loss > 0 else "none" for loss in losses]
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == wanted
+
+
 def test_figures_of_the_performance_page_are_those_of_the_run():
     """A row names its shape first; each figure beside it stands in a row of that shape in the full tables."""
     (folder,) = {path.parent for path in RESULTS.glob("*/speed.json")}

@@ -272,7 +272,9 @@ def test_models_that_are_no_rankers_of_the_kind(tmp_path, tiny_text_model, tiny_
 
 def test_hub_model_without_a_network_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="nobody/none: no such folder, and not to be had from the Hugging Face hub") as error:
+    with pytest.raises(
+        OSError, match="nobody/none: no such folder, and could not be loaded from the Hugging Face hub"
+    ) as error:
         load_ranker("nobody/none")
     assert "\n" not in str(error.value)
 

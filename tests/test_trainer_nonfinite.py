@@ -188,8 +188,7 @@ def test_infinite_teacher_logits_count_as_missing_with_one_warning(tmp_path, for
         run.train()
     said = [str(warning.message) for warning in warned if "infinite" in str(warning.message)]
     assert said == [
-        "teacher_logits: teacher 't0' gives document 2 of query 'q3' an infinite logit; such count as missing, "
-        "this is said once"
+        "teacher_logits: teacher 't0' gives document 2 of query 'q3' an infinite logit, which counts as missing; shown once"
     ]
     expected = trainer(tmp_path, missing, save_strategy="no")
     expected.train()

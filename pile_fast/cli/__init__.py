@@ -1,7 +1,7 @@
 """The ``pile-fast`` command: one module per subcommand, each with `add_parser(commands)` and `run(args) -> exit code`.
 
 Building the parser imports no optional library; a command imports what it needs when it runs. Whatever stops a command
-comes to `main`, and `pile_fast.cli.errors` says it in one line.
+reaches `main`, and `pile_fast.cli.errors` reports it in one line.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
     0: done. 1: it could not be done; one line on stderr says why. 2: a command line that cannot be read. 130: interrupted.
-    141: the reader of its output left. A fault of the package itself raises.
+    141: the reader of its output closed it. A bug of the package raises.
 
     Args:
-        argv: the command line; None = the process's own, which this is all of: an interrupt then ends it here.
+        argv: the command line; None = the process's own: then an interrupt ends the process here.
     """
     args = argparse.Namespace()
     try:

@@ -1,4 +1,4 @@
-"""What several commands share: argument types, checks before any work, and files that are whole or not there."""
+"""What several commands share: argument types, checks before any work, and files that are complete or not there."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ _made: list[Path] = []
 
 
 def writable_folder(path: str | Path, flag: str = "--output") -> Path:
-    """The folder of --output, or of another flag, there and fit to be written to; for its end see `made_folders`."""
+    """The folder of --output, or of another flag: made if needed, and writable. See `made_folders` for its removal."""
     output = Path(path)
     _made.extend(folder for folder in (*reversed(output.parents), output) if not folder.exists())
     try:
@@ -182,7 +182,7 @@ def writable_folder(path: str | Path, flag: str = "--output") -> Path:
 
 @contextlib.contextmanager
 def made_folders() -> Iterator[None]:
-    """If the command fails inside, the folders that it made by `writable_folder` go again, as far as they are empty."""
+    """If the command fails inside, remove the folders that `writable_folder` made, if they are empty."""
     _made.clear()
     try:
         yield

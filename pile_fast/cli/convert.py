@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--dataset", choices=NAMED, metavar="NAME", help=f"instead of INPUT, public data that is at hand: {', '.join(NAMED)}"
     )
     parser.add_argument("--data", metavar="DIR", help="where the data sets' folders lie (default: $PILE_FAST_DATA, data/)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, replaced once it is whole")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, replaced when it is complete")
     add_format(parser, "the input")
     parser.add_argument("--to", dest="target", choices=FORMATS, metavar="FORMAT", help="of the output")
     add_qrels(parser)

@@ -120,7 +120,7 @@ def _load(data: str | None, missing: str, seed: int) -> tuple[RankedLists, str, 
 def _row(kind: str, name: str, scores: Tensor, lists: RankedLists, sees_labels: bool = False) -> Row:
     from pile_fast.trainer import ranking_quality
 
-    scores = scores.nan_to_num(nan=-math.inf)  # what nobody scored comes last
+    scores = scores.nan_to_num(nan=-math.inf)  # what no teacher scored comes last
     quality = ranking_quality(scores, lists.labels, cu_seqlens=lists.cu_seqlens)
     return Row(kind, name, sees_labels, {name: value if math.isfinite(value) else None for name, value in quality.items()})
 

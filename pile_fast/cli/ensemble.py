@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="add an ensemble of the teachers to a file of any size",
         description="Reads queries with teacher_logits (and labels), and writes the same rows with a column more: "
         "ensemble_logits, a number per document, null where no teacher scored it. From Parquet to Parquet the memory does not "
-        "grow with the file, and a command that was killed goes on where it was when it is run again.",
+        "grow with the file, and a command that was killed resumes when it is run again.",
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--replace", action="store_true", help="put the ensemble in the place of the teachers, as the one teacher 'ensemble'"
     )
     parser.add_argument("--ray", action="store_true", help="run on Ray Data: on a cluster, if one is connected")
-    options = parser.add_argument_group("options of the method (its defaults: docs/algorithm.md)")
+    options = parser.add_argument_group("options of the method (defaults: docs/options.md)")
     flags = add_options(options, EnsembleOptions)
     flags.append(options.add_argument("--k", type=float, help="a document at rank r counts 1 / (k + r)"))
     for action in flags:

@@ -1,7 +1,7 @@
-"""What a command ends with when it cannot go on: the one place that turns exceptions into a line and an exit code.
+"""How a command ends when it cannot go on: the one place that turns exceptions into a line and an exit code.
 
-A line says what is wrong, where, and what to do, in the user's own words. An exception that no input explains is a fault of
-this package: it stays a traceback. ``PILE_FAST_DEBUG=1`` shows the traceback behind every line.
+The line says what is wrong, where, and what to do. An exception that no input explains is a bug of this package: it stays a
+traceback. ``PILE_FAST_DEBUG=1`` shows the traceback behind a line.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _missing(error: ImportError) -> str:
     if not module or "pip install" in str(error):
         return str(error)
     if module == "pile_fast":
-        return f"this installation of pile_fast is not whole, install it again: {error}"
+        return f"this installation of pile_fast is incomplete, install it again: {error}"
     extra = f"'pile_fast[{EXTRAS[module]}]'" if module in EXTRAS else module
     if isinstance(error, ModuleNotFoundError):
         return f"this command needs {module}: pip install {extra}"
@@ -111,7 +111,7 @@ def ended(error: BaseException, output: str | None = None) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         print("pile-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):  # the reader of the output, `head` say, had enough
+    if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has closed it
         _no_more_output()
         return READER_LEFT
     line = explain(error, output)
@@ -124,7 +124,7 @@ def ended(error: BaseException, output: str | None = None) -> int | None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once: Python takes a second and more to take PyTorch apart, and who interrupts is waiting."""
+    """End the process at once: Python takes a second or more to unload PyTorch, and the user is waiting."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -159,5 +159,5 @@ def any_characters() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError, OSError):  # closed, or nobody reads any more
+        with contextlib.suppress(ValueError, OSError):  # closed, by us or by its reader
             stdout.reconfigure(errors="strict")

@@ -64,8 +64,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "score",
         help="teacher logits from cross-encoders, bi-encoders, feature rankers or BM25, added to a file of queries",
         description="Scores every document of a file with one or more teachers and writes the file with their logits as "
-        "Parquet. Teachers that the file has already are kept. A run that was killed goes on where it was: repeat the "
-        "command. The finished file is the same, byte for byte, as that of a run without a break.",
+        "Parquet. Teachers that the file has already are kept. To resume after a kill, repeat the command. The "
+        "finished file is the same, byte for byte, as without the kill.",
     )
     add_input(parser)
     parser.add_argument(

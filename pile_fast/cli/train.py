@@ -95,7 +95,7 @@ def _config_arguments(parser: argparse.ArgumentParser, path: str) -> list[str]:
             continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         values = [] if flag in switches and value is True else [str(value) for value in values]
-        # Data first: after an option of several values it would be taken for more of them.
+        # Data first: after an option of several values it would be read as one of them.
         arguments = values + arguments if name == "data" else [*arguments, flag, *values]
     return arguments
 
@@ -166,7 +166,7 @@ def _own_options() -> argparse.ArgumentParser:
     student.add_argument("--similarity", choices=("cosine", "dot"), help="bi-encoder: of query and document (default: cosine)")
     student.add_argument("--scale", type=float, help="bi-encoder: factor on the similarity (default: 20)")
 
-    loss = parser.add_argument_group("loss (docs/algorithm.md)")
+    loss = parser.add_argument_group("loss (docs/options.md)")
     add_options(loss, LossOptions, EnsembleOptions, defaults=True)
     loss.add_argument(
         "--prior", nargs="+", type=float, metavar="W", help="the teachers' weights to start from (default: equal)"
@@ -178,7 +178,7 @@ def _own_options() -> argparse.ArgumentParser:
     run.add_argument("--config", metavar="FILE", help="YAML or JSON file of options as 'name: value', with DATA under 'data'; "
                      "the command line goes before it")  # fmt: skip
     run.add_argument("--resume-from-checkpoint", "--resume_from_checkpoint", nargs="?", const=True, metavar="DIR",
-                     help="go on from a checkpoint; without DIR from the last whole one in the output folder, or from the "
+                     help="resume from a checkpoint; without DIR from the last complete one in the output folder, or from the "
                      "beginning if there is none yet")  # fmt: skip
     run.add_argument("--max-documents-per-batch", type=whole_number(1), metavar="N", help="texts the encoder sees at a time: "
                      "bounds the memory of long lists without changing the loss, for a second forward")  # fmt: skip
@@ -258,7 +258,7 @@ def _train(args: argparse.Namespace) -> int:
     if checkpoint is True:
         checkpoint = last_checkpoint(output, processes=settings.world_size)
         if settings.should_log:
-            print(f"Going on from {checkpoint}." if checkpoint else f"No whole checkpoint in {output}: from the beginning.")
+            print(f"Resuming from {checkpoint}." if checkpoint else f"No complete checkpoint in {output}: starting anew.")
 
     with settings.main_process_first():
         train = _rows(args, args.data)
@@ -319,7 +319,7 @@ def _output_folder(args: argparse.Namespace) -> Path:
     output = writable_folder(args.output_dir, "--output-dir")
     if not args.resume_from_checkpoint and (any(output.glob("checkpoint-*")) or (output / _LAST_FILE).exists()):
         raise UserError(
-            f"--output-dir {output}: holds a training run already; go on with it (--resume-from-checkpoint), remove it, or "
+            f"--output-dir {output}: holds a training run already; resume it (--resume-from-checkpoint), remove it, or "
             "write elsewhere"
         )
     return output

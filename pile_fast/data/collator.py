@@ -1,8 +1,8 @@
 """Packing a batch of queries: no padding of lists, whatever their lengths.
 
-`pack_queries` packs tensors for a training loop of one's own. The three collators pack rows of the data schema, or of
-`RankedLists`, for a student and the `Trainer`: the model's inputs, and under "labels" what the loss needs. They check what
-they are given, for rows in memory went through no reader: a ValueError names the query.
+`pack_queries` packs tensors for your own training loop. The three collators pack rows of the data schema, or of
+`RankedLists`, for a student and the `Trainer`: the model's inputs, and under "labels" what the loss needs. They check
+the rows, because rows in memory have not passed a reader: a ValueError names the query.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _text(where: str, value: object) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{where}: not Unicode: {error.reason} at character {error.start + 1}") from None
-    return str(value)  # numpy has a kind of its own
+    return str(value)  # numpy has its own kind
 
 
 def _targets(rows: Sequence[dict[str, Any]], documents: str) -> RankingTargets:
@@ -167,7 +167,7 @@ def _targets(rows: Sequence[dict[str, Any]], documents: str) -> RankingTargets:
 
 
 def queries_of(targets: Mapping[str, Any]) -> Sequence[str]:
-    """How messages call a batch's queries; a collator of one's own may give no names."""
+    """The queries' names in messages; your own collator may give none."""
     return targets.get("queries") or [query_name({}, place) for place in range(len(targets["cu_seqlens"]) - 1)]
 
 
@@ -264,7 +264,7 @@ def _field(row: Mapping[str, Any], place: int, name: str) -> Any:
 
 
 def query_name(row: Mapping[str, Any], place: int) -> str:
-    """How messages call a row's query: by its id, else by its text, else by its place in the batch (from 0)."""
+    """The name of a row's query in messages: its id, else its text, else its place in the batch (from 0)."""
     name = row.get("query_id")
     if name is None:
         name = row.get("query")

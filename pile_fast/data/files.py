@@ -1,4 +1,4 @@
-"""Files: lines of text whatever the compression, and outputs that are either whole or not there."""
+"""Files: lines of text whatever the compression, and outputs that are either complete or not there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pile_fast.data.rows import BadRows, DataError, reject
 
 T = TypeVar("T")
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
-# Errors of the system that writing alone meets: no space, no quota, too large, read-only.
+# System errors that only writing can meet: no space, no quota, too large, read-only.
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _BLOCK, _BLOCKS = 2**20, 64  # of a file's fingerprint
 DAMAGED = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
@@ -106,7 +106,7 @@ def read_cells(path: Path, separator: str | None, count: int) -> list[list[str]]
 def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to; on success it replaces `path` in one step, on failure it is removed.
 
-    Whoever reads `path` sees the old file or the whole new one, also after a crash of the machine. Any number of threads,
+    A reader of `path` sees the old file or the complete new one, also after a crash of the machine. Any number of threads,
     processes and machines may write to one `path`: the last one's file is there in the end. An old file's mode is kept.
 
     Args:
@@ -145,7 +145,7 @@ def atomic_path(path: str | os.PathLike, *, folder: Path | None = None) -> Itera
 
 
 def create_aside(folder: Path, name: str, mode: int) -> Path:
-    """A new empty file in a folder, under a name that nobody can guess, so that nobody can have put a link there.
+    """A new empty file in a folder, under a random name, so that no link can have been planted there.
 
     Its suffix is that of `name`: writers choose compression by it.
     """
@@ -161,7 +161,7 @@ def create_aside(folder: Path, name: str, mode: int) -> Path:
 
 @contextlib.contextmanager
 def _named(path: str, temporary: Path | None = None) -> Iterator[None]:
-    """Errors of writing are about `path`, not about a name that the user has never heard of."""
+    """Name `path` in errors of writing, not a temporary file that the user does not know."""
     try:
         yield
     except OSError as error:
@@ -190,7 +190,7 @@ def refuse_same_file(output: Path, inputs: Sequence[str | os.PathLike]) -> None:
 
 
 def fingerprint(*paths: str | os.PathLike) -> list[list]:
-    """[absolute path, bytes, time of change, digest] of each file: what a job that goes on must find unchanged.
+    """[absolute path, bytes, time of change, digest] of each file: what must be unchanged for a job to resume.
 
     The digest is of the whole content up to 64 MiB, else of 64 blocks of 1 MiB from the first to the last.
     """

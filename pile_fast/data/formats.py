@@ -30,10 +30,10 @@ _FORMAT_OF = {suffix: format for format, suffixes in _SUFFIXES.items() for suffi
 
 
 def format_of(path: str | os.PathLike) -> str:
-    """The format that a file's suffix (before .gz or .xz) tells; "bge" and "tevatron" have none of their own.
+    """The format of a file by its suffix (before .gz or .xz); "bge" and "tevatron" have no suffix.
 
     Raises:
-        ValueError: it tells none.
+        ValueError: the suffix is not known.
     """
     suffix = _whole_name(path).suffix
     if suffix not in _FORMAT_OF:
@@ -122,7 +122,7 @@ def as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike], format: str
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The Parquet files in a folder, if it is one; names that begin with a dot or an underscore are no parts of the data."""
+    """The Parquet files in a folder, if it is one; names that begin with a dot or an underscore do not count."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES["parquet"] and path.name[0] not in "._")
@@ -148,7 +148,7 @@ def _some(rows: Iterator[dict], paths: list[Path], bad_rows: BadRows | None) -> 
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[dict], *, format: str | None = None, teacher: str | None = None) -> None:
-    """Write rows to a file, which is there in whole or, if anything fails, as it was before.
+    """Write rows to a file; if anything fails, the file is as it was before.
 
     Args:
         path: the file; all but Parquet may be compressed (.gz, .xz).
@@ -183,7 +183,7 @@ def load_dataset(
 ) -> datasets.Dataset:
     """The rows as a `datasets.Dataset` with the schema's columns, for training.
 
-    It lies in the `datasets` cache, on disk, whatever its size, and is made anew when a file changes.
+    It is kept in the `datasets` cache, on disk, and made again when a file changes.
 
     Args:
         paths, format, bad_rows, options: see `read_rows`.

@@ -127,7 +127,7 @@ def _elements(path: Path, first_line: int, text: bytes) -> Iterator[tuple[int, b
     end += 1
     skip_blanks()
     if end < len(content):
-        raise DataError(f"{path}:{line}", "not JSON: the file goes on after its array")
+        raise DataError(f"{path}:{line}", "not JSON: there is more after the array")
 
 
 def _parse(text: bytes) -> dict:
@@ -137,7 +137,7 @@ def _parse(text: bytes) -> dict:
     except json.JSONDecodeError as error:
         advice = ""
         if line.strip() == "{":
-            advice = "; an object stands in one line (jq -c . FILE makes it so), or in an array that is the file"
+            advice = "; write each object on a line (jq -c . FILE does), or all of them in one array"
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}{advice}") from None
     except RecursionError as error:
         raise ValueError(_unreadable(error)) from None
@@ -163,7 +163,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 def write_rows(path: Path, rows: Iterable[dict], convert: Callable[[dict], dict] | None = None) -> None:
     """A line a row: the row without what it does not have, or what `convert` makes of it.
 
-    Columns outside the schema may hold what JSON has no word for. Decimals are numbers; dates and times are texts (ISO
+    Columns outside the schema may hold what JSON has no type for. Decimals are numbers; dates and times are texts (ISO
     8601), durations their seconds, bytes base64; NaN is null.
 
     Raises:

@@ -21,7 +21,7 @@ from pile_fast.data.lists import RankedLists, float32_labels
 from pile_fast.data.qrels import format_label
 from pile_fast.data.rows import UNLABELLED, BadRows, DataError, RowChecker, parse_count, parse_label, parse_number, reject, show
 
-# A row lists all of its features: an index beyond this is taken for a mistake, not for a table of zeros.
+# A row lists all of its features: a larger index is a mistake, not a table of zeros.
 _MOST_FEATURES = 100_000
 _LARGE = 1e38  # finite in float32 beyond doubt
 _SIZES = (".query", ".group")

@@ -12,8 +12,8 @@ _SUFFIXES = (".xz", "", ".gz")
 def find_data(dataset: str, explicit: str | os.PathLike | None = None) -> Path | None:
     """The folder that holds the folder `dataset`, or None.
 
-    A folder named by `explicit` or by the environment variable PILE_FAST_DATA is taken at its word: the reader then
-    names the file that is missing there. The `data/` folders, which nobody named, count only if they hold `dataset`.
+    A folder named by `explicit` or by the environment variable PILE_FAST_DATA is used even if `dataset` is not in it: the
+    reader then names the missing file. The `data/` folders count only if they hold `dataset`.
 
     Raises:
         FileNotFoundError: the named folder does not exist.

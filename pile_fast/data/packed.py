@@ -98,7 +98,7 @@ def teacher_names(table: pa.Table, count: int, *, first_row: int = 0, expected: 
 
     Args:
         table: rows.
-        count: how many teachers the rows have (`pack` sees to it that it is one number).
+        count: how many teachers the rows have (`pack` checks that it is the same in all).
         first_row: see `pack`.
         expected: the names that the rows must have; None = those of the first row.
 
@@ -130,7 +130,7 @@ def teacher_names(table: pa.Table, count: int, *, first_row: int = 0, expected: 
 
 
 def default_names(count: int) -> list[str]:
-    """What teachers are called that nobody named."""
+    """The names of teachers for which the data has none."""
     return [f"teacher {m}" for m in range(1, count + 1)]
 
 

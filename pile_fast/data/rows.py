@@ -1,4 +1,4 @@
-"""The schema: a row is a query, a dict of the columns below; the checks every reader puts its rows through."""
+"""The schema: a row is a query, a dict of the columns below. Every reader checks its rows here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGEST_EXACT = 2**53  # beyond it neighbouring whole numbers are one float64: 
 
 
 class DataError(ValueError):
-    """A file that cannot be read as it stands. Its text is "where: reason" in one line without control characters.
+    """A file that cannot be read as it is. Its text is "where: reason" in one line without control characters.
 
     Attributes:
         where: "file:line", "file: row N" (Parquet, counted from 1 over the whole file) or "file".

@@ -1,7 +1,7 @@
-"""A generator of ranked lists with imperfect teachers, for trying things out where no data is at hand.
+"""A generator of ranked lists with imperfect teachers, to try things out without data.
 
-It is made up, and what it shows about one method against another is made up with it: the teachers' errors are exactly
-the ones written below. Use real data to judge quality.
+The data is artificial, and so is every comparison of methods on it: the teachers make exactly the errors written below.
+Use real data to judge quality.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A run's lines are ``query Q0 document rank score tag``, or ``query document rank`` as for MS MARCO.
 
-Runs may be larger than memory: they are not read but indexed, a query's lines by where they stand, and each query is read
+Runs may be larger than memory. They are not read as a whole: an index says where a query's lines are, and each query is read
 from all runs at once.
 """
 
@@ -96,7 +96,7 @@ def read_rows(
 def named_runs(arguments: Sequence[str]) -> tuple[list[Path], list[str] | None]:
     """(files, teachers' names) of a command's arguments, each a FILE or NAME=FILE; None if no argument names its teacher.
 
-    What is a file as it stands is one, so that names of files may have an "=".
+    An argument that is the name of a file is taken as one, so names of files may have an "=".
     """
     paths, names = [], []
     for argument in arguments:

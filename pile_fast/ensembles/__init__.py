@@ -5,8 +5,7 @@ says what is its paper's and what is our adaptation to a ranked list. In all of 
 
 - teachers are calibrated per query as in PILE (`normalize`), t̃_im below, and the ensemble is s_i = Σ_m w_m t̃_im;
 - NaN or ±inf = this teacher did not score this document: at a document the weights are rescaled to the teachers that scored
-  it (their plain mean if those have no weight to speak of); a teacher that scored nothing of a query is as good as not
-  there;
+  it (their plain mean if those have almost no weight); a teacher that scored nothing of a query does not count there;
 - `labels`, where a method makes no use of them, may be given and are only checked;
 - results carry no gradient;
 - an argument that does not fit raises TypeError or ValueError, whose message names it.

@@ -28,8 +28,8 @@ def ae_kd_ensemble(
               \qquad g_m = \operatorname{softmax}(z / \tau) - \operatorname{softmax}(\tilde t_{\cdot m} / \tau)
 
     g_m is the gradient (times τ) of teacher m's distillation loss, a Kullback-Leibler divergence, at the student's
-    logits z. The programme is the paper's: its solution is the direction that lowers all teachers' losses, and C says
-    how far a single teacher may be left out of the compromise. Ours: one programme per query, the softmax over its
+    logits z. The programme is the paper's: its solution is the direction that lowers all teachers' losses, and C bounds
+    the weight of a single teacher. Ours: one programme per query, the softmax over its
     documents, and the weights on the logits; a teacher that scored one document of a query, and so has no pull, takes
     no part. The programmes of all queries are solved at once, on the device of the logits.
 

@@ -25,8 +25,8 @@ def ebkd_ensemble(
 
     for the K teachers of a query. The idea is the paper's, the formula that of CA-MKD's public code, over classes
     there. Ours: the softmax is over the documents of a query; H is divided by the log of how many documents the
-    teacher scored, its largest value, so that few scores do not pass for sureness (without missing scores this
-    changes nothing).
+    teacher scored, its largest value, so that a teacher does not look sure because it scored few documents
+    (without missing scores this changes nothing).
 
     Args:
         teacher_logits, labels, mask, cu_seqlens, normalize: see `mean_ensemble`.

@@ -35,7 +35,7 @@ def shared_prior(
         step_size, normalize, temperature, margin, pair_weight: see `pile_fast.pile_ensemble`.
 
     Returns:
-        (M,) on the simplex. Queries without a labelled pair count as content with the weights as they are.
+        (M,) on the simplex. Queries without a labelled pair count with a step of 0.
 
     >>> import torch
     >>> from pile_fast.ensembles import shared_prior

@@ -1,4 +1,4 @@
-"""Ranking metrics, systems compared by them with intervals and tests, and what is wrong with a file's labels and teachers."""
+"""Ranking metrics, comparisons of systems with intervals and tests, and inspection of a file's labels and teachers."""
 
 from pile_fast.evaluation.compare import DEFAULT_METRICS, EMPTY, Coverage, Evaluation, Metric, QueryCounts, Result, evaluate
 from pile_fast.evaluation.metrics import GAINS, average_precision, mrr, ndcg, opa, pair_counts, pnr

@@ -72,8 +72,8 @@ class Coverage:
     """How much a system returned.
 
     Attributes:
-        documents: judged documents that it returned; it earns nothing by the others.
-        unjudged: documents of judged queries that it returned and nobody judged.
+        documents: judged documents that it returned; it gains nothing by the others.
+        unjudged: documents of judged queries that it returned and that were not judged.
         queries: judged queries for which it returned anything; the others count as 0.
         right_pairs, wrong_pairs, tied_pairs: of the pairs that the labels order; what it did not return is last, and ties.
             Any variant of PNR follows from them.
@@ -178,7 +178,7 @@ def evaluate(
     """Metrics of several systems on the same queries, by trec_eval's conventions.
 
     A query's documents are those that were judged and those that any system returned. The ideal ranking and the number of
-    relevant documents come from all that were judged; what a system did not return earns it nothing. Documents with
+    relevant documents come from all that were judged; a system gains nothing by what it did not return. Documents with
     equal scores keep their order: give them in descending order of their names, and ties are broken as by trec_eval. A
     query without a judged document does not count; one for which a system returned nothing counts as 0 for it. PNR and OPA
     look at pairs of judged documents only.

@@ -1,8 +1,8 @@
 """Precision, recall, ERR and the like by ir-measures (https://ir-measur.es), for `pile_fast.evaluation`.
 
 ir-measures passes each to a program of its own: pytrec_eval (trec_eval), gdeval, cwl_eval. They break ties differently and
-choke on some names of queries and documents. So they are given numbers for names and ranks for scores: the order is ours,
-which is trec_eval's, and the formula theirs.
+fail on some names of queries and documents. So they get numbers for names and ranks for scores: the order is ours, which is
+trec_eval's, and the formula is theirs.
 """
 
 from __future__ import annotations

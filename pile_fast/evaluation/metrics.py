@@ -6,8 +6,8 @@ Where libraries differ (gain, score ties, queries without a relevant document) t
 - Documents whose label is NaN are left out, as if they were not in the list.
 - A query without a labelled document has no value: NaN in `reduction="none"`, left out of the mean and of the sum.
 - A NaN score of a document that counts is an error; ±inf scores rank first and last.
-- A document that `retrieved` says a system did not return earns nothing, while ideals and numbers of relevant documents
-  know it: what trec_eval does with the documents of its qrels. Its score may be NaN.
+- A document that the system did not return by `retrieved` gains nothing, but counts in ideals and in numbers of relevant
+  documents, as trec_eval does with the documents of its qrels. Its score may be NaN.
 - An argument that does not fit raises TypeError or ValueError, whose message names it.
 - Everything is computed in float64 and costs O(n log n) per query; pairs are counted, never listed.
 """

@@ -71,7 +71,7 @@ class RankedBatch:
         lengths: documents per query.
         teachers: (D, M) float32, NaN = did not score; None = there are none.
         labels: (D,), NaN = unlabelled; None = there are none.
-        reading: which column was taken for what, in words.
+        reading: how each column was read, in words.
         told: whether the user should see that: a trainer's columns, or a reading that was a choice.
     """
 
@@ -168,7 +168,7 @@ def is_list_of_texts_or_numbers(value: Any) -> bool:
 
 
 def check_names(names: Names, tuples: bool) -> None:
-    """Raise ValueError for columns that by their names are not what they would be taken for."""
+    """Raise ValueError for columns whose names do not fit how they would be read."""
     for index, own in enumerate(names.inputs):
         if identifiers := [name for name in own if _IDENTIFIERS.fullmatch(name)]:
             raise ValueError(

@@ -145,7 +145,7 @@ class PILELoss(_PILELoss):
     teacher says of the n documents (not differences), and the labels then are 1 for the first document and 0 for the others.
     With columns of teachers' logits beside it, or at alpha = 0, ``label`` holds labels.
 
-    At the first batch a warning says which column was taken for what.
+    At the first batch a warning says how each column was read.
 
     The loss is `pile_fast.pile_loss` on the model's logits of all documents of the batch. With 0 < alpha < 1 it is returned as
     its two weighted terms, ``{"distillation": ..., "labels": ...}``, which the trainer adds up and logs each.

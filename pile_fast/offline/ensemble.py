@@ -50,8 +50,8 @@ class OfflineEnsemble:
         replace: put the ensemble in the place of the teachers, as the one teacher "ensemble", instead of adding a column.
         fit: a table with labels from which "stacking" learns its weights (required), "best" the one teacher to take
             for all queries (None: it takes each query's best by the query's own labels), and "pile" the weights it starts
-            from, `pile_fast.ensembles.shared_prior` (None: equal ones). What is learnt of a teacher is the teacher's of
-            that name wherever it stands in the rows; by position only where neither side has names.
+            from, `pile_fast.ensembles.shared_prior` (None: equal ones). What is learnt of a teacher holds for the teacher
+            of that name, in any order; by position only if neither side has names.
         options: of the ensemble's function, e.g. ``iterations=5``.
 
     Attributes:
@@ -89,12 +89,12 @@ class OfflineEnsemble:
         self.keep_weights = keep_weights
         self.replace = replace
         self.options = options
-        # The labels of the rows play no part in a choice that was learnt from others.
+        # A choice that was learnt from other rows does not use the labels of these.
         self.needs_labels = method in NEEDS_LABELS and (fit is None or method == "pile")
         self.learnt: list[float] | None = None
         self.teachers: list[str] | None = None
         self._function = self._make_function(None if fit is None else self._packed_fit(fit))
-        if self.learnt is None:  # wrong options show now, not in the first table
+        if self.learnt is None:  # wrong options raise now, not at the first table
             self._function(torch.zeros(2, 2), torch.zeros(2), cu_seqlens=torch.tensor([0, 2]))
 
     def _packed_fit(self, fit: pa.Table) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,7 +285,7 @@ def ensemble_file(
 ) -> None:
     """Run an ensemble over a data set of any size, a part at a time.
 
-    A Parquet output is a `ResumableOutput`: killed, it goes on where it was. Another format is written in one go.
+    A Parquet output is a `ResumableOutput`: it resumes after a kill. Other formats are written in one pass.
 
     Args:
         paths: the rows: a file in any format `pile_fast.data.read_rows` knows, several of one format (TREC: a run per
@@ -333,7 +333,7 @@ def ensemble_file(
             _write_parts(out, ensemble_tables(data, ensemble, frozenset(out.done)), progress)
             _check_unchanged(data, settings)
         except ValueError:
-            out.discard()  # only another input can mend it, with which nothing goes on here
+            out.discard()  # only a changed input can help, and with that nothing resumes
             raise
         out.finish()
 

@@ -1,4 +1,4 @@
-"""A data set of any size on disk, in numbered parts: what an offline job reads, part by part, and reads again to go on."""
+"""A data set of any size on disk, in numbered parts, which an offline job reads and, to resume, reads again."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class DataSet:
             read_rows(self.files, format=self.format, **self._options)  # checks them
 
     def fingerprint(self) -> list:
-        """What must be the same for a job to go on, as JSON."""
+        """What must be the same for a job to resume, as JSON."""
         extra = [value for value in self._options.values() if isinstance(value, (str, os.PathLike))]
         return [fingerprint(*self.files, *extra), sorted((name, str(value)) for name, value in self._options.items())]
 

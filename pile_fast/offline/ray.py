@@ -89,7 +89,7 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
                 str(unfinished)
             )
         except ray.exceptions.RayError as error:
-            # All that comes back of a worker's error is its text.
+            # Only the text of a worker's error comes back.
             if broken := re.search(r"^ValueError: (.*)$", str(error), re.MULTILINE):
                 for _ in ensemble_tables(data, ensemble):  # which row of which file it is
                     pass

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two processes off one output there
+except ImportError:  # Windows: two processes may write to one output there
     fcntl = None  # type: ignore[assignment]
 
 _PART = re.compile(r"\d{8,}\.parquet")
@@ -26,14 +26,14 @@ _PART = re.compile(r"\d{8,}\.parquet")
 _STALE = re.compile(r"\..*\.[0-9a-f]{16}(\.\w+)?")
 
 
-# What file systems without locks say: some that machines share. Parts are whole there, too, whoever writes them.
+# The errors of file systems without locks, such as some that machines share. Parts are complete there too.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class ResumableOutput:
-    """A Parquet file written in numbered parts, so that a job that was killed goes on where it was.
+    """A Parquet file written in numbered parts, so that a job can resume after a kill.
 
-    Parts lie in the folder ``<path>.parts`` until `finish`, each written aside and renamed. What part k holds must
+    Parts are in the folder ``<path>.parts`` until `finish`; each is written aside and renamed. What part k holds must
     depend on the settings alone: then the file is the same, byte for byte, however often the job was interrupted.
 
     Args:
@@ -81,9 +81,9 @@ class ResumableOutput:
     def _take_lock(self) -> int:
         while True:
             with self._named():
-                with contextlib.suppress(FileExistsError):  # parts are for those to read who may read the file
+                with contextlib.suppress(FileExistsError):  # readers of the file may read its parts, and nobody else
                     self.folder.mkdir(self.path.stat().st_mode & 0o777 | 0o700 if self.path.exists() else 0o777)
-                if self.folder.is_symlink() or not self.folder.is_dir():  # planted, or a mistake: not ours to change
+                if self.folder.is_symlink() or not self.folder.is_dir():  # planted or a mistake: do not change it
                     raise ValueError(f"{self.folder}: expected the folder of an unfinished output or nothing; move it away")
                 try:
                     lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -110,7 +110,7 @@ class ResumableOutput:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of the system are about the file to be, not about the parts of it."""
+        """Name the final file in system errors, not its parts."""
         try:
             yield
         except OSError as error:
@@ -187,7 +187,7 @@ class ResumableOutput:
         write_tables(temporary, pq.read_schema(parts[0]), ahead(map(_read_part, parts)))
 
     def close(self) -> None:
-        """Let go of the lock; the parts, if there are any, stay."""
+        """Release the lock; the parts, if there are any, stay."""
         if self._lock is None:
             return
         if self.folder.exists() and not any(_PART.fullmatch(file.name) for file in self.folder.iterdir()):

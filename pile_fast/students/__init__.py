@@ -1,4 +1,4 @@
-"""Rankers as Hugging Face models, students and teachers alike: their saving, their loading, their scoring.
+"""Rankers as Hugging Face models, students and teachers alike: saving, loading, scoring.
 
 - `FeatureRanker`: a multi-layer perceptron on documents' features;
 - a cross-encoder: any `AutoModelForSequenceClassification` with one output;

@@ -63,7 +63,7 @@ class BiEncoderConfig(PretrainedConfig):
 
 
 class BiEncoder(PreTrainedModel):
-    """A ranker that embeds queries and documents apart, so that a document's embedding can be stored.
+    """A ranker that embeds queries and documents separately, so that a document's embedding can be stored.
 
     `from_encoder` starts one from any `AutoModel`; `save_pretrained` and `from_pretrained` keep all of it. What is saved is a
     sentence-transformers folder: ``SentenceTransformer(folder)`` gives the same embeddings, `AutoModel` the encoder.

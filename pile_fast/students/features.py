@@ -1,4 +1,4 @@
-"""`FeatureRanker`: a small ranker on features that a serving system can afford."""
+"""`FeatureRanker`: a small ranker on features, cheap enough to serve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FeatureRankerConfig(PretrainedConfig):
 
 
 def no_loss_of_its_own(labels: object | None) -> None:
-    """Raises ValueError if a student's forward is given labels: it would ignore them without a word."""
+    """Raises ValueError if a student's forward is given labels, which it would ignore silently."""
     if labels is not None:
         raise ValueError(
             "labels: a student gives logits and has no loss of its own; use pile_fast.trainer.PileTrainer, or give your "

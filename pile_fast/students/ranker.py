@@ -1,4 +1,4 @@
-"""`load_ranker`: open a ranker, whichever kind a folder or hub name holds, and score rows with it."""
+"""`load_ranker`: open the ranker of a folder or hub name, of any kind, and score rows with it."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def model_config(name: str) -> dict[str, Any]:
         config = json.loads(Path(str(cached_file(name, "config.json"))).read_text())
     except OSError as error:
         reason = str(error).split("\n")[0]
-        raise OSError(f"{name}: no such folder, and not to be had from the Hugging Face hub: {reason}") from error
+        raise OSError(f"{name}: no such folder, and could not be loaded from the Hugging Face hub: {reason}") from error
     if "model_type" not in config:
         raise ValueError(f"{name}: its config.json names no model_type")
     return config
@@ -240,7 +240,7 @@ def load_bi_encoder(name: str, *, num_layers: int | None = None, **options: Any)
 
 
 def load_tokenizer(name: str, model: PreTrainedModel, max_length: int | None) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """(tokenizer, tokens per text: `max_length`, or else what the model takes at most; None if nobody knows).
+    """(tokenizer, tokens per text: `max_length`, or else what the model takes at most; None if there is no known limit).
 
     Raises:
         ValueError: the model has fewer positions than `max_length`, or its special tokens leave no room.

@@ -50,7 +50,7 @@ class StepCheck:
         """
         batches, self._batches = self._batches, []
         self.queries = [name for *_, queries in batches for name in queries]
-        if not batches:  # whoever computes the loss differently
+        if not batches:  # someone computes the loss in another way
             return
         losses = torch.cat([losses for losses, *_ in batches]).float()
         scaler = getattr(self._accelerator, "scaler", None)
@@ -94,7 +94,7 @@ class StepCheck:
 
 
 def check_weights(model: nn.Module, step: int, queries: Sequence[str]) -> None:
-    """Nothing is evaluated or saved of a model that the last step, on `queries`, broke.
+    """Refuse to evaluate or save a model whose weights the last step, on `queries`, has spoilt.
 
     Raises:
         FloatingPointError: a trained weight is not finite or a buffer is NaN (masks may well be infinite); names the step, its
@@ -129,7 +129,7 @@ def _bad_gradients(model: nn.Module) -> list[str]:
 def _no_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """() bool on the device: their norm is not finite, because one of them is not, or their squares overflow.
 
-    The Trainer divides by this norm, if only to log it: 0 or NaN is what it would leave of either.
+    The Trainer divides by this norm: the gradients would become 0 or NaN.
     """
     if not gradients:
         return torch.zeros((), dtype=torch.bool, device=device)

@@ -45,7 +45,8 @@ def check_data(
 
     Raises:
         ValueError: an empty set; a first row that the collator refuses; no teachers or no labels to learn from; rows of
-            evaluation that differ from those of training in their features or teachers; a `best_metric` that nobody computes.
+            evaluation that differ from those of training in their features or teachers; a `best_metric` that
+            no evaluation computes.
     """
     sets = evaluation if isinstance(evaluation, dict) else {"": evaluation}
     trained = _first_batch(train, collator, "train_dataset")
