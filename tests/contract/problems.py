@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 import pile_fast
+from pile_fast import terms
+from pile_fast.terms import Term
 
 INF, NAN = float("inf"), float("nan")
 Options = dict[str, Any]
+# (offset, scale) of the teachers: offsets up to 1e7 times the spread, scales over most of float32.
+SCALES = [(0.0, 1e-30), (0.0, 1e-25), (1e-3, 1e-10), (0.0, 1.0), (1e6, 1.0), (-1e7, 1.0), (0.0, 1e30), (1e30, 1e25)]
 
 
 # -- batches
@@ -70,36 +75,14 @@ def covering(axes: dict[str, Sequence], count: int) -> list[Options]:
 # -- the losses
 
 
-class Term(NamedTuple):
-    kind: str
-    name: str
-    numbers: Options
+# Every term with its defaults, and here with other numbers.
+NUMBERS: dict[str, list[Options]] = {"distill_logistic": [dict(temperature=0.5), dict(temperature=3.0)]}
 
 
-TERMS = [
-    Term("distill", "logistic", {}),
-    Term("distill", "logistic", dict(temperature=0.5)),
-    Term("distill", "logistic", dict(temperature=3.0)),
-    Term("distill", "mse", {}),
-    Term("label", "logistic", {}),
-]
-
-
-def terms(kind: str) -> list[Term]:
-    return [term for term in TERMS if term.kind == kind]
-
-
-def distill(z: Tensor, target: Tensor, term: Term, **options: Any) -> Tensor:
-    return pile_fast.pairwise_distillation_loss(z, target, kind=term.name, **term.numbers, **options)
-
-
-def rank(z: Tensor, y: Tensor, term: Term, **options: Any) -> Tensor:
-    return pile_fast.pairwise_logistic_loss(z, y, **options)
-
-
-def pile(z: Tensor, t: Tensor, y: Tensor, *, distillation: Term = TERMS[0], label_loss: Term = TERMS[-1], **options: Any) -> Tensor:
-    numbers = {f"distillation_{name}": value for name, value in distillation.numbers.items()}
-    return pile_fast.pile_loss(z, t, y, distillation=distillation.name, **numbers, **options)
+def terms_of(kind: str) -> list[Term]:
+    """A kind's terms: with its defaults each, then those with numbers of their own."""
+    defaults = [terms.find(kind, "kind", name) for name in terms.names(kind)]
+    return defaults + [type(term)(**numbers) for term in defaults for numbers in NUMBERS.get(term.key, [])]
 
 
 class Loss(NamedTuple):
@@ -117,18 +100,20 @@ class Loss(NamedTuple):
 
 def losses(iterations: int) -> list[Loss]:
     """Each term alone, then both in one call, at so many iterations."""
-    rows = [Loss("pile", lambda z, t, y, **kw: pile(z, t, y, alpha=0.5, iterations=iterations, **kw), repeats=True)]
-    both = dict(alpha=0.5, granularity="query", pair_weight="gain_gap", iterations=iterations)
-    rows.append(Loss("pile-query", lambda z, t, y, **kw: pile(z, t, y, **both, **kw)))
-    for term in terms("distill"):
-        name = "-".join(["distill", term.name, *map(str, term.numbers.values())])
-        rows.append(Loss(name, lambda z, t, y, term=term, **kw: distill(z, t[..., 0], term, **kw), term, bool(term.numbers)))
-    for term in terms("label"):
-        name = "-".join(["label", term.name, *map(str, term.numbers.values())])
-        rows.append(Loss(name, lambda z, t, y, term=term, **kw: rank(z, y, term, **kw), term, repeats=True))
-        weighted = lambda z, t, y, term=term, **kw: rank(z, y, term, pair_weight="label_gap", **kw)  # noqa: E731
-        rows.append(Loss(f"{name}-label_gap", weighted, term, bool(term.numbers)))
-    return rows
+    rows = []
+    for term in terms_of("distill"):
+        alone = functools.partial(pile_fast.distillation_loss, kind=term)
+        rows.append(Loss(f"distill-{term}", lambda z, t, y, alone=alone, **kw: alone(z, t[..., 0], **kw), term))
+    for term in terms_of("label"):
+        for weight in ("label_gap", None):
+            alone = functools.partial(pile_fast.ranking_loss, kind=term, pair_weight=weight)
+            name = f"label-{term}-{weight}"
+            rows.append(Loss(name, lambda z, t, y, alone=alone, **kw: alone(z, y, **kw), term, repeats=weight is None))
+    both = functools.partial(pile_fast.pile_loss, alpha=0.5, iterations=iterations)
+    rows.append(Loss("pile", both, repeats=True))
+    rows.append(Loss("pile-query", functools.partial(both, granularity="query", pair_weight="gain_gap")))
+    # Where calls are dear, a term with its defaults says enough.
+    return [row._replace(repeats=row.repeats or row.term not in (None, type(row.term)())) for row in rows]
 
 
 def run(loss: Callable[..., Tensor], z: Tensor, t: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -151,7 +136,7 @@ def largest(x: Tensor) -> float:
 
 
 def close(got: Tensor, own: Tensor, reference: Tensor, bound: float) -> None:
-    """`got` within `bound` of the float64 `reference`, or as near to it as three times what the reference in `got`'s dtype reaches.
+    """`got` within `bound` of the float64 `reference`, or within three times the error of `own`, the reference in this dtype.
 
     After flash-attention's tests: sharp settings (raw logits, low temperature, many steps) amplify rounding in any
     implementation.
@@ -159,6 +144,12 @@ def close(got: Tensor, own: Tensor, reference: Tensor, bound: float) -> None:
     assert (got.isnan() == reference.isnan()).all()
     error, allowed = largest(got.double() - reference), max(bound, 3 * largest(own.double() - reference))
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}, bound {bound:.3g}"
+
+
+def relative_error(got: Tensor, reference: Tensor) -> float:
+    """The largest error against the largest value."""
+    assert (got.isnan() == reference.isnan()).all()
+    return largest(got.double() - reference) / max(largest(reference), 1e-300)
 
 
 def scale_of(t: Tensor) -> float:

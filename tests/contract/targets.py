@@ -1,9 +1,9 @@
 """What the contract is run on: which backends, in which ways, where the tensors are, and what sizes it can afford.
 
-    pytest tests/contract                              the CPU
-    pytest tests/contract --target triton-interpreter  with TRITON_INTERPRET=1 in the environment
-    pytest tests/contract --target cuda-emulation      with PILE_FAST_CUDA_EMULATION naming a build of tests/cuda_emulation
-    pytest tests/contract --target triton              on a GPU; so with "cuda"
+pytest tests/contract                              the CPU
+pytest tests/contract --target triton-interpreter  with TRITON_INTERPRET=1 in the environment
+pytest tests/contract --target cuda-emulation      with PILE_FAST_CUDA_EMULATION naming a build of tests/cuda_emulation
+pytest tests/contract --target triton              on a GPU; so with "cuda"
 """
 
 from __future__ import annotations
@@ -68,19 +68,24 @@ CPU_LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 95, 97, 130, 200, 333)
 
 
 def _cpu() -> Target:
-    ways = [Way("torch", "torch", "auto", CPU_LENGTHS, 60)]
+    ways = [Way("torch", "torch", "auto", CPU_LENGTHS, 17)]
     if not cpp.unavailable():
-        ways += [Way(f"cpp-{sums}", "cpp", sums, CPU_LENGTHS, 120) for sums in ("direct", "chebyshev", "auto")]
-    # Long lists: those that threads share, and those longer than one block of direct sums.
+        ways += [Way(f"cpp-{sums}", "cpp", sums, CPU_LENGTHS, 60) for sums in ("direct", "chebyshev", "auto")]
     return Target(
-        tuple(ways[:3]), tuple(ways), ways[-1], (2500, 5000, 9001), (2, 7, 40, 300), float64=True, host=True,
-    )  # fmt: skip
+        ways=tuple(ways[:3]),
+        numerics=tuple(ways),
+        linear=Way("linear", "cpp", "chebyshev", (300,)) if len(ways) > 1 else None,
+        long_lengths=(2500, 5000, 9001),  # shared by threads; longer than one block of direct sums
+        scale_lengths=(2, 7, 40, 300),
+        float64=True,
+        host=True,
+    )
 
 
 # -- Triton
 
 
-def _wide_tiles(patch: pytest.MonkeyPatch) -> None:
+def wide_tiles(patch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a wide tile as for a narrow one."""
     from pile_fast.backends import triton
 
@@ -88,7 +93,7 @@ def _wide_tiles(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(triton, "_config", lambda slots, teachers: config(slots, teachers) | {"BC": 32})
 
 
-def _a_launch_per_phase(patch: pytest.MonkeyPatch) -> None:
+def a_launch_per_phase(patch: pytest.MonkeyPatch) -> None:
     """The rule picks several launches for few lists longer than a block; make the block short."""
     from pile_fast.backends import triton, triton_long
 
@@ -97,22 +102,22 @@ def _a_launch_per_phase(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(triton_long, "DIRECT_CHUNK", 32)
 
 
-def _short_blocks(patch: pytest.MonkeyPatch) -> None:
+def short_blocks(patch: pytest.MonkeyPatch) -> None:
     """Blocks as many as long lists have, in short ones: groups of 32 are large, smaller ones share up to 63 documents."""
     from pile_fast.backends import triton_long
 
-    _wide_tiles(patch)
+    wide_tiles(patch)
     patch.setattr(triton_long, "WINDOW", 32)
 
 
 # An operation in the interpreter takes 50 microseconds. Lengths around one and two column tiles, one block, several.
 _TRITON_LENGTHS = (1, 2, 7, 17, 33, 40)
-_TRITON_LINEAR = Way("linear", "triton", "chebyshev", (66, 90, 100, 150), 16, _short_blocks)
+_TRITON_LINEAR = Way("linear", "triton", "chebyshev", (66, 90, 100, 150), 16, short_blocks)
 TRITON_INTERPRETER = Target(
-    ways=(Way("triton", "triton", "direct", prepare=_wide_tiles),),
+    ways=(Way("triton", "triton", "direct", prepare=wide_tiles),),
     numerics=(
         Way("one launch", "triton", "direct", _TRITON_LENGTHS, 30),
-        Way("a launch per phase", "triton", "direct", _TRITON_LENGTHS, 30, _a_launch_per_phase),
+        Way("a launch per phase", "triton", "direct", _TRITON_LENGTHS, 30, a_launch_per_phase),
         _TRITON_LINEAR,
     ),
     linear=_TRITON_LINEAR,
@@ -130,7 +135,7 @@ CUDA_EMULATION = Target(
     ways=_CUDA_WAYS,
     numerics=_CUDA_WAYS,
     linear=Way("linear", "cuda", "chebyshev", (1100,)),
-    long_lengths=(1025, 2500),  # two pieces, the second of one document; three
+    long_lengths=(1024, 1025, 2500),  # one piece; two, the second of one document; three
     documents=40,
     iterations=20,
 )
@@ -143,7 +148,7 @@ _GPU_LENGTHS = (1, 2, 7, 31, 33, 64, 100, 129, 300, 1000)
 def _gpu(backend: str) -> Target:
     ways = tuple(Way(f"{backend}-{sums}", backend, sums, _GPU_LENGTHS, 100) for sums in ("direct", "chebyshev"))
     linear = dataclasses.replace(ways[1], lengths=(1100,))
-    return Target(ways, ways, linear, (1025, 5000, 9001), (7, 40, 1100), device="cuda")
+    return Target(ways, ways, linear, (1024, 1025, 9001), (7, 40, 1100), device="cuda")
 
 
 TARGETS: dict[str, Callable[[], Target]] = {

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from contract.problems import largest, make, pile, run
+from contract.problems import largest, make, run
 
 import pile_fast
+from pile_fast import pile_loss
 
 
 def equal(a, b):
@@ -17,7 +18,7 @@ def test_very_long_lists(how, n):
     if how["pairwise"] == "direct":
         pytest.skip("takes minutes")
     z, t, y, _ = make(n, 1, 4)
-    loss, gradient = run(pile, z, t, y, **how)
+    loss, gradient = run(pile_loss, z, t, y, **how)
     assert loss.isfinite() and gradient.isfinite().all()
 
 
@@ -48,7 +49,7 @@ def lists(shape, packed, seed=0):
 @pytest.mark.needs("gpu")
 def test_a_graph_replays_with_other_inputs(how, shape, packed):
     z, t, y, where = lists(shape, packed)
-    step = lambda: run(pile, z, t, y, **where, **how)  # noqa: E731
+    step = lambda: run(pile_loss, z, t, y, **where, **how)  # noqa: E731
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -73,7 +74,7 @@ def test_nothing_reads_the_device(how, granularity, shape, packed):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for reduction in ("mean", "sum", "none"):
-            loss = pile(z, t, y, alpha=0.5, granularity=granularity, reduction=reduction, **where, **how)
+            loss = pile_loss(z, t, y, alpha=0.5, granularity=granularity, reduction=reduction, **where, **how)
             torch.autograd.grad(loss.sum(), z)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -83,14 +84,14 @@ def test_nothing_reads_the_device(how, granularity, shape, packed):
 @pytest.mark.needs("gpu")
 def test_the_same_bits_in_two_streams_at_once(how, shape, packed):
     inputs = [lists(shape, packed, seed) for seed in range(2)]
-    want = [run(pile, z, t, y, alpha=0.5, **where, **how) for z, t, y, where in inputs]
+    want = [run(pile_loss, z, t, y, alpha=0.5, **where, **how) for z, t, y, where in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     got = []
     for _ in range(20):
         for (z, t, y, where), stream in zip(inputs, streams, strict=True):
             with torch.cuda.stream(stream):
-                got.append(run(pile, z, t, y, alpha=0.5, **where, **how))
+                got.append(run(pile_loss, z, t, y, alpha=0.5, **where, **how))
     torch.cuda.synchronize()
     assert all(equal(one, want[number % 2]) for number, one in enumerate(got))
 
@@ -100,5 +101,5 @@ def test_tensors_on_a_device_that_is_not_the_current_one(how):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     z, t, y, _ = make(60)
-    want, got = run(pile, z, t, y, **how), run(pile, z.to("cuda:1"), t.to("cuda:1"), y.to("cuda:1"), **how)
+    want, got = run(pile_loss, z, t, y, **how), run(pile_loss, z.to("cuda:1"), t.to("cuda:1"), y.to("cuda:1"), **how)
     assert torch.cuda.current_device() == 0 and equal(want, [x.to(want[0].device) for x in got])

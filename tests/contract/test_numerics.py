@@ -3,10 +3,19 @@
 import pytest
 import torch
 from contract.problems import (
-    INF, NAN, TERMS, check_ensemble, check_loss, close, covering, largest, losses, make, pile, rank, run, same, scale_of, terms,
+    NAN,
+    check_ensemble,
+    check_loss,
+    close,
+    largest,
+    make,
+    run,
+    same,
+    terms_of,
 )  # fmt: skip
 
 import pile_fast
+from pile_fast import pile_loss
 from pile_fast.backends import cpp
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float32, torch.float16]  # float32 most of all
@@ -49,8 +58,8 @@ def test_ensembles(how, target, sample):
     **DATA,
     spread=[0.1, 1.0, 5.0, 20.0, 100.0, 300.0],
     alpha=[0.0, 0.3, 0.5, 1.0],
-    distillation=terms("distill"),
-    label_loss=terms("label"),
+    distillation=terms_of("distill"),
+    label_loss=terms_of("label"),
     granularity=["document", "query"],
     pair_weight=PAIR_WEIGHTS,
     reduction=["mean", "sum", "none"],
@@ -59,25 +68,44 @@ def test_ensembles(how, target, sample):
 def test_losses(how, target, sample):
     z, t, y, where, options = problem_of(dict(sample))
     options["iterations"] = min(options["iterations"], target.iterations)
-    check_loss(pile, z, t, y, how, **where, **options)
+    check_loss(pile_loss, z, t, y, how, **where, **options)
+
+
+@pytest.fixture
+def exact(how, target):
+    """Who computes what long lists should give."""
+    if how["backend"] == "torch":
+        pytest.skip("the reference against itself, at n x n memory")
+    return dict(backend="torch") if cpp.unavailable() or target.gpu else dict(backend="cpp", pairwise="direct")
 
 
 @pytest.mark.parametrize("labels", ["grades", "continuous"])
-def test_long_lists(how, target, granularity, labels):
-    if how["backend"] == "torch":
-        pytest.skip("the reference against itself, at n x n memory")
-    exact = dict(backend="torch") if cpp.unavailable() or target.gpu else dict(backend="cpp", pairwise="direct")
+def test_long_lists(how, target, exact, granularity, labels):
     for n in target.long_lengths:
         z, t, y, _ = make(n, 1, labels=labels, missing=0.1, unlabelled=0.1)
-        check_ensemble(t, y, how, exact, granularity=granularity)
-        check_loss(pile, z, t, y, how, exact, alpha=0.5, granularity=granularity)
+        check_ensemble(t, y, how, exact, granularity=granularity, iterations=3)
+        check_loss(pile_loss, z, t, y, how, exact, alpha=0.5, granularity=granularity, iterations=3)
+
+
+def test_long_packed_lists(how, target, exact):
+    lengths = [1, 0, *target.long_lengths, 130]
+    z, t, y, _ = make(sum(lengths) + 5, 1, missing=0.1, unlabelled=0.1)
+    options = dict(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), iterations=2, pair_weight="label_gap", margin=0.2)
+    check_ensemble(t[0], y[0], how, exact, **options)
+    check_loss(pile_loss, z[0], t[0], y[0], how, exact, alpha=0.5, **options)
+
+
+def test_more_cells_than_a_grid_has(linear):
+    how, n = linear
+    _, t, y, _ = make(n, 1, 2)
+    check_ensemble(t, y, how, temperature=0.001, iterations=1)
 
 
 @pytest.mark.needs("float64")
 def test_direct_sum_in_double_equals_the_reference_on_a_list_that_teams_share(how):
     z, t, y, _ = make(2500, queries=1, labels="continuous", dtype=torch.float64)
-    got = run(pile, z, t, y, alpha=0.5, iterations=2, **how)
-    want = run(pile, z, t, y, alpha=0.5, iterations=2, backend="torch")
+    got = run(pile_loss, z, t, y, alpha=0.5, iterations=2, **how)
+    want = run(pile_loss, z, t, y, alpha=0.5, iterations=2, backend="torch")
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -88,8 +116,8 @@ def test_huge_logits_stay_finite_and_in_range(how, target, size, normalize):
     z, t, y, _ = make(min(60, target.documents), spread=size)
     options = dict(normalize=normalize, iterations=min(10, target.iterations))
     assert pile_fast.pile_ensemble(t, y, **options, **how).logits.isfinite().all()
-    loss, gradient = run(pile, z, t, y, alpha=0.5, **options, **how)
-    want, want_gradient = run(pile, z.double(), t.double(), y, alpha=0.5, backend="torch", **options)
+    loss, gradient = run(pile_loss, z, t, y, alpha=0.5, **options, **how)
+    want, want_gradient = run(pile_loss, z.double(), t.double(), y, alpha=0.5, backend="torch", **options)
     assert loss.isfinite() and gradient.isfinite().all()
     if normalize == "zscore":
         same(loss.double(), want, rtol=1e-5, atol=0)
@@ -115,9 +143,10 @@ def test_well_ordered_lists_keep_their_digits(linear):
     how, _ = linear
     y = torch.arange(120)[None] % 2
     z = y * 14.0 + torch.rand(1, 120)
-    for term in terms("label"):
-        got, gradient = run(lambda z, t, y, **kw: rank(z, y, term, **kw), z, z, y, **how)  # noqa: B023
-        want, want_gradient = run(lambda z, t, y, **kw: rank(z, y, term, **kw), z.double(), z, y, backend="torch")  # noqa: B023
+    for term in terms_of("label"):
+        loss = lambda z, t, y, term=term, **kw: pile_fast.ranking_loss(z, y, kind=term, **kw)  # noqa: E731
+        got, gradient = run(loss, z, z, y, **how)
+        want, want_gradient = run(loss, z.double(), z, y, backend="torch")
         assert abs(got - want) <= 1e-5 * want
         assert largest(gradient - want_gradient) <= 1e-5 * largest(want_gradient)
 
@@ -129,7 +158,7 @@ def test_labels_of_any_real_dtype(how, dtype):
     z, t, y, _ = make(30)
     y = (y > 2) if dtype is torch.bool else y
     options = dict(alpha=0.5, pair_weight="label_gap", iterations=2)
-    same(pile(z, t, y.to(dtype), **options, **how), pile(z, t, y.float(), backend="torch", **options))
+    same(pile_loss(z, t, y.to(dtype), **options, **how), pile_loss(z, t, y.float(), backend="torch", **options))
 
 
 def test_labels_that_only_float64_tells_apart(how):
@@ -147,16 +176,16 @@ def test_labels_of_either_sign_and_zero(how):
 @pytest.mark.needs("float64")
 def test_mixed_dtypes_compute_in_the_widest(how):
     z, t, y, _ = make(20)
-    loss = pile(z.double(), t, y, **how)
+    loss = pile_loss(z.double(), t, y, **how)
     assert loss.dtype == torch.float64
-    torch.testing.assert_close(loss, pile(z.double(), t.double(), y, backend="torch"), rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, pile_loss(z.double(), t.double(), y, backend="torch"), rtol=1e-9, atol=0)
 
 
 @pytest.mark.needs("kernels")
 def test_float64_is_refused_by_name(how):
     z, t, y, _ = make(4)
     with pytest.raises(RuntimeError, match=f"backend '{how['backend']}' computes in float32, got float64"):
-        pile(z.double(), t, y, **how)
+        pile_loss(z.double(), t, y, **how)
 
 
 def test_strides_do_not_matter(how):
@@ -169,7 +198,8 @@ def test_strides_do_not_matter(how):
     )
     assert not any(x.is_contiguous() for x in strange)
     options = dict(alpha=0.5, iterations=2, **how)
-    for a, b in zip(run(pile, *strange[:3], mask=strange[3], **options), run(pile, z, t, y, **where, **options), strict=True):
+    got, want = run(pile_loss, *strange[:3], mask=strange[3], **options), run(pile_loss, z, t, y, **where, **options)
+    for a, b in zip(got, want, strict=True):
         same(a, b)
-    expanded, one = (pile_fast.pile_ensemble(x, y, iterations=2, **how).logits for x in (t[:, :, :1].expand(-1, -1, 3), t[:, :, :1]))
-    same(expanded, one)
+    one, expanded = t[:, :, :1], t[:, :, :1].expand(-1, -1, 3)
+    same(*(pile_fast.pile_ensemble(x, y, iterations=2, **how).logits for x in (one, expanded)))

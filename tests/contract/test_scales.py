@@ -4,24 +4,21 @@ The inputs come from the field: likelihoods of 1e-25, ratings of 1e6 and more, l
 hundreds, an overflow in a teacher's half precision.
 """
 
+import dataclasses
+
 import pytest
 import torch
-from contract.problems import INF, NAN, batch, check_loss, close, distill, largest, make, pile, rank, run, same, terms
+from contract.problems import INF, NAN, SCALES, batch, check_loss, close, largest, make, relative_error, run, same, terms_of
 
 import pile_fast
+from pile_fast import distillation_loss, pile_loss, ranking_loss, terms
 
-# (offset, scale) of the teachers: offsets up to 1e7 times the spread, scales over most of float32.
-SCALES = [(0.0, 1e-30), (0.0, 1e-25), (1e-3, 1e-10), (0.0, 1.0), (1e6, 1.0), (-1e7, 1.0), (0.0, 1e30), (1e30, 1e25)]
+TERMS = [terms.find(kind, "kind", name) for kind in ("distill", "label") for name in terms.names(kind)]
 # (offset, spread, temperature) of the student and its targets.
 STUDENTS = [
     (0.0, 1.0, 1.0), (1e4, 0.01, 0.1), (-1e4, 1.0, 0.01), (1e6, 1.0, 1.0), (1e7, 1.0, 1.0), (0.0, 1e-3, 100.0),
     (0.0, 1e-30, 1e-2), (3e4, 100.0, 100.0),
 ]  # fmt: skip
-
-
-def relative_error(got, want):
-    assert (got.isnan() == want.isnan()).all()
-    return largest(got.double() - want) / max(largest(want), 1e-300)
 
 
 # -- logits
@@ -51,25 +48,20 @@ def check_students(how, n, offset, spread, temperature, term):
     z, s = offset + spread * z, 3 * offset + spread * t[..., 0]
     s[:, :1] = NAN
     if term.kind == "label":
-        check_loss(lambda z, s, y, **kw: rank(z, y, term, **kw), z, s, y, how)
+        check_loss(lambda z, s, y, **kw: ranking_loss(z, y, kind=term, **kw), z, s, y, how)
         return
     if term.name == "mse" and spread < 1e-20:
         return  # its squares are beyond float32
-    if "temperature" in term.numbers:
-        term = term._replace(numbers=dict(temperature=temperature))
-    check_loss(lambda z, s, y, **kw: distill(z, s, term, **kw), z, s, y, how)
+    if "temperature" in term.names:
+        term = dataclasses.replace(term, temperature=temperature)
+    check_loss(lambda z, s, y, **kw: distillation_loss(z, s, kind=term, **kw), z, s, y, how)
 
 
 @pytest.mark.parametrize("offset, spread, temperature", STUDENTS)
 def test_students_of_any_offset_and_temperature(how, target, offset, spread, temperature):
-    for term in one_of_each():
+    for term in TERMS:
         for n in target.scale_lengths:
             check_students(how, n, offset, spread, temperature, term)
-
-
-def one_of_each():
-    """One term of each name: the last of the table, with numbers of its own where it has any."""
-    return {(term.kind, term.name): term for kind in ("distill", "label") for term in terms(kind)}.values()
 
 
 @pytest.mark.needs("linear")
@@ -77,7 +69,7 @@ def test_long_lists_of_any_offset_and_scale(linear):
     how, n = linear
     for offset, scale, normalize in ((0.0, 1e-25, "zscore"), (1e6, 1.0, "zscore"), (1e6, 1.0, "none")):
         check_teachers(how, n, offset, scale, normalize)
-    for term in one_of_each():
+    for term in TERMS:
         check_students(how, n, 1e4, 0.01, 0.1, term)
     check_labels(how, n, "gain_gap", 127)
 
@@ -114,10 +106,13 @@ def test_float64_at_its_ends(how, t):
 def test_ensembles_at_any_temperature(how, target, temperature):
     for n in target.scale_lengths:
         _, t, y, _ = make(n, seed=n)
+        t = t + 1e4
         for normalize in ("zscore", "none"):
             options = dict(temperature=temperature, normalize=normalize, iterations=2)
-            want, own = (pile_fast.pile_ensemble(x, y, backend="torch", **options).logits for x in ((t + 1e4).double(), t + 1e4))
-            got = pile_fast.pile_ensemble(t + 1e4, y, **how, **options).logits
+            want, own = (
+                pile_fast.pile_ensemble(x, y, backend="torch", **options).logits for x in ((t + 1e4).double(), t + 1e4)
+            )
+            got = pile_fast.pile_ensemble(t, y, **how, **options).logits
             close(got, own, want, 2e-6 * largest(want))
 
 
@@ -127,9 +122,9 @@ def test_ensembles_at_any_temperature(how, target, temperature):
 def check_labels(how, n, pair_weight, shift=0.0, scale=1.0):
     z, t, y, _ = make(n, unlabelled=0.1, seed=n)
     options = dict(alpha=0.5, pair_weight=pair_weight, iterations=3)
-    want, want_gradient = run(pile, z.double(), t.double(), y, backend="torch", **options)
+    want, want_gradient = run(pile_loss, z.double(), t.double(), y, backend="torch", **options)
     for labels in (y * scale + shift, (y * scale + shift).double()):
-        got, gradient = run(pile, z, t, labels, **how, **options)
+        got, gradient = run(pile_loss, z, t, labels, **how, **options)
         close(got, want, want, 1e-5)
         close(gradient, want_gradient, want_gradient, 2e-5 * largest(want_gradient))
 
@@ -163,21 +158,21 @@ UNCOMPARABLE = [
 def test_labels_that_cannot_be_compared(how, labels, words):
     z, t = torch.randn(2, 2), torch.randn(2, 2, 2)
     calls = [
-        lambda: pile(z, t, labels, **how),
-        lambda: pile(z, t, labels, alpha=0, **how),
+        lambda: pile_loss(z, t, labels, **how),
+        lambda: pile_loss(z, t, labels, alpha=0, **how),
         lambda: pile_fast.pile_ensemble(t, labels, **how),
-        *(lambda term=term: rank(z, labels, term, **how) for term in terms("label")),
+        *(lambda term=term: ranking_loss(z, labels, kind=term, **how) for term in terms_of("label")),
     ]
     if labels.dtype is not torch.uint64:
         flat = z.view(-1), t.view(-1, 2), labels.view(-1)
-        calls.append(lambda: pile(*flat, cu_seqlens=torch.tensor([0, 2, 4]), **how))
+        calls.append(lambda: pile_loss(*flat, cu_seqlens=torch.tensor([0, 2, 4]), **how))
     for call in calls:
         with pytest.raises(ValueError, match=words):
             call()
     mask = torch.ones(2, 2, dtype=torch.bool)
     mask[labels.double().abs() >= 2**53] = False
-    for term in terms("label"):
-        assert rank(z, labels.double(), term, mask=mask, **how).isfinite()  # what lies under it is not read
+    for term in terms_of("label"):
+        assert ranking_loss(z, labels.double(), kind=term, mask=mask, **how).isfinite()  # what lies under it is not read
 
 
 @pytest.mark.needs("kernels")
@@ -188,15 +183,16 @@ def test_infinite_labels_order_nothing(how):
     infinite[0, 2], infinite[1, 5] = INF, -INF
     unlabelled[0, 2] = unlabelled[1, 5] = NAN
     for pair_weight in (None, "gain_gap"):
-        a, b = (run(pile, z, t, x, alpha=0.5, iterations=2, pair_weight=pair_weight, **how) for x in (infinite, unlabelled))
+        options = dict(alpha=0.5, iterations=2, pair_weight=pair_weight, **how)
+        a, b = (run(pile_loss, z, t, x, **options) for x in (infinite, unlabelled))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
 def test_unsigned_labels(how, dtype):
     z, y = torch.randn(2, 6), torch.randint(0, 5, (2, 6))
-    for term in terms("label"):
-        assert torch.equal(rank(z, y.to(dtype), term, **how), rank(z, y, term, **how))
+    for term in terms_of("label"):
+        assert torch.equal(*(ranking_loss(z, labels, kind=term, **how) for labels in (y.to(dtype), y)))
 
 
 # -- what is not finite
@@ -212,10 +208,10 @@ def test_an_infinite_teacher_logit_counts_as_missing(how, target):
             options |= dict(return_weights=True, return_trace=True, iterations=3, **where, **how)
             a, b = (pile_fast.pile_ensemble(x, y, **options) for x in (broken, missing))
             assert all(torch.equal(x.nan_to_num(-7), w.nan_to_num(-7)) for x, w in zip(a, b, strict=True))
-        a, b = (run(pile, z, x, y, alpha=0.5, iterations=3, **where, **how) for x in (broken, missing))
+        a, b = (run(pile_loss, z, x, y, alpha=0.5, iterations=3, **where, **how) for x in (broken, missing))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[0] > 0
-        for term in terms("distill"):
-            a, b = (distill(z, x[..., 0], term, **where, **how) for x in (broken, missing))
+        for term in terms_of("distill"):
+            a, b = (distillation_loss(z, x[..., 0], kind=term, **where, **how) for x in (broken, missing))
             assert torch.equal(a, b)
 
 
