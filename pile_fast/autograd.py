@@ -97,9 +97,7 @@ def flat(options: EnsembleOptions | LossOptions) -> list[Any]:
 
 def _unflat(options: Options, arguments: Iterator[Any]) -> Any:
     hints = typing.get_type_hints(options).values()
-    values: list[Any] = [
-        terms.by_key(next(arguments), next(arguments)) if hint is Term else next(arguments) for hint in hints
-    ]
+    values: list[Any] = [terms.by_key(next(arguments), next(arguments)) if hint is Term else next(arguments) for hint in hints]
     return options(*values)
 
 

@@ -46,7 +46,7 @@ def make(
 
     A packed batch holds the documents that a mask would have left, and three of no query behind them.
     """
-    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    g = torch.Generator(torch.empty(0).device).manual_seed(seed)
     truth = torch.randn(queries, n, 1, generator=g)
     t = spread * (truth + torch.randn(queries, n, teachers, generator=g)) + torch.randn(teachers, generator=g)
     t[torch.rand(t.shape, generator=g) < missing] = NAN
@@ -120,7 +120,8 @@ def run(loss: Callable[..., Tensor], z: Tensor, t: Tensor, y: Tensor, **options:
     """Value and gradient. The upstream gradient of several values differs from one to the next."""
     z = z.detach().clone().requires_grad_()
     value = loss(z, t, y, **options)
-    (gradient,) = torch.autograd.grad(value, z, torch.linspace(0.5, 2, value.numel(), dtype=value.dtype).view(value.shape))
+    upstream = torch.linspace(0.5, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape)
+    (gradient,) = torch.autograd.grad(value, z, upstream)
     return value.detach(), gradient
 
 
