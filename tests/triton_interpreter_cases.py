@@ -6,8 +6,8 @@ triton is imported.
 
 import pytest
 import torch
-from contract.problems import check_loss, make, run
-from contract.targets import a_launch_per_phase
+from contract.problems import check_loss, largest, make, run
+from contract.targets import a_launch_per_phase, short_blocks
 
 import pile_fast
 from pile_fast.backends import triton as backend
@@ -24,6 +24,18 @@ def test_packed_lists_long_and_short_in_linear_time(monkeypatch):
     cu_seqlens = torch.tensor([0, 3, 3, 131, 132, 147], dtype=torch.int32)
     options = dict(cu_seqlens=cu_seqlens, iterations=1, alpha=0.5, reduction="none")
     check_loss(pile_fast.pile_loss, z[0], t[0], y[0], LINEAR, **options)
+
+
+def test_well_ordered_lists_keep_their_digits(monkeypatch):
+    """Two grades, all pairs right by 12 and more: losses and gradients of e^-12 and less."""
+    short_blocks(monkeypatch)
+    y = torch.arange(120)[None] % 2
+    z = y * 14.0 + torch.rand(1, 120)
+    rank = lambda z, t, y, **kw: pile_fast.ranking_loss(z, y, **kw)  # noqa: E731
+    got, gradient = run(rank, z, z, y, **LINEAR)
+    want, want_gradient = run(rank, z.double(), z, y, backend="torch")
+    assert abs(got - want) <= 1e-5 * want
+    assert largest(gradient - want_gradient) <= 1e-5 * largest(want_gradient)
 
 
 @pytest.mark.parametrize("n, queries, packed, linear", [

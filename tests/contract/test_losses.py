@@ -167,7 +167,7 @@ def test_misordered_by_far_still_has_a_gradient(loss, how):
     z.requires_grad_()
     value = loss.call(z, t, y, **how)
     (gradient,) = torch.autograd.grad(value, z)
-    assert value > 30 and gradient[0, 0] < -0.3 and gradient[0, 1] > 0.3
+    assert value > 30 and gradient[0, 0] < -0.1 and gradient[0, 1] > 0.1
 
 
 def test_the_same_bits_every_time(loss, how):
