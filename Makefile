@@ -64,7 +64,7 @@ FUZZ_FILES ?= 200000
 fuzz: setup
 	$(BIN)/python tests/fuzz.py --files $(FUZZ_FILES)
 
-# On a machine with a GPU: needs a Python with PyTorch and Triton, nvcc for the CUDA kernels, and no installation. GPU_PYTHON=... STAGES="correctness speed"
+# On a machine with a GPU: needs a Python with PyTorch, Triton and pytest, nvcc for the CUDA kernels, and no installation. GPU_PYTHON=... STAGES="contract speed"
 GPU_PYTHON ?= $(PYTHON)
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(STAGES)

@@ -1,12 +1,12 @@
-"""Fixtures that more than one test file uses."""
+"""Fixtures that more than one test file uses.
+
+What only some of them need is imported there: tests/contract runs with PyTorch and pytest alone.
+"""
 
 import os
 
-import numpy as np
 import pytest
 import torch
-
-from pile_fast.data import files, find_data
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +16,8 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def mq2008_folder():
+    from pile_fast.data import find_data
+
     folder = find_data("mq2008")
     if folder is None or not (folder / "mq2008").is_dir():
         pytest.skip("needs the MQ2008 files: set PILE_FAST_DATA to the folder that holds mq2008/ and mq2008_agg/")
@@ -25,6 +27,7 @@ def mq2008_folder():
 @pytest.fixture(scope="session")
 def text_data_folder():
     """A function of a data set's name, "wikiqa" or "cranfield": the data folder that holds it."""
+    from pile_fast.data import find_data
 
     def find(name):
         folder = find_data(name)
@@ -102,6 +105,7 @@ def tiny_text_model():
 @pytest.fixture
 def text_rows():
     """A function that makes rows: queries of 1 to 9 documents of 1 to 30 words, labels and teachers with gaps."""
+    import numpy as np
 
     def make(queries, *, seed=0, teachers=2, documents=(1, 9)):
         random = np.random.default_rng(seed)
@@ -126,6 +130,8 @@ def text_rows():
 @pytest.fixture
 def disk_full(monkeypatch):
     """Makes the whole files that are written to a path from now on, which go to a temporary one first, meet a full disk."""
+    from pile_fast.data import files
+
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     create = files.create_aside

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["test_contract.py", "test_battery.py", "test_native.py", "test_scales.py"]
+TESTS = ["contract", "test_native.py"]
 # Properties of memory and of time that the sanitizers change; forking and DDP need no second look.
 SKIP = "not memory and not forked"
 

@@ -47,12 +47,11 @@ def emulated(tmp_path_factory):
 
 
 @needs_emulation
-def test_battery_and_contract_emulated(emulated):
+def test_contract_emulated(emulated):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    # Left out: infinities beside NaN, which say nothing new about the kernels.
     out = run(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not inf]", HERE / "cuda_emulation_cases.py",
-        PILE_FAST_CUDA_EMULATION=str(emulated), **emulation.sanitizer_environment(),
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / "contract", HERE / "cuda_emulation_cases.py",
+        "--target", "cuda-emulation", PILE_FAST_CUDA_EMULATION=str(emulated), **emulation.sanitizer_environment(),
     )  # fmt: skip
     assert int(re.search(r"(\d+) passed", out)[1]) > 500
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from contract.problems import SCALES, make, relative_error
 from scipy.optimize import minimize
 
 import pile_fast.ensembles as ensembles
@@ -542,3 +543,25 @@ def test_shared_prior_of_bad_input():
             shared_prior(teachers, labels, **arguments)
     with pytest.raises(ValueError, match=r"labels: expected \(Q, N\) = \(1, 3\) like teacher_logits, got \(1, 2\)"):
         shared_prior(teachers, labels[:, :2])
+
+
+# -- scales
+
+
+@pytest.mark.parametrize("name", sorted(set(ENSEMBLES) - NEEDS_STUDENT))
+@pytest.mark.parametrize("offset, scale", SCALES)
+def test_calibrates_at_any_offset_and_scale(name, offset, scale):
+    _, t, y, _ = make(12, missing=0.2)
+    t = (offset + scale * t).float()
+    assert relative_error(ENSEMBLES[name](t, y).logits, ENSEMBLES[name](t.double(), y).logits) <= 1e-5
+
+
+@every_ensemble
+def test_infinite_logits_count_as_missing(name):
+    z, t, y, _ = make(12, 4)
+    for value in (math.inf, -math.inf):
+        broken, missing = t.clone(), t.clone()
+        broken[0, 3, 1], missing[0, 3, 1] = value, NAN
+        a, b = (call(name, x, y, z) for x in (broken, missing))
+        assert torch.equal(a.logits, b.logits) and torch.equal(a.weights, b.weights)
+        assert torch.equal(*(shared_prior(x, y) for x in (broken, missing)))
