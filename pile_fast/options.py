@@ -59,7 +59,8 @@ def _choice(choices: tuple[str | None, ...], help: str) -> Option:
 
 def _term(kind: str, what: str) -> Option:
     names = " or ".join(f'"{name}"' for name in terms.names(kind))
-    help = f'{what}: {names}, with numbers as in "logistic:temperature=2", or an object of `pile_fast.terms`'
+    example = next((f', with numbers as in "{default}"' for default in terms.defaults(kind) if default.names), "")
+    help = f"{what}: {names}{example}, or an object of `pile_fast.terms`"
     return Option("logistic", functools.partial(terms.find, kind), help)
 
 

@@ -75,6 +75,11 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(_TERMS[kind])
 
 
+def defaults(kind: str) -> list[Term]:
+    """Each of a kind's terms, with its default numbers."""
+    return list(_DEFAULTS[kind].values())
+
+
 def by_key(key: str, numbers: list[float]) -> Term:
     """The term of a key and its numbers: how a term comes back from a registered op."""
     kind, _, name = key.partition("_")
