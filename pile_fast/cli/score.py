@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pile_fast
@@ -13,7 +13,7 @@ from pile_fast.cli.common import add_input, add_models, load_ranker, print_left_
 from pile_fast.cli.errors import UserError
 from pile_fast.data import BadRows, fingerprint, read_rows
 from pile_fast.data.files import refuse_same_file
-from pile_fast.data.rows import reject
+from pile_fast.data.rows import groups, reject
 from pile_fast.offline.resumable import ResumableOutput
 from pile_fast.printable import printable
 from pile_fast.teachers import BM25
@@ -195,22 +195,10 @@ def _write_parts(output: ResumableOutput, args: argparse.Namespace, totals: Tota
     from tqdm import tqdm
 
     with tqdm(total=totals.documents, unit=" documents", disable=None) as bar:
-        for number, rows in enumerate(_parts(_rows(args))):
+        for number, rows in enumerate(groups(_rows(args), DOCUMENTS_PER_PART)):
             if number not in output.done:
                 output.write(number, _score(rows, args.teachers))
             bar.update(sum(len(row["doc_ids"]) for row in rows))
-
-
-def _parts(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    part, documents = [], 0
-    for row in rows:
-        part.append(row)
-        documents += len(row["doc_ids"])
-        if documents >= DOCUMENTS_PER_PART:
-            yield part
-            part, documents = [], 0
-    if part:
-        yield part
 
 
 def _score(rows: list[dict], teachers: list[Teacher]) -> list[dict]:
