@@ -571,7 +571,7 @@ def test_names_of_any_kind_are_shown_and_plotted(capsys, tmp_path):  # B13
 
 
 def test_many_systems_fit_in_a_plot(tmp_path, monkeypatch):
-    monkeypatch.setattr("pile_fast.cli.evaluate_report._MOST_PLOTTED", 3)
+    monkeypatch.setattr("pile_fast.evaluation.comparison_report._MOST_PLOTTED", 3)
     write_rows("data.jsonl", [{
         "query_id": "q", "doc_ids": ["a", "b"], "labels": [1, 0], "teachers": [f"t{m}" for m in range(15)],
         "teacher_logits": [[float(m) for m in range(15)], [7.0] * 15],

@@ -15,6 +15,7 @@ import torch
 
 from pile_fast.cli import main, score
 from pile_fast.data import read_rows, write_rows
+from pile_fast.offline import score as runner
 from pile_fast.students import FeatureRanker, FeatureRankerConfig, load_ranker
 from pile_fast.teachers import BM25
 
@@ -88,7 +89,7 @@ def test_bm25_of_nothing_to_match_is_zero():
 
 
 def test_bm25_command_adds_a_column_with_the_statistics_of_the_whole_file(text_file, text_rows, monkeypatch):
-    monkeypatch.setattr(score, "DOCUMENTS_PER_PART", 7)  # several parts, one collection
+    monkeypatch.setattr(runner, "DOCUMENTS_PER_PART", 7)  # several parts, one collection
     assert main(["score", text_file, "--teacher", "bm25", "--k1", "1.2", "--b", "0.5", "--output", "out.parquet"]) == 0
     rows = text_rows(9)
     bm25 = BM25([document for row in rows for document in row["documents"]], k1=1.2, b=0.5)
@@ -236,7 +237,7 @@ def test_a_file_is_not_scored_into_itself(capsys):
 
 # A13
 def test_a_file_that_changes_while_it_is_scored_gives_no_output(text_file, capsys, monkeypatch):
-    real, status, content = score._score, os.stat(text_file), open(text_file).read()
+    real, status, content = runner._score, os.stat(text_file), open(text_file).read()
 
     def change(rows, teachers):
         with open(text_file, "w") as file:
@@ -244,7 +245,7 @@ def test_a_file_that_changes_while_it_is_scored_gives_no_output(text_file, capsy
         os.utime(text_file, ns=(status.st_atime_ns, status.st_mtime_ns))
         return real(rows, teachers)
 
-    monkeypatch.setattr(score, "_score", change)
+    monkeypatch.setattr(runner, "_score", change)
     line = error_of(capsys, text_file, "--teacher", "bm25", "--output", "out.parquet")
     assert line == "data.jsonl: changed while it was read, so nothing was written; run it again"
     assert os.listdir() == ["data.jsonl"] and os.stat(text_file).st_size == status.st_size
@@ -271,7 +272,7 @@ def test_broken_rows_stop_it_before_the_work_or_are_counted(text_rows, capsys, m
         file.write("\n".join(lines) + "\n")
     arguments = ["data.jsonl", "--teacher", "bm25", "--output", "out.parquet"]
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_write_parts", lambda *a: pytest.fail("work began"))
+        patch.setattr(runner, "_score", lambda *a: pytest.fail("work began"))
         assert error_of(capsys, *arguments) == "data.jsonl: query 'late': no query, which teacher 'bm25' (bm25) reads"
     assert main(["score", *arguments, "--skip-bad-rows"]) == 0
     told = capsys.readouterr().err
@@ -317,17 +318,17 @@ def test_wrong_teacher_is_exit_code_2(capsys, teacher):
 
 
 def test_going_on_with_other_settings_is_refused(text_file, capsys, monkeypatch):
-    monkeypatch.setattr(score, "DOCUMENTS_PER_PART", 1)
-    real = score._score
+    monkeypatch.setattr(runner, "DOCUMENTS_PER_PART", 1)
+    real = runner._score
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_score", lambda rows, teachers: real(rows, teachers) if rows[0]["query_id"] != "q3" else 1 / 0)
+        patch.setattr(runner, "_score", lambda rows, teachers: real(rows, teachers) if rows[0]["query_id"] != "q3" else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["score", text_file, "--teacher", "bm25", "--output", "out.parquet"])
     assert not os.path.exists("out.parquet")
     message = error_of(capsys, text_file, "--teacher", "bm25", "--k1", "2", "--output", "out.parquet")
     assert "other settings or another input (k1 differ)" in message
     scored = []
-    monkeypatch.setattr(score, "_score", lambda rows, teachers: scored.append(rows[0]["query_id"]) or real(rows, teachers))
+    monkeypatch.setattr(runner, "_score", lambda rows, teachers: scored.append(rows[0]["query_id"]) or real(rows, teachers))
     assert main(["score", text_file, "--teacher", "bm25", "--output", "out.parquet"]) == 0
     assert scored[0] == "q3" and len(list(read_rows("out.parquet"))) == 9
 
@@ -335,7 +336,8 @@ def test_going_on_with_other_settings_is_refused(text_file, capsys, monkeypatch)
 # Small parts, so that there is much to interrupt.
 DRIVER = """
 import sys, torch
-from pile_fast.cli import main, score
+from pile_fast.cli import main
+from pile_fast.offline import score
 torch.set_num_threads(1)
 score.DOCUMENTS_PER_PART = 6
 sys.exit(main())
@@ -361,6 +363,6 @@ def test_killed_at_random_moments_the_file_is_the_same(text_rows, models, tmp_pa
     finished = subprocess.run([sys.executable, "-c", DRIVER, *command, "killed.parquet"], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert not parts.exists()
-    monkeypatch.setattr(score, "DOCUMENTS_PER_PART", 6)
+    monkeypatch.setattr(runner, "DOCUMENTS_PER_PART", 6)
     assert main([*command, "whole.parquet"]) == 0
     assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()

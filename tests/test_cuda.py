@@ -11,23 +11,19 @@ import sys
 import textwrap
 from pathlib import Path
 
+import cuda_resources
 import pytest
 import torch
+from cuda_emulation import build as emulation
 
 import pile_fast
 
 HERE = Path(__file__).parent
 
 
-def _load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulation = _load(HERE / "cuda_emulation/build.py")
-nvcc = _load(HERE.parent / "csrc/cuda/nvcc.py")
+specification = importlib.util.spec_from_file_location("nvcc", HERE.parent / "csrc/cuda/nvcc.py")
+nvcc = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(nvcc)
 
 needs_emulation = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the emulation needs g++ on x86-64"
@@ -120,7 +116,6 @@ def test_the_floors_of_gpu_check_compile(tmp_path):
 def test_compiled_without_spilling():
     """Every architecture of the build: no stack frame (so no spilled register) in any kernel that runs more than once."""
     pytest.importorskip("pile_fast._cuda", reason="pile_fast._cuda was not built: no nvcc")
-    cuda_resources = _load(HERE / "cuda_resources.py")
     found = cuda_resources.resources()
     assert {"warp_per_query", "block_per_query", "advance_pieces", "pair_pieces"} <= {kernel for kernel, _ in found}
     for (kernel, arch), use in found.items():
@@ -131,7 +126,6 @@ def test_compiled_without_spilling():
 @pytest.mark.parametrize("kernel", ["warp_per_query", "block_per_query", "advance_pieces"])
 def test_the_inner_loops_are_what_the_design_says(kernel):
     pytest.importorskip("pile_fast._cuda", reason="pile_fast._cuda was not built: no nvcc")
-    cuda_resources = _load(HERE / "cuda_resources.py")
     archs = {arch for _, arch in cuda_resources.resources()}
     found = cuda_resources.loops(kernel, sorted(archs)[-1])
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import re
 from pathlib import Path
 
 import pytest
+import test_floors as floors
 
 from pile_fast import checks, terms
 from pile_fast.options import EnsembleOptions, LossOptions, Option, table
@@ -111,9 +111,6 @@ def test_the_page_of_environment_variables_has_all_of_them_and_no_others():
 
 
 def test_the_drawing_of_the_floors_is_that_which_a_test_holds():
-    spec = importlib.util.spec_from_file_location("floors", ROOT / "tests/test_floors.py")
-    floors = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(floors)
     (drawing,) = re.findall(r"```\n(doors .*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
     floor, drawn = "", {}
     for line in drawing.splitlines():

@@ -1,6 +1,5 @@
 """Text students: `PileTrainer`, a Trainer of one's own, gradient caching, several processes, resuming."""
 
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import trainer_worker as worker
 from transformers import TrainerCallback, TrainingArguments
 
 import pile_fast
@@ -23,9 +23,6 @@ from pile_fast.students import KINDS, FeatureRanker, FeatureRankerConfig, gradie
 from pile_fast.trainer import PileTrainer, last_checkpoint, loss_components, ranking_quality
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
-specification = importlib.util.spec_from_file_location("trainer_worker", WORKER)
-worker = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(worker)
 
 TEXT = ["cross-encoder", "bi-encoder"]
 QUERIES = 22  # steps of 8: the third is short

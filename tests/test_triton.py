@@ -1,6 +1,5 @@
 """The Triton kernels without a GPU: in Triton's interpreter, and compiled ahead of time for four architectures."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,14 +12,9 @@ import torch
 import pile_fast
 
 pytest.importorskip("triton")
+import triton_aot as aot  # noqa: E402
+
 HERE = Path(__file__).parent
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(*command):
@@ -49,9 +43,6 @@ def test_without_a_gpu_it_says_so():
     assert not status.available and "GPU" in status.reason
     with pytest.raises(RuntimeError, match="no CUDA or ROCm GPU"):
         pile_fast.ranking_loss(torch.zeros(1, 2), torch.zeros(1, 2), backend="triton")
-
-
-aot = _load("triton_aot")
 
 
 CASES = aot.cases()

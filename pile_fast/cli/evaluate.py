@@ -18,9 +18,10 @@ from pile_fast.cli.common import (
 )
 from pile_fast.cli.errors import UserError
 from pile_fast.cli.evaluate_inputs import read_inputs
-from pile_fast.cli.evaluate_report import explain, plot, print_table, write_report
+from pile_fast.cli.evaluate_report import explain, print_table, write_report
 from pile_fast.data import BadRows, atomic_path
 from pile_fast.evaluation import DEFAULT_METRICS, EMPTY, Metric, evaluate
+from pile_fast.evaluation.comparison_report import plot
 from pile_fast.evaluation.metrics import GAINS
 
 
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if output:
         write_report(output / "metrics.json", evaluation, inputs, args, bad_rows)
         with atomic_path(output / "metrics.png") as temporary:
-            plot(evaluation, args, temporary)
+            plot(evaluation, args.baseline, temporary)
     print_table(evaluation, inputs.systems, args)
     print("\n".join(explain(evaluation, inputs, args)))
     print_left_out(bad_rows)

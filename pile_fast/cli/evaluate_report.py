@@ -1,11 +1,10 @@
-"""What ``pile-fast evaluate`` says and writes: the table, the conventions in words, metrics.json and metrics.png."""
+"""What ``pile-fast evaluate`` says and writes: the table, the conventions in words, and metrics.json."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,23 +14,11 @@ import pile_fast
 from pile_fast.cli.common import finite
 from pile_fast.cli.evaluate_inputs import Inputs, System
 from pile_fast.data import BadRows, atomic_path
-from pile_fast.evaluation.compare import BOOTSTRAP_SAMPLES, MOST_UNITS, PERMUTATIONS, Evaluation, Metric, Result
-from pile_fast.printable import decimal, percent, printable, short
+from pile_fast.evaluation.compare import BOOTSTRAP_SAMPLES, MOST_UNITS, PERMUTATIONS, Evaluation, Metric
+from pile_fast.evaluation.comparison_report import SIGNIFICANT, best_first, decimal4
+from pile_fast.printable import decimal, percent, printable
 
-SIGNIFICANT = 0.05
 _MOST_LISTED = 10
-_MOST_PLOTTED = 100
-_LONGEST_NAME = 60  # in the plot
-
-
-def _sorted(evaluation: Evaluation, metrics: list[str]) -> list[str]:
-    """The systems, best first by the first metric."""
-
-    def key(name: str) -> float:
-        value = evaluation.results[name][metrics[0]].value
-        return math.inf if math.isnan(value) else -value
-
-    return sorted(evaluation.results, key=key)
 
 
 def print_table(evaluation: Evaluation, systems: dict[str, System], args: argparse.Namespace) -> None:
@@ -48,18 +35,18 @@ def print_table(evaluation: Evaluation, systems: dict[str, System], args: argpar
         table.add_column(f"{name.upper()}\nn = {any_system[name].queries:,}", justify="right", no_wrap=True)
     table.add_column("not\nreturned", justify="right")
     table.add_column("tied\npairs", justify="right")
-    for name in _sorted(evaluation, args.metrics):
+    for name in best_first(evaluation):
         coverage = evaluation.coverage[name]
         label = Text(printable(name))
         label.append(f"\n{systems[name].kind}{', baseline' * (name == args.baseline)}", "dim")
         cells = []
         for result in evaluation.results[name].values():
-            cell = Text(_value(result.value), "bold")
-            cell.append_text(Text(f"\n{_value(result.low)}–{_value(result.high)}", "not bold dim"))
+            cell = Text(decimal4(result.value), "bold")
+            cell.append_text(Text(f"\n{decimal4(result.low)}–{decimal4(result.high)}", "not bold dim"))
             if result.difference is not None and result.p_holm is not None:
                 significant = result.p_holm < SIGNIFICANT
                 color = ("green" if result.difference > 0 else "red") if significant else "dim"
-                difference = "+" * (result.difference > 0) + _value(result.difference)
+                difference = "+" * (result.difference > 0) + decimal4(result.difference)
                 text = f"\n{difference} p {_p(result.p_holm)}{'*' if significant else ' '}"
                 cell.append_text(Text(text, f"not bold {color}"))
             cells.append(cell)
@@ -68,10 +55,6 @@ def print_table(evaluation: Evaluation, systems: dict[str, System], args: argpar
     if not console.is_terminal:  # a pipe has no width; never break numbers for it
         console = rich.console.Console(width=60 + 22 * len(args.metrics))
     console.print(table)
-
-
-def _value(value: float | None) -> str:
-    return decimal(value, places=4)  # as trec_eval prints
 
 
 def _p(value: float) -> str:
@@ -204,53 +187,3 @@ def _numbers(values: np.ndarray) -> str:
     known = np.isfinite(values)
     numbers = values.tolist()
     return json.dumps(numbers if known.all() else [x if k else None for x, k in zip(numbers, known.tolist(), strict=True)])
-
-
-def plot(evaluation: Evaluation, args: argparse.Namespace, path: Path) -> None:
-    """A panel per metric: every system's value and interval, coloured by the test against the baseline."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = _sorted(evaluation, args.metrics)
-    best, names = len(names), names[:_MOST_PLOTTED][::-1]
-    shown = [short(name, _LONGEST_NAME) for name in names]
-    widest = max(map(len, shown))
-    figure = Figure(figsize=(1.5 + 0.07 * widest + 2.6 * len(args.metrics), 1.6 + 0.26 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(args.metrics), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, args.metrics, strict=True):
-        for position, name in enumerate(names):
-            result = evaluation.results[name][metric]
-            color = _color(result, name == args.baseline)
-            if math.isfinite(result.value):
-                axes.hlines(position, result.low, result.high, color=color, linewidth=1.5)
-                axes.plot(result.value, position, "o", color=color, markersize=5)
-            else:
-                axes.annotate(
-                    _value(result.value), (0.97, position), xycoords=("axes fraction", "data"), ha="right", va="center"
-                )
-        if args.baseline is not None:
-            axes.axvline(evaluation.results[args.baseline][metric].value, color="black", linestyle=":", linewidth=1)
-        axes.set_title(f"{metric.upper()}  (n = {evaluation.results[names[0]][metric].queries:,})", fontsize=10)
-        axes.locator_params(axis="x", nbins=5)
-        axes.grid(axis="x", alpha=0.3)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), shown, fontsize=8, parse_math=False)
-    panels[0].set_ylim(-0.6, len(names) - 0.4)
-    note = "95 % confidence intervals over queries"
-    if best > len(names):
-        note += f"; the best {len(names)} of {best:,} systems by {args.metrics[0].upper()}"
-    if args.baseline is not None:
-        name = short(args.baseline, _LONGEST_NAME)
-        note += f"; dotted: {name}; green better, red worse (paired test, Holm-corrected p < {SIGNIFICANT})"
-    figure.supxlabel(note, fontsize=8, parse_math=False)
-    figure.savefig(path, dpi=130)
-
-
-def _color(result: Result, is_baseline: bool) -> str:
-    if is_baseline:
-        return "black"
-    if result.difference is None or result.p_holm is None:
-        return "tab:blue"
-    return "tab:gray" if not result.p_holm < SIGNIFICANT else "tab:green" if result.difference > 0 else "tab:red"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -182,6 +182,21 @@ def drop_unlabelled(row: dict) -> dict | None:
     if not kept:
         return None
     return row | {name: [row[name][i] for i in kept] for name in PER_DOCUMENT if row[name] is not None}
+
+
+def groups(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    """The rows, in runs with about `size` documents each."""
+    group: list[dict] = []
+    documents = 0
+    for row in rows:
+        group.append(row)
+        given = row.get("features") if row.get("documents") is None else row["documents"]
+        documents += 0 if given is None else len(given)
+        if documents >= size:
+            yield group
+            group, documents = [], 0
+    if group:
+        yield group
 
 
 def scores_of(row: dict, teacher: str | None) -> tuple[str, list[float | None]]:

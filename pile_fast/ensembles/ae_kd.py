@@ -12,16 +12,9 @@ QP_ITERATIONS = 300
 
 
 def ae_kd_ensemble(
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    student_logits: Tensor,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalize: str = "zscore",
-    temperature: float = 1.0,
-    max_weight: float = 1.0,
-) -> Ensemble:
+    teacher_logits: Tensor, labels: Tensor | None = None, *, student_logits: Tensor, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, normalize: str = "zscore", temperature: float = 1.0, max_weight: float = 1.0,
+) -> Ensemble:  # fmt: skip
     r"""Weights from the teachers' pulls on the student (AE-KD, Du et al., NeurIPS 2020). Uses no labels.
 
     .. math:: \min_w \tfrac12 \left\| \sum_m w_m g_m \right\|^2 \ \text{s.t.} \ \sum_m w_m = 1, \ 0 \le w_m \le C,

@@ -37,17 +37,9 @@ class Teachers:
     """Checked and calibrated teachers of one call as (Q, N, M), and the way back to the caller's layout."""
 
     def __init__(
-        self,
-        teacher_logits: Tensor,
-        labels: Tensor | None,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        normalize: str,
-        *,
-        prior: Tensor | None = None,
-        student_logits: Tensor | None = None,
-        needs: str = "",
-    ) -> None:
+        self, teacher_logits: Tensor, labels: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, normalize: str,
+        *, prior: Tensor | None = None, student_logits: Tensor | None = None, needs: str = "",
+    ) -> None:  # fmt: skip
         check_normalize("normalize", normalize)
         given = {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels}
         for name in ("teacher_logits", needs):

@@ -8,15 +8,9 @@ from pile_fast.ensembles.base import Ensemble, Teachers, label_losses
 
 
 def best_teacher_ensemble(
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalize: str = "zscore",
-    selection: str = "global",
-    temperature: float = 1.0,
-) -> Ensemble:
+    teacher_logits: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    normalize: str = "zscore", selection: str = "global", temperature: float = 1.0,
+) -> Ensemble:  # fmt: skip
     r"""The teacher that agrees best with the labels.
 
     .. math:: m^* = \arg\min_m \ell_{qm} \ \text{or}\ \arg\min_m \sum_q \ell_{qm}, \qquad

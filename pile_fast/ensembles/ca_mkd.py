@@ -8,14 +8,9 @@ from pile_fast.reference import softmax_or_zero
 
 
 def ca_mkd_ensemble(
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalize: str = "zscore",
-    temperature: float = 1.0,
-) -> Ensemble:
+    teacher_logits: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    normalize: str = "zscore", temperature: float = 1.0,
+) -> Ensemble:  # fmt: skip
     r"""Confidence-aware weights (CA-MKD, Zhang, Chen and Wang, ICASSP 2022): teachers that err less weigh more.
 
     .. math:: w_{qm} = \frac{1}{K - 1} \left(1 - \frac{\exp \ell_{qm}}{\sum_k \exp \ell_{qk}}\right)

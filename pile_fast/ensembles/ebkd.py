@@ -9,14 +9,9 @@ from pile_fast.reference import softmax_or_zero
 
 
 def ebkd_ensemble(
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalize: str = "zscore",
-    temperature: float = 1.0,
-) -> Ensemble:
+    teacher_logits: Tensor, labels: Tensor | None = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    normalize: str = "zscore", temperature: float = 1.0,
+) -> Ensemble:  # fmt: skip
     r"""Entropy-based weights (EBKD, Kwon et al., ICASSP 2020): sure teachers weigh more. Uses no labels.
 
     .. math:: w_{qm} = \frac{1}{K - 1} \left(1 - \frac{H_{qm}}{\sum_k H_{qk}}\right), \qquad

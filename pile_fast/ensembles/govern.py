@@ -7,14 +7,9 @@ from pile_fast.ensembles.base import Ensemble, Teachers
 
 
 def govern_ensemble(
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    student_logits: Tensor,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalize: str = "zscore",
-) -> Ensemble:
+    teacher_logits: Tensor, labels: Tensor | None = None, *, student_logits: Tensor, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, normalize: str = "zscore",
+) -> Ensemble:  # fmt: skip
     r"""Vote on the direction, follow the majority (after GOVERN, Zhou et al., EMNLP 2024 Industry). Uses no labels.
 
     .. math:: v_i = \operatorname{sign} \sum_m \operatorname{sign}(\tilde t_{im} - \tilde z_i), \qquad

@@ -6,14 +6,9 @@ from pile_fast.ensembles.base import Ensemble, Teachers
 
 
 def mean_ensemble(
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalize: str = "zscore",
-    prior: Tensor | None = None,
-) -> Ensemble:
+    teacher_logits: Tensor, labels: Tensor | None = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    normalize: str = "zscore", prior: Tensor | None = None,
+) -> Ensemble:  # fmt: skip
     r"""The mean of the calibrated teachers, or their weighted mean: w_m = prior_m / Σ prior.
 
     With weights found elsewhere as the `prior`, e.g. those of `best_teacher_ensemble` on a development set, it

@@ -8,15 +8,9 @@ from pile_fast.ensembles.base import Ensemble, Teachers
 
 
 def rrf_ensemble(
-    teacher_logits: Tensor,
-    labels: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    normalize: str = "zscore",
-    prior: Tensor | None = None,
-    k: float = 60.0,
-) -> Ensemble:
+    teacher_logits: Tensor, labels: Tensor | None = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    normalize: str = "zscore", prior: Tensor | None = None, k: float = 60.0,
+) -> Ensemble:  # fmt: skip
     r"""Reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009).
 
     .. math:: s_i = \sum_m \frac{1}{k + \text{rank}_m(i)}

@@ -9,18 +9,10 @@ from pile_fast.ensembles.pile import pile_with_weights
 
 
 def shared_prior(
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    iterations: int = 30,
-    step_size: float = 3.0,
-    normalize: str = "zscore",
-    temperature: float = 1.0,
-    margin: float = 0.0,
+    teacher_logits: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    iterations: int = 30, step_size: float = 3.0, normalize: str = "zscore", temperature: float = 1.0, margin: float = 0.0,
     pair_weight: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Teachers' weights that all queries share, as the `prior` of `pile_ensemble` and `pile_loss`: ours, not a paper's.
 
     PILE's update with one weight vector for the whole data set: in each iteration the step that "query" granularity would

@@ -78,13 +78,9 @@ class StackingEnsemble:
         return self
 
     def __call__(
-        self,
-        teacher_logits: Tensor,
-        labels: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
+        self, teacher_logits: Tensor, labels: Tensor | None = None, *, mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Ensemble:
+    ) -> Ensemble:  # fmt: skip
         """Ensemble(logits, weights), weights (M,); see `mean_ensemble` for the arguments.
 
         Raises:

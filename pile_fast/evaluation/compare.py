@@ -162,19 +162,10 @@ class Metric:
 
 
 def evaluate(
-    systems: Mapping[str, Tensor],
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    baseline: str | None = None,
-    relevant_at: float = 1.0,
-    gain: str = "linear",
-    unjudged: str = "zero",
-    empty: str = "zero",
-    seed: int = 0,
-    query_ids: Sequence[str] | None = None,
-) -> Evaluation:
+    systems: Mapping[str, Tensor], labels: Tensor, cu_seqlens: Tensor, *, metrics: Sequence[str] = DEFAULT_METRICS,
+    baseline: str | None = None, relevant_at: float = 1.0, gain: str = "linear", unjudged: str = "zero", empty: str = "zero",
+    seed: int = 0, query_ids: Sequence[str] | None = None,
+) -> Evaluation:  # fmt: skip
     """Metrics of several systems on the same queries, by trec_eval's conventions.
 
     A query's documents are those that were judged and those that any system returned. The ideal ranking and the number of

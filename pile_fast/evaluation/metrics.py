@@ -155,18 +155,10 @@ class Lists:
 
 
 def ndcg(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    retrieved: Tensor | None = None,
-    k: int | None = None,
-    gain: str = "exponential",
-    ties: str = "stable",
-    empty: str = "zero",
-    reduction: str = "mean",
-) -> Tensor:
+    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    retrieved: Tensor | None = None, k: int | None = None, gain: str = "exponential", ties: str = "stable",
+    empty: str = "zero", reduction: str = "mean",
+) -> Tensor:  # fmt: skip
     r"""Normalised discounted cumulative gain (Järvelin and Kekäläinen, ACM TOIS 2002).
 
     .. math:: \text{NDCG@}k = \frac{\text{DCG@}k}{\text{ideal DCG@}k}, \qquad
@@ -234,17 +226,10 @@ def _gains(lists: Lists, gain: str) -> Tensor:
 
 
 def mrr(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    retrieved: Tensor | None = None,
-    k: int | None = None,
-    relevant_at: float = 1,
-    empty: str = "zero",
+    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    retrieved: Tensor | None = None, k: int | None = None, relevant_at: float = 1, empty: str = "zero",
     reduction: str = "mean",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     r"""Mean reciprocal rank: 1 / rank of the first relevant document, 0 if it is not among the first k.
 
     Documents with equal scores keep their order.
@@ -277,17 +262,10 @@ def reciprocal_rank_values(lists: Lists, relevant: Tensor, k: int | None) -> tup
 
 
 def average_precision(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    retrieved: Tensor | None = None,
-    k: int | None = None,
-    relevant_at: float = 1,
-    empty: str = "zero",
+    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    retrieved: Tensor | None = None, k: int | None = None, relevant_at: float = 1, empty: str = "zero",
     reduction: str = "mean",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     r"""Average precision; its mean over queries is MAP.
 
     .. math:: \text{AP@}k = \frac{1}{R} \sum_{r=1}^{k} \text{rel}(r) \, \text{precision@}r
@@ -379,16 +357,9 @@ def _inversions(lists: Lists, values: Tensor) -> Tensor:
 
 
 def pnr(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    average: str = "micro",
-    ties: str = "exclude",
-    zero_division: float = math.inf,
-    return_counts: bool = False,
-) -> Tensor | tuple[Tensor, PairCounts]:
+    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, average: str = "micro",
+    ties: str = "exclude", zero_division: float = math.inf, return_counts: bool = False,
+) -> Tensor | tuple[Tensor, PairCounts]:  # fmt: skip
     r"""Positive-negative ratio: rightly ordered pairs over wrongly ordered ones.
 
     .. math:: \text{PNR} = \frac{C}{D}, \qquad
@@ -437,14 +408,9 @@ def pnr(
 
 
 def opa(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    ties: str = "negative",
+    scores: Tensor, labels: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, ties: str = "negative",
     reduction: str = "mean",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     r"""Ordered pair accuracy: the share of the pairs with y_i > y_j that have s_i > s_j.
 
     ``ties="negative"`` is TF-Ranking's and rax's; with ``ties="half"`` and binary labels it is the query's ROC AUC.

@@ -1,4 +1,4 @@
-"""Jobs over files of any size: input in numbered parts, ensembles, an output that resumes after a kill; the same on Ray Data.
+"""Jobs over files of any size: numbered parts in, teachers scored or ensembled, an output that resumes after a kill; Ray Data.
 
 Importing this package imports none of its modules: most need pyarrow.
 """

@@ -8,7 +8,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from pile_fast.data.collator import BiEncoderCollator, CrossEncoderCollator, FeatureCollator
+from pile_fast.data.rows import groups
 from pile_fast.students.bi_encoder import BiEncoder, BiEncoderConfig, first_layers, is_bi_encoder
 from pile_fast.students.features import FeatureRanker, FeatureRankerConfig
 
@@ -70,7 +71,7 @@ class Ranker:
         from pile_fast.students.gradient_cache import forward_in_passes
 
         scores: list[Tensor] = []
-        for group in _groups(rows, batch_size * _PASSES_AT_ONCE):
+        for group in groups(rows, batch_size * _PASSES_AT_ONCE):
             inputs = self.collator(group)
             lengths = inputs.pop("labels")["cu_seqlens"].diff().tolist()
             inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
@@ -297,17 +298,3 @@ def _config_of(model: PreTrainedModel) -> PretrainedConfig:
 
 def _positive(limit: int | None) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _groups(rows: Sequence[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Runs of rows with about `size` documents."""
-    group, documents = [], 0
-    for row in rows:
-        group.append(row)
-        given = row.get("features") if row.get("documents") is None else row["documents"]
-        documents += 0 if given is None else len(given)
-        if documents >= size:
-            yield group
-            group, documents = [], 0
-    if group:
-        yield group
