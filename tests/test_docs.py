@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import inspect
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,31 @@ def test_the_page_of_environment_variables_has_all_of_them_and_no_others():
     used = in_sources(r"PILE_FAST_[A-Z_]+")
     found = re.findall(r"^\| `(\w+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
     assert sorted(found) == sorted(used)
+
+
+def test_the_loss_that_the_page_for_contributors_adds():
+    """In a process of its own, as what is registered stays."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    term, function = map(textwrap.dedent, blocks)
+    code = f"""if True:
+        import torch, pile_fast
+        from pile_fast import reference, terms
+        exec({term!r}, vars(terms))
+        exec({function!r}, vars(reference))
+        reference.TERMS["distill_huber"] = reference.distill_huber
+        student = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+        target = 3 * torch.randn(3, 7)
+        loss = lambda z: pile_fast.distillation_loss(z, target, kind="huber:delta=2")
+        assert torch.autograd.gradcheck(loss, student)
+        if pile_fast.available_backends()["cpp"].available:
+            try:
+                pile_fast.distillation_loss(student, target, kind="huber", backend="cpp")
+            except RuntimeError as error:
+                print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout or "'huber'" in done.stdout
 
 
 def test_the_drawing_of_the_floors_is_that_which_a_test_holds():
