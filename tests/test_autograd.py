@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from contract.problems import losses, terms_of
 from torch.utils.checkpoint import checkpoint
 
 import pile_fast
@@ -21,12 +22,7 @@ def batch(dtype=torch.float32, q=3, n=12, m=3):
     return torch.randn(q, n, dtype=dtype), torch.randn(q, n, m, dtype=dtype), torch.randint(0, 3, (q, n))
 
 
-LOSSES = {
-    "distillation": lambda z, t, y, **kw: pile_fast.distillation_loss(z, t[..., 0], kind="logistic:temperature=0.7", **kw),
-    "mse": lambda z, t, y, **kw: pile_fast.distillation_loss(z, t[..., 0], kind="mse", **kw),
-    "logistic": lambda z, t, y, **kw: pile_fast.ranking_loss(z, y, pair_weight="gain_gap", **kw),
-    "pile": lambda z, t, y, **kw: pile_fast.pile_loss(z, t, y, alpha=0.4, **kw),
-}
+LOSSES = {loss.name: loss.call for loss in losses(iterations=10) if not loss.repeats}
 
 
 @pytest.fixture(params=LOSSES)
@@ -47,17 +43,18 @@ def test_gradcheck_of_the_reference_itself(backend):
     valid = torch.rand(z.shape) < 0.8
     y = y.double()
     y[0, 3] = torch.nan
-    for alpha in (0.0, 0.4, 1.0):
-        for kind in ("logistic:temperature=0.7", "mse"):
-            options = loss_options(alpha=alpha, distillation=kind, pair_weight="label_gap", reduction="none")
+    each = [dict(alpha=1.0, distillation=term) for term in terms_of("distill")]
+    each += [dict(alpha=0.0, label_loss=term) for term in terms_of("label")]
+    for term in [*each, dict(alpha=0.4)]:
+        options = loss_options(pair_weight="label_gap", reduction="none", **term)
 
-            def loss(z, options=options):
-                return reference.pair_loss(z, t[..., 0], y, valid, options).loss
+        def loss(z, options=options):
+            return reference.pair_loss(z, t[..., 0], y, valid, options).loss
 
-            assert torch.autograd.gradcheck(loss, z.requires_grad_())
-            (gradient,) = torch.autograd.grad(loss(z).sum(), z)
-            written_out = reference.pair_loss(z.detach(), t[..., 0], y, valid, options, with_gradient=True).gradient
-            torch.testing.assert_close(written_out, gradient, rtol=1e-10, atol=1e-12)
+        assert torch.autograd.gradcheck(loss, z.requires_grad_())
+        (gradient,) = torch.autograd.grad(loss(z).sum(), z)
+        written_out = reference.pair_loss(z.detach(), t[..., 0], y, valid, options, with_gradient=True).gradient
+        torch.testing.assert_close(written_out, gradient, rtol=1e-10, atol=1e-12)
     options = ensemble_options(iterations=3, granularity="query")
     assert torch.autograd.gradcheck(
         lambda t: reference.ensemble(t, y, torch.ones_like(valid), options).logits, t.requires_grad_()

@@ -14,11 +14,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from contract.problems import losses
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pile_fast
-from pile_fast import ensembles
+from pile_fast import ensembles, terms
 from pile_fast.backends import cpp
 from pile_fast.evaluation import metrics
 
@@ -64,9 +65,17 @@ FUNCTIONS = {
         ("student_logits", "teacher_logits", "labels", "prior"),
     ),
     "pile_ensemble": (logits_of(pile_fast.pile_ensemble), ("teacher_logits", "labels", "prior")),
-    "distillation_loss": (pile_fast.distillation_loss, ("student_logits", "target_logits")),
-    "mse": (lambda **kw: pile_fast.distillation_loss(kind="mse", **kw), ("student_logits", "target_logits")),
-    "ranking_loss": (pile_fast.ranking_loss, ("student_logits", "labels")),
+    **{
+        f"distillation_loss {term}": (
+            functools.partial(pile_fast.distillation_loss, kind=term),
+            ("student_logits", "target_logits"),
+        )
+        for term in terms.names("distill")
+    },
+    **{
+        f"label {term}": (functools.partial(pile_fast.ranking_loss, kind=term), ("student_logits", "labels"))
+        for term in terms.names("label")
+    },
     "PILELoss": (
         lambda backend, student_logits, teacher_logits, labels, **kw: pile_fast.PILELoss(alpha=0.5, backend=backend)(
             student_logits, teacher_logits, labels, **kw
@@ -246,12 +255,8 @@ def problem():
     return torch.randn(3, 6), torch.randn(3, 6, 2), torch.randint(0, 3, (3, 6))
 
 
-CALLS = {
-    "pile_loss": lambda z, t, y, **kw: pile_fast.pile_loss(z, t, y, alpha=0.5, **kw),
-    "pile_ensemble": lambda z, t, y, **kw: pile_fast.pile_ensemble(t, y, **kw).logits,
-    "distillation_loss": lambda z, t, y, **kw: pile_fast.distillation_loss(z, t[..., 0], reduction="none", **kw),
-    "ranking_loss": lambda z, t, y, **kw: pile_fast.ranking_loss(z, y, **kw),
-}
+CALLS = {loss.name: loss.call for loss in losses(iterations=10) if not loss.repeats}
+CALLS["pile_ensemble"] = lambda z, t, y, **kw: pile_fast.pile_ensemble(t, y, **kw).logits
 
 
 @pytest.fixture(params=CALLS)

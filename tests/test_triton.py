@@ -34,7 +34,7 @@ def test_contract_in_the_interpreter():
 
 def test_gpu_check_dry_run(tmp_path):
     out = run(HERE.parent / "benchmarks/gpu_check.py", "--dry-run", "--results", tmp_path)
-    assert "FAILED" not in out and len(list((tmp_path / "interpreter").glob("gpu_*.json"))) > 10
+    assert "FAILED" not in out and len(list((tmp_path / "interpreter").glob("gpu_*.json"))) > 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -44,7 +44,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [
             (way, sample) for way in target.numerics for sample in problems.covering(axes | {"n": way.lengths}, way.samples)
         ]
-        ids = [f"{way.name}-{number}-n={sample['n']}" for number, (way, sample) in enumerate(rows)]
+        ids = [
+            f"{way.name}-{number}-n={sample['n']}-{sample.get('distillation', '')}" for number, (way, sample) in enumerate(rows)
+        ]
         metafunc.parametrize("how, sample", rows, indirect=["how"], ids=ids)
     elif "how" in names:
         metafunc.parametrize("how", target.ways, indirect=True, ids=lambda way: way.name)

@@ -21,6 +21,12 @@ STUDENTS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def lengths(how, target):
+    """Not the longest for the reference itself, whose memory is n x n."""
+    return [n for n in target.scale_lengths if n < 100 or how["backend"] != "torch"]
+
+
 # -- logits
 
 
@@ -38,8 +44,8 @@ def check_teachers(how, n, offset, scale, normalize):
 
 @pytest.mark.parametrize("offset, scale", SCALES)
 @pytest.mark.parametrize("normalize", ["zscore", "center", "none"])
-def test_teachers_of_any_offset_and_scale(how, target, offset, scale, normalize):
-    for n in target.scale_lengths:
+def test_teachers_of_any_offset_and_scale(how, lengths, offset, scale, normalize):
+    for n in lengths:
         check_teachers(how, n, offset, scale, normalize)
 
 
@@ -58,9 +64,9 @@ def check_students(how, n, offset, spread, temperature, term):
 
 
 @pytest.mark.parametrize("offset, spread, temperature", STUDENTS)
-def test_students_of_any_offset_and_temperature(how, target, offset, spread, temperature):
+def test_students_of_any_offset_and_temperature(how, lengths, offset, spread, temperature):
     for term in TERMS:
-        for n in target.scale_lengths:
+        for n in lengths:
             check_students(how, n, offset, spread, temperature, term)
 
 
@@ -103,15 +109,13 @@ def test_float64_at_its_ends(how, t):
 
 @pytest.mark.needs("twice")
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 100.0])
-def test_ensembles_at_any_temperature(how, target, temperature):
-    for n in target.scale_lengths:
+def test_ensembles_at_any_temperature(how, lengths, temperature):
+    for n in lengths:
         _, t, y, _ = make(n, seed=n)
         t = t + 1e4
         for normalize in ("zscore", "none"):
             options = dict(temperature=temperature, normalize=normalize, iterations=2)
-            want, own = (
-                pile_fast.pile_ensemble(x, y, backend="torch", **options).logits for x in ((t + 1e4).double(), t + 1e4)
-            )
+            want, own = (pile_fast.pile_ensemble(x, y, backend="torch", **options).logits for x in (t.double(), t))
             got = pile_fast.pile_ensemble(t, y, **how, **options).logits
             close(got, own, want, 2e-6 * largest(want))
 
@@ -132,9 +136,9 @@ def check_labels(how, n, pair_weight, shift=0.0, scale=1.0):
 @pytest.mark.parametrize(
     "pair_weight, shift", [("gain_gap", 127), ("gain_gap", 1024), ("gain_gap", 1e6), ("gain_gap", -200), ("label_gap", 1e6)]
 )
-def test_labels_of_any_size(how, target, pair_weight, shift):
+def test_labels_of_any_size(how, lengths, pair_weight, shift):
     """Pairs weigh by ratios: labels may be shifted, and for "label_gap" stretched, without any effect."""
-    for n in target.scale_lengths:
+    for n in lengths:
         check_labels(how, n, pair_weight, shift)
 
 
@@ -198,8 +202,8 @@ def test_unsigned_labels(how, dtype):
 # -- what is not finite
 
 
-def test_an_infinite_teacher_logit_counts_as_missing(how, target):
-    for n in target.scale_lengths:
+def test_an_infinite_teacher_logit_counts_as_missing(how, lengths):
+    for n in lengths:
         z, t, y, where = make(max(n, 3), missing=0.1, masked=0.1)
         broken, missing = t.clone(), t.clone()
         for value, at in ((INF, (0, 1, 0)), (-INF, (1, 0, 2)), (INF, (1, len(t[0]) - 1, 1))):

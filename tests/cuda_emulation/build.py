@@ -18,17 +18,17 @@ ROOT = HERE.parents[1]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 
 
-def build(folder: Path, sanitize: bool = False, faults: bool = False) -> Path:
+def build(folder: Path, sanitize: bool = False, faults: bool = False, root: Path = ROOT) -> Path:
     """The path of the emulated _cuda, or of the module of deliberate faults. Objects are made side by side."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("the emulation is built with g++, which was not found")
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/bindings/cuda_module.cpp"]
+    sources = [*sorted((root / "csrc/cuda").glob("*.cu")), root / "csrc/bindings/cuda_module.cpp"]
     sources = [HERE / "faults.cu"] if faults else sources
     sources.append(HERE / "emulation.cpp")
     flags = [
         "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fvisibility=hidden", "-DPILE_EMULATION",
-        *(f"-I{path}" for path in (ROOT / "csrc/include", ROOT / "csrc/cuda", HERE, pybind11.get_include())),
+        *(f"-I{path}" for path in (root / "csrc/include", root / "csrc/cuda", HERE, pybind11.get_include())),
         f"-I{sysconfig.get_path('include')}", *(SANITIZE if sanitize else []),
     ]  # fmt: skip
     objects = [folder / f"{source.stem}.o" for source in sources]

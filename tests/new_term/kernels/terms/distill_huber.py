@@ -1,0 +1,34 @@
+"""Huber's loss of the differences of pairs, (z_i − z_j) − (s_i − s_j), tile by tile."""
+
+import triton
+import triton.language as tl
+from pile_fast.kernels.layout import S_SCALED, Z_SCALED, field
+from pile_fast.kernels.loss import half_of_others, load_scaled
+from pile_fast.kernels.pairs import column
+
+
+@triton.jit
+def enter(k, lists, how: tl.constexpr):
+    """Rows share nothing."""
+    return None
+
+
+@triton.jit
+def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
+    """Half the losses of a document's pairs, their slopes, and half of the pairs."""
+    TAIL: tl.constexpr = not how.ALONE
+    z, s = load_scaled(k, rows)
+    delta = numbers[0]
+    loss = tl.zeros((how.BR,), tl.float32)
+    slope = loss
+    n = k.padded if how.ALONE else k.n
+    for begin in range(0, n, how.BC):
+        j = begin + tl.arange(0, how.BC)
+        z_j = column(j, n, field(k, Z_SCALED), 0.0, TAIL)
+        s_j = column(j, n, field(k, S_SCALED), float("nan"), TAIL)
+        d = (z[None, :] - z_j) - (s[None, :] - s_j)
+        size = tl.abs(d)
+        used = d == d
+        loss += tl.sum(tl.where(used, tl.where(size <= delta, d * d / 4, delta * (size - delta / 2) / 2), 0.0), 0)
+        slope += tl.sum(tl.where(used, tl.minimum(tl.maximum(d, -delta), delta), 0.0), 0)
+    return loss, slope, half_of_others(k, s)
