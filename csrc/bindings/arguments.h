@@ -10,8 +10,7 @@
 
 #include "pile/options.h"
 
-namespace pile {
-namespace bindings {
+namespace pile::bindings {
 
 namespace py = pybind11;
 
@@ -153,5 +152,4 @@ void bind_options(py::module_& m, Has has) {
   m.attr("TERMS") = py::tuple(terms);
 }
 
-}  // namespace bindings
-}  // namespace pile
+}  // namespace pile::bindings

@@ -69,4 +69,10 @@ bool set_instruction_set(const char* name) {
 
 void run(const Job& job) { current()->run(job); }
 
+void Job::report_wrong_labels(int64_t query) const {
+  int64_t first = wrong_labels.load();
+  while ((first < 0 || query < first) && !wrong_labels.compare_exchange_weak(first, query)) {
+  }
+}
+
 }  // namespace pile

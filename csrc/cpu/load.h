@@ -5,8 +5,7 @@
 #include "pile/options.h"
 #include "simd.h"
 
-namespace pile {
-namespace PILE_ISA {
+namespace pile::PILE_ISA {
 
 // Call `function(typed pointer)` with the type behind a floating dtype.
 template <class F>
@@ -105,5 +104,4 @@ PILE_INLINE void write(void* data, DType dtype, int64_t index, T value) {
   }
 }
 
-}  // namespace PILE_ISA
-}  // namespace pile
+}  // namespace pile::PILE_ISA
