@@ -43,15 +43,10 @@ const Set* current() {
 
 }  // namespace
 
-const char* instruction_sets() {
-  static char names[64] = "";
-  if (!names[0]) {
-    for (const Set& set : kSets) {
-      if (!set.works()) continue;
-      if (names[0]) std::strcat(names, " ");
-      std::strcat(names, set.name);
-    }
-  }
+std::string instruction_sets() {
+  std::string names;
+  for (const Set& set : kSets)
+    if (set.works()) names += (names.empty() ? "" : " ") + std::string(set.name);
   return names;
 }
 

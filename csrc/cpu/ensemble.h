@@ -41,7 +41,7 @@ class EnsembleQuery {
     teachers_.plan(batch, options.normalize, q, order, missing, arena);
     a_ = arena.take<T>(n_);
     u_ = arena.take<T>(n_);
-    weight_ = arena.take<T>(teachers_.count());
+    weight_ = arena.take<T>(teachers_.count);
     if (active_) weights_ = pair_weights<T>(order, options.pair_weight, arena);
   }
 
@@ -76,50 +76,50 @@ class EnsembleQuery {
 
   // Ensemble logits by position, after run(); `common()` below those of the teachers.
   const T* logits() const { return u_; }
-  double common() const { return teachers_.common(); }
+  double common() const { return teachers_.common; }
   // Granularity "query": the teachers' weights.
   const T* query_weights() const { return weight_; }
   // Granularity "document": those of position k, to out[0, M).
   void document_weights(int k, T* out) const {
-    const T a = a_[k], reference = a >= 0 ? teachers_.high()[k] : teachers_.low()[k];
+    const T a = a_[k], reference = a >= 0 ? teachers_.highest[k] : teachers_.lowest[k];
     T top = -T(__builtin_inf()), total = 0;
-    for (int t = 0; t < teachers_.count(); ++t) {
+    for (int t = 0; t < teachers_.count; ++t) {
       const T d = teachers_.row(t)[k] - reference;
-      out[t] = d == d ? a * d + teachers_.energy()[t] : -T(__builtin_inf());
+      out[t] = d == d ? a * d + teachers_.energy[t] : -T(__builtin_inf());
       top = larger(top, out[t]);
     }
-    for (int t = 0; t < teachers_.count(); ++t) total += out[t] = T(__builtin_exp(double(out[t] - top)));
-    for (int t = 0; t < teachers_.count(); ++t) out[t] /= total;
+    for (int t = 0; t < teachers_.count; ++t) total += out[t] = T(__builtin_exp(double(out[t] - top)));
+    for (int t = 0; t < teachers_.count; ++t) out[t] /= total;
   }
 
  private:
   // Ensemble logits of the documents from k on, in the present state.
   PILE_INLINE Vec<T> tilt(int k) const {
-    const Vec<T> low = load(teachers_.low() + k), high = load(teachers_.high() + k), a = load(a_ + k);
+    const Vec<T> low = load(teachers_.lowest + k), high = load(teachers_.highest + k), a = load(a_ + k);
     const Vec<T> reference = a >= T(0) ? high : low;
     Vec<T> mass = {}, moment = {};
-    if (by_document_ && !teachers_.missing() && !has_prior_) {
+    if (by_document_ && !teachers_.missing && !has_prior_) {
       // The largest exponent is the reference's own, 0.
       const Vec<T> slope = a * T(1.4426950408889634074);
-      for (int t = 0; t < teachers_.count(); ++t) {
+      for (int t = 0; t < teachers_.count; ++t) {
         const Vec<T> d = load(teachers_.row(t) + k) - reference;
         const Vec<T> e = falling_exp2<T>(slope * d);
         mass += e;
         moment += e * d;
       }
-    } else if (!by_document_ && !teachers_.missing()) {
-      for (int t = 0; t < teachers_.count(); ++t) moment += weight_[t] * (load(teachers_.row(t) + k) - reference);
+    } else if (!by_document_ && !teachers_.missing) {
+      for (int t = 0; t < teachers_.count; ++t) moment += weight_[t] * (load(teachers_.row(t) + k) - reference);
       mass = splat<T>(1);
     } else {
       const Vec<T> slope = by_document_ ? a : Vec<T>{};
       Vec<T> top = splat<T>(-T(__builtin_inf()));
-      for (int t = 0; t < teachers_.count(); ++t) {
-        const Vec<T> energy = slope * (load(teachers_.row(t) + k) - reference) + teachers_.energy()[t];
+      for (int t = 0; t < teachers_.count; ++t) {
+        const Vec<T> energy = slope * (load(teachers_.row(t) + k) - reference) + teachers_.energy[t];
         top = vmax(energy, top);  // a missing teacher is NaN and loses
       }
-      for (int t = 0; t < teachers_.count(); ++t) {
+      for (int t = 0; t < teachers_.count; ++t) {
         const Vec<T> d = load(teachers_.row(t) + k) - reference;
-        const Vec<T> e = falling_exp2<T>((slope * d + teachers_.energy()[t] - top) * T(1.4426950408889634074));
+        const Vec<T> e = falling_exp2<T>((slope * d + teachers_.energy[t] - top) * T(1.4426950408889634074));
         mass += d == d ? e : Vec<T>{};
         moment += d == d ? e * d : Vec<T>{};
       }
@@ -132,9 +132,9 @@ class EnsembleQuery {
 
   // Granularity "query": what the teachers present at the documents from k on hold of the query's weight.
   PILE_INLINE Vec<T> share(int k) const {
-    if (!teachers_.missing()) return splat<T>(1);
+    if (!teachers_.missing) return splat<T>(1);
     Vec<T> held = {};
-    for (int t = 0; t < teachers_.count(); ++t) {
+    for (int t = 0; t < teachers_.count; ++t) {
       const Vec<T> value = load(teachers_.row(t) + k);
       held += value == value ? splat<T>(weight_[t]) : Vec<T>{};
     }
@@ -149,7 +149,7 @@ class EnsembleQuery {
     pairs_.plan(*order_, weights_, low * per_unit, high * per_unit, offset_, options_->pairwise, kEnsembleCosts<T>, arena);
     if (!by_document_) {
       pull_parts_ = pairs_.direct ? pieces(order_->labelled) : pairs_.fields.chunks;
-      pull_ = arena.take<T>(int64_t(pull_parts_) * teachers_.count() * kLanes<T>);
+      pull_ = arena.take<T>(int64_t(pull_parts_) * teachers_.count * kLanes<T>);
     }
     if (trace) {
       label_loss_.plan(*order_, weights_, double(offset_), options_->pairwise);
@@ -231,20 +231,20 @@ class EnsembleQuery {
 
   // Granularity "query": Σ λ (t − s) / share of every teacher, lane by lane.
   void pull_teachers(int piece, int begin, int end, int block, bool add) {
-    T* pull = pull_ + int64_t(piece) * teachers_.count() * kLanes<T>;
-    for (int t = 0; t < teachers_.count(); ++t) store(pull + t * kLanes<T>, Vec<T>{});
+    T* pull = pull_ + int64_t(piece) * teachers_.count * kLanes<T>;
+    for (int t = 0; t < teachers_.count; ++t) store(pull + t * kLanes<T>, Vec<T>{});
     T force[kTile], s[kTile];
     for (int from = begin; from < end; from += kTile) {
       const int n = smaller(kTile, end - from);
       for (int k = 0; k < n; k += kLanes<T>) {
         Vec<T> value = lambda(from + k, block, add);
-        if (teachers_.missing()) value /= share(from + k);
+        if (teachers_.missing) value /= share(from + k);
         store(force + k, first_lanes<T>(n - k, value));
         store(s + k, first_lanes<T>(n - k, load(u_ + from + k) * T(options_->temperature)));  // 0 x NaN would be NaN
       }
       int t = 0;
-      for (; t + 4 <= teachers_.count(); t += 4) pull_some<4>(pull, t, from, n, force, s);
-      for (; t < teachers_.count(); ++t) pull_some<1>(pull, t, from, n, force, s);
+      for (; t + 4 <= teachers_.count; t += 4) pull_some<4>(pull, t, from, n, force, s);
+      for (; t < teachers_.count; ++t) pull_some<1>(pull, t, from, n, force, s);
     }
   }
   template <int N>
@@ -255,7 +255,7 @@ class EnsembleQuery {
       const Vec<T> f = load(force + k), own = load(s + k);
       for (int i = 0; i < N; ++i) {
         const Vec<T> d = load(teachers_.row(t + i) + from + k) - own;
-        sums[i] += teachers_.missing() ? ((d == d) & (f != T(0)) ? f * d : Vec<T>{}) : f * d;
+        sums[i] += teachers_.missing ? ((d == d) & (f != T(0)) ? f * d : Vec<T>{}) : f * d;
       }
     }
     for (int i = 0; i < N; ++i) store(pull + (t + i) * kLanes<T>, sums[i]);
@@ -265,11 +265,11 @@ class EnsembleQuery {
     m.sync();
     if (by_document_) return;
     if (m.leads()) {
-      for (int t = 0; t < teachers_.count(); ++t) {
+      for (int t = 0; t < teachers_.count; ++t) {
         double total = 0;
         for (int p = 0; p < pull_parts_; ++p)
-          total += double(sum<T>(load(pull_ + (int64_t(p) * teachers_.count() + t) * kLanes<T>)));
-        teachers_.energy()[t] += T(options_->step_size * total / weights_.total);
+          total += double(sum<T>(load(pull_ + (int64_t(p) * teachers_.count + t) * kLanes<T>)));
+        teachers_.energy[t] += T(options_->step_size * total / weights_.total);
       }
       refresh_query_weights();
     }
@@ -279,12 +279,12 @@ class EnsembleQuery {
   // Softmax of the energies over the teachers that scored some document of the query.
   void refresh_query_weights() {
     double top = -__builtin_inf(), total = 0;
-    for (int t = 0; t < teachers_.count(); ++t)
-      if (teachers_.scored(t)) top = larger(top, double(teachers_.energy()[t]));
-    for (int t = 0; t < teachers_.count(); ++t)
-      total += teachers_.scored(t) ? __builtin_exp(double(teachers_.energy()[t]) - top) : 0;
-    for (int t = 0; t < teachers_.count(); ++t)
-      weight_[t] = teachers_.scored(t) ? T(__builtin_exp(double(teachers_.energy()[t]) - top) / total) : T(0);
+    for (int t = 0; t < teachers_.count; ++t)
+      if (teachers_.scored(t)) top = larger(top, double(teachers_.energy[t]));
+    for (int t = 0; t < teachers_.count; ++t)
+      total += teachers_.scored(t) ? __builtin_exp(double(teachers_.energy[t]) - top) : 0;
+    for (int t = 0; t < teachers_.count; ++t)
+      weight_[t] = teachers_.scored(t) ? T(__builtin_exp(double(teachers_.energy[t]) - top) / total) : T(0);
   }
 
   // The label loss at u_ * scale.

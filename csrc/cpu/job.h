@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <string>
 
 #include "pile/options.h"
 
@@ -34,7 +35,7 @@ void run(const Job& job);
 }
 
 // What this processor can run, best first, separated by spaces; and the set in use.
-const char* instruction_sets();
+std::string instruction_sets();
 const char* instruction_set();
 // Use another set from now on ("baseline", "avx2", "avx512"); false if this processor or this build lacks it.
 bool set_instruction_set(const char* name);

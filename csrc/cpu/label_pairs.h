@@ -77,8 +77,10 @@ struct LabelSums {
     direct = direct_is_faster(how, grid, double(n) * n / 2, n, smaller(blocks_at_most, double(labels < 64 ? labels : n)), cost);
     paired = direct;
     if (!direct) {
+      F* gain = gain_ ? arena.take<F>(n) : nullptr;
+      for (int k = 0; gain && k < n; ++k) gain[k] = F(gain_[k]);
       fields = Fields();
-      fields.plan(grid, n, order.below, as_field(gain_, n, arena), arena);
+      fields.plan(grid, n, order.below, gain, arena);
       for (int b = 0; b < fields.blocks; ++b) paired |= fields.block[b].inner;
     }
     if (!paired) return;
@@ -100,15 +102,6 @@ struct LabelSums {
   LabelPairs<T, kWeighted, kWide, kLoss> pairs(const T* u) const {
     return {u, near, gain_, below_};
   }
-  static const F* as_field(const F* gain, int, Arena&) { return gain; }
-  template <class U>
-  static const F* as_field(const U* gain, int n, Arena& arena) {
-    if (!gain) return nullptr;
-    F* converted = arena.take<F>(n);
-    for (int k = 0; k < n; ++k) converted[k] = F(gain[k]);
-    return converted;
-  }
-
   const T* gain_ = nullptr;
   const int* below_ = nullptr;
 };

@@ -1,5 +1,14 @@
 // The documents of one query by falling label: the layout every pair sum works in. Pairs with a label difference are then
 // row i against the columns below[i] and after; equal labels never meet.
+//
+// Words, in all of csrc/cpu:
+//   slot, position   a document's place in the caller's row; its place in this order
+//   piece            kPiece positions or slots, what a member takes at a time; a window is a piece of slots, seen by position
+//   tile             kTile positions that go through several loops together, so that their numbers stay in L1
+//   block            a run of labels that share a field (field_sums.h); a chunk is a part of it with moments of its own
+//   cell             an interval of logits, kCell wide
+//   lane             one number of a vector
+//   wide             of logits: spread too far for products of exponentials (pair_sums.h)
 #pragma once
 
 #include "load.h"
@@ -7,8 +16,7 @@
 
 namespace pile::PILE_ISA {
 
-// Element-wise work on positions is handed out in pieces of this many, a whole number of vectors: only the last piece ends within a
-// vector, and there the arrays, all of an arena, have room to the vector's end.
+// A whole number of vectors: only the last piece ends within a vector, and there the arrays, all of an arena, have room to its end.
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
 // visit(piece, its first position, its end) for this member's pieces of [0, n).
@@ -24,7 +32,6 @@ PILE_INLINE void each_vector(const Member& m, int n, Visit visit) {
   });
 }
 
-// Documents that go through several loops together, whose numbers then stay in L1.
 constexpr int kTile = 512;
 
 // From how many documents on a list asks whether the call is to end (Member::poll): once, and in each iteration. Shorter lists are

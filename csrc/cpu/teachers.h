@@ -11,27 +11,33 @@ constexpr int kPrefetch = 24;
 template <class T>
 class Teachers {
  public:
-  // The leader calls this; `order` holds the documents that some teacher scored. `missing`: some score among them is missing.
-  void plan(const Batch& batch, Normalize normalize, int64_t q, const Order& order, bool missing, Arena& arena) {
+  int count = 0;
+  bool missing = false;                     // some score
+  T *lowest = nullptr, *highest = nullptr;  // by position
+  T* energy = nullptr;  // by teacher: log prior weights, the largest 0; -inf: takes no part. The ensemble goes on from there.
+  double common = 0;    // what came off all scores and goes back onto the logits
+
+  // The leader calls this; `order` holds the documents that some teacher scored. `some_missing`: some score among them is missing.
+  void plan(const Batch& batch, Normalize normalize, int64_t q, const Order& order, bool some_missing, Arena& arena) {
     batch_ = &batch;
     normalize_ = normalize;
     order_ = &order;
     query_ = q;
     n_ = order.n;
-    count_ = int(batch.teachers);
-    missing_ = missing;
+    count = int(batch.teachers);
+    missing = some_missing;
     // A whole number of vectors, and not a multiple of the page: the teachers' rows must not share cache sets.
     row_ = round_up(n_, kLanes<T>) + kLanes<T>;
-    t_ = arena.take<T>(row_ * count_);
-    low_ = arena.take<T>(n_);
-    high_ = arena.take<T>(n_);
-    partial_ = arena.take<Stats>(int64_t(pieces(n_)) * count_);
+    t_ = arena.take<T>(row_ * count);
+    lowest = arena.take<T>(n_);
+    highest = arena.take<T>(n_);
+    partial_ = arena.take<Stats>(int64_t(pieces(n_)) * count);
     bounds_ = arena.take<T>(2 * pieces(n_));
-    total_ = arena.take<Stats>(count_);
-    mean_ = arena.take<double>(count_);
-    unit_ = arena.take<double>(count_);
-    scale_ = arena.take<double>(count_);
-    energy_ = arena.take<T>(count_);
+    total_ = arena.take<Stats>(count);
+    mean_ = arena.take<double>(count);
+    unit_ = arena.take<double>(count);
+    scale_ = arena.take<double>(count);
+    energy = arena.take<T>(count);
     start_energies();
   }
 
@@ -40,10 +46,10 @@ class Teachers {
     gather(m);
     m.sync();
     if (m.leads()) {
-      for (int t = 0; t < count_; ++t) {
+      for (int t = 0; t < count; ++t) {
         total_[t] = {0, 0, T(__builtin_inf()), T(-__builtin_inf())};
         for (int p = 0; p < pieces(n_); ++p) {
-          const Stats& s = partial_[p * count_ + t];
+          const Stats& s = partial_[p * count + t];
           total_[t].sum += s.sum;
           total_[t].count += s.count;
           total_[t].low = smaller(total_[t].low, s.low);
@@ -56,12 +62,12 @@ class Teachers {
     m.sync();
     if (normalize_ == Normalize::zscore) {
       for (int p = m.rank; p < pieces(n_); p += m.size)
-        for (int t = 0; t < count_; ++t) partial_[p * count_ + t].sum = squares(t, p);
+        for (int t = 0; t < count; ++t) partial_[p * count + t].sum = squares(t, p);
       m.sync();
       if (m.leads()) {
-        for (int t = 0; t < count_; ++t) {
+        for (int t = 0; t < count; ++t) {
           double square = 0;
-          for (int p = 0; p < pieces(n_); ++p) square += partial_[p * count_ + t].sum;
+          for (int p = 0; p < pieces(n_); ++p) square += partial_[p * count + t].sum;
           // By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
           scale_[t] = total_[t].high > total_[t].low ? 1 / __builtin_sqrt(square / total_[t].count) : 0.0;
         }
@@ -72,15 +78,10 @@ class Teachers {
     m.sync();
   }
 
-  int count() const { return count_; }
-  bool missing() const { return missing_; }
   // A teacher's calibrated scores by position; NaN where one is missing.
   PILE_INLINE const T* row(int t) const { return t_ + t * row_; }
   // Whether it has any.
   bool scored(int t) const { return total_[t].count > 0; }
-  // By position: the lowest and the highest teacher.
-  PILE_INLINE const T* low() const { return low_; }
-  PILE_INLINE const T* high() const { return high_; }
   // The range of them all.
   void find_range(T& low, T& high) const {
     low = bounds_[0];
@@ -90,10 +91,6 @@ class Teachers {
       high = larger(high, bounds_[2 * p + 1]);
     }
   }
-  // Log prior weights, the largest 0; -inf for a teacher that does not take part. The ensemble goes on from there.
-  T* energy() const { return energy_; }
-  // What came off all teachers alike and goes back onto the logits.
-  double common() const { return common_; }
 
  private:
   struct Stats {
@@ -103,13 +100,13 @@ class Teachers {
 
   void start_energies() {
     const View& prior = batch_->prior;
-    for (int t = 0; t < count_; ++t) energy_[t] = 0;
+    for (int t = 0; t < count; ++t) energy[t] = 0;
     if (!prior.data) return;
     double top = 0;
     with_logits(prior, [&](const auto* data) {
       auto weight = [&](int t) { return double(read(data, query_ * prior.query + t * prior.teacher)); };
-      for (int t = 0; t < count_; ++t) top = larger(top, weight(t));
-      for (int t = 0; t < count_; ++t) energy_[t] = weight(t) > 0 ? T(__builtin_log(weight(t) / top)) : -T(__builtin_inf());
+      for (int t = 0; t < count; ++t) top = larger(top, weight(t));
+      for (int t = 0; t < count; ++t) energy[t] = weight(t) > 0 ? T(__builtin_log(weight(t) / top)) : -T(__builtin_inf());
     });
   }
 
@@ -138,14 +135,14 @@ class Teachers {
   // have more digits without it, and off and on again it rounds nothing.
   void take_off_what_is_common() {
     double low = __builtin_inf(), high = -low;
-    for (int t = 0; t < count_; ++t) {
+    for (int t = 0; t < count; ++t) {
       if (total_[t].count == 0) continue;
       low = smaller(low, double(total_[t].low));
       high = larger(high, double(total_[t].high));
     }
     const double middle = double(T(low / 2 + high / 2));
-    common_ = __builtin_fabs(middle) > 2 * (high - low) ? middle : 0;
-    for (int t = 0; t < count_; ++t) mean_[t] = common_;
+    common = __builtin_fabs(middle) > 2 * (high - low) ? middle : 0;
+    for (int t = 0; t < count; ++t) mean_[t] = common;
   }
 
   // t[m][k] for this member's positions, and sums over each piece.
@@ -162,13 +159,13 @@ class Teachers {
       for (int p = m.rank; p < pieces(n_); p += m.size) {
         const int begin = p * kPiece, end = smaller(n_, begin + kPiece);
         if (!order_->windows) gather_rows(data + offset, view, begin, end);
-        for (int t = 0; t < count_; ++t) {
+        for (int t = 0; t < count; ++t) {
           T* row = t_ + t * row_;
-          if (energy_[t] < -T(1e30))
+          if (energy[t] < -T(1e30))
             for (int k = begin; k < end; ++k) row[k] = T(__builtin_nan(""));
           if (end == n_)  // what a last partial vector reads beyond
             for (int k = end; k < row_; ++k) row[k] = 0;
-          Stats& own = partial_[p * count_ + t];
+          Stats& own = partial_[p * count + t];
           own = stats(row, begin, end);
           if (own.low == -T(__builtin_inf()) || own.high == T(__builtin_inf())) {  // no score, as NaN
             for (int k = begin; k < end; ++k) row[k] = is_finite(row[k]) ? row[k] : T(__builtin_nan(""));
@@ -193,7 +190,7 @@ class Teachers {
             fetch(k + i);
             row[i] = data + slot[smaller(k + i, end - 1)] * view.document;
           }
-          for (int t = 0; t < count_; t += 8) transpose(row, end - k, t, smaller(8, count_ - t), t_ + t * row_ + k, row_);
+          for (int t = 0; t < count; t += 8) transpose(row, end - k, t, smaller(8, count - t), t_ + t * row_ + k, row_);
         }
         return;
       }
@@ -202,7 +199,7 @@ class Teachers {
     for (int k = begin; k < end; ++k) {
       fetch(k);
       const int64_t from = slot[k] * view.document;
-      for (int t = 0; t < count_; ++t) t_[t * row_ + k] = T(read(data, from + t * view.teacher));
+      for (int t = 0; t < count; ++t) t_[t * row_ + k] = T(read(data, from + t * view.teacher));
     }
   }
 
@@ -262,10 +259,10 @@ class Teachers {
   // Calibrated logits in place, each document's lowest and highest teacher, and their range over the piece.
   void scale_piece(int piece) {
     const int begin = piece * kPiece, end = smaller(n_, begin + kPiece);
-    Vec<T> lowest = splat<T>(T(__builtin_inf())), highest = -lowest;
+    Vec<T> piece_low = splat<T>(T(__builtin_inf())), piece_high = -piece_low;
     for (int k = begin; k < end; k += kLanes<T>) {
       Vec<T> low = splat<T>(T(__builtin_inf())), high = -low;
-      for (int t = 0; t < count_; ++t) {
+      for (int t = 0; t < count; ++t) {
         // In double: a mean far larger than the deviation must not cost float32 digits, nor a scale beyond its range.
         Vec<T> value;
         const T* from = t_ + t * row_ + k;
@@ -279,21 +276,21 @@ class Teachers {
         high = vmax(value, high);
       }
       const int lanes = end - k;
-      store(low_ + k, low);
-      store(high_ + k, high);
+      store(lowest + k, low);
+      store(highest + k, high);
       if (lanes < kLanes<T>) {
         const Ints<T> mask = iota<T>() < typename Simd<T>::integer(lanes);
         low = mask ? low : splat<T>(T(__builtin_inf()));
         high = mask ? high : splat<T>(-T(__builtin_inf()));
       }
-      lowest = vmin(low, lowest);
-      highest = vmax(high, highest);
+      piece_low = vmin(low, piece_low);
+      piece_high = vmax(high, piece_high);
     }
-    bounds_[2 * piece] = lowest[0];
-    bounds_[2 * piece + 1] = highest[0];
+    bounds_[2 * piece] = piece_low[0];
+    bounds_[2 * piece + 1] = piece_high[0];
     for (int l = 1; l < kLanes<T>; ++l) {
-      bounds_[2 * piece] = smaller(bounds_[2 * piece], T(lowest[l]));
-      bounds_[2 * piece + 1] = larger(bounds_[2 * piece + 1], T(highest[l]));
+      bounds_[2 * piece] = smaller(bounds_[2 * piece], T(piece_low[l]));
+      bounds_[2 * piece + 1] = larger(bounds_[2 * piece + 1], T(piece_high[l]));
     }
   }
 
@@ -301,13 +298,10 @@ class Teachers {
   const Order* order_ = nullptr;
   Normalize normalize_ = Normalize::zscore;
   int64_t query_ = 0, row_ = 0;
-  int n_ = 0, count_ = 0;
-  bool missing_ = false;
-  T* t_ = nullptr;  // [count_][row_]
-  T *low_ = nullptr, *high_ = nullptr, *energy_ = nullptr;
+  int n_ = 0;
+  T* t_ = nullptr;                                               // [count][row_]
   T* bounds_ = nullptr;                                          // of the pieces
   double *mean_ = nullptr, *scale_ = nullptr, *unit_ = nullptr;  // by teacher: calibrated is (t unit − mean) scale
-  double common_ = 0;
   Stats *partial_ = nullptr, *total_ = nullptr;
 };
 
