@@ -48,6 +48,7 @@ COMMON = [
     "-Wno-uninitialized",  # these two: GCC's own AVX-512 headers
     "-Wno-maybe-uninitialized",
     "-Icsrc/include",
+    "-Icsrc/cpu",
 ]
 X86 = platform.machine() in ("x86_64", "AMD64")
 INSTRUCTION_SETS = {"baseline": []}

@@ -1,17 +1,22 @@
 """The native extension itself: bits, threads, instruction sets, forks, memory."""
 
+import ast
 import functools
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import pile_fast
 from pile_fast.backends import cpp
+from pile_fast.options import EnsembleOptions, LossOptions
 
 if cpp.unavailable():
     pytest.skip(cpp.unavailable(), allow_module_level=True)
@@ -152,6 +157,7 @@ def test_a_forked_process_can_go_on(first):
     run_python(f"""
         import os, signal, torch, pile_fast
         from pile_fast.backends import cpp
+from pile_fast.options import EnsembleOptions, LossOptions
         torch.set_num_threads(2)
         t, y = torch.randn(200, 50, 3), torch.randint(0, 3, (200, 50))
         {first}
@@ -258,3 +264,78 @@ def test_what_an_earlier_call_left_in_memory_is_not_read(granularity):
         pile_fast.pile_ensemble(spoilt, spoilt_labels, normalize="none", pairwise="direct", **options)
         pile_fast.pile_loss(student, teachers, labels, alpha=0.5, pairwise="chebyshev", **options).backward()
         assert student.grad.isfinite().all()
+
+
+def plain(annotation: str) -> str:
+    """A type's bare name: "pile_fast._cpu.LossOptions" and "LossOptions | None" are one."""
+    annotation = re.sub(
+        r"typing\.Supports(Int|Float) \| typing\.Supports(Index|Float)|typing\.Supports(Int|Float)", r"\1\3", annotation
+    )
+    return re.sub(r"\[.*\]| \| None$|^.*\.", "", annotation).lower()
+
+
+def in_docstring(function) -> tuple[list[str], str]:
+    """The types that pybind11 writes there: of the arguments, of what is returned."""
+    arguments, returned = re.match(r"\w+\((.*)\) -> (.*)", function.__doc__).groups()
+    return [plain(argument.split(": ")[1]) for argument in re.split(r", (?=\w+: )", arguments) if argument], plain(returned)
+
+
+@pytest.mark.parametrize("name", ["pile_fast._cpu", "pile_fast._cuda"])
+def test_the_stub_says_what_the_module_has(name):
+    module = pytest.importorskip(name, exc_type=ImportError)
+    stub = ast.parse((Path(pile_fast.__file__).parent / f"{name.rpartition('.')[2]}.pyi").read_text())
+    said = {}
+    for node in stub.body:
+        if isinstance(node, ast.AnnAssign):
+            said[node.target.id] = ast.unparse(node.annotation)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            said[node.name] = node
+    assert set(said) == {n for n in vars(module) if not n.startswith("__")}
+    for name, node in said.items():
+        thing = getattr(module, name)
+        if isinstance(node, ast.FunctionDef):
+            annotations = [ast.unparse(argument.annotation) for argument in (*node.args.posonlyargs, *node.args.args)]
+            assert ([plain(a) for a in annotations], plain(ast.unparse(node.returns))) == in_docstring(thing), name
+        elif isinstance(node, ast.ClassDef):
+            attributes = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+            assert isinstance(thing, type) and attributes <= set(dir(thing)), name
+        else:
+            assert type(thing).__name__ == plain(node), name
+
+
+def test_options_go_by_name():
+    for options in (EnsembleOptions, LossOptions):
+        struct = getattr(_cpu, options.__name__)()
+        assert {name for name in dir(struct) if not name.startswith("__")} == set(options._fields)
+    ensemble, loss = _cpu.EnsembleOptions(), _cpu.LossOptions()
+    with pytest.raises(ValueError, match="granularity: expected one of document, query, got 'list'"):
+        ensemble.granularity = "list"
+    with pytest.raises(AttributeError, match="stepsize"):
+        ensemble.stepsize = 1.0
+    for term, message in [
+        (("distill_toy", {}), "distillation: this module has no 'distill_toy'"),
+        (("distill_logistic", {}), "distillation: 'distill_logistic' needs its temperature"),
+        (("distill_mse", {"temperature": 1.0}), "'distill_mse' got a number that it does not know"),
+        (("label_logistic", {}), "distillation: this module has no 'label_logistic'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loss.distillation = term
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm, of binutils, lists what objects define")
+def test_instruction_sets_share_no_function():
+    """Of a function that several objects define the linker keeps one. AVX-512's would stop other processors (SIGILL)."""
+    objects = Path(__file__).resolve().parents[1] / "build/cpu"
+    newest = {path.name.rpartition("-")[0]: path for path in sorted(objects.glob("kernels_*.o"), key=os.path.getmtime)}
+    if not newest:
+        pytest.skip("no objects in build/cpu: the extension was not built in place")
+    owner = {}
+    for name, path in newest.items():
+        listing = subprocess.run(
+            ["nm", "--defined-only", "--extern-only", "-P", path], capture_output=True, text=True, check=True
+        )
+        for symbol in (line.split()[0] for line in listing.stdout.splitlines()):
+            # How exceptions are found is an address, no code.
+            if not symbol.startswith("DW.ref."):
+                assert owner.setdefault(symbol, name) == name, f"{symbol} in {owner[symbol]} and {name}"
+    assert any("has_term" in symbol for symbol in owner)

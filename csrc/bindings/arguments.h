@@ -10,8 +10,7 @@
 
 #include "pile/options.h"
 
-namespace pile {
-namespace bindings {
+namespace pile::bindings {
 
 namespace py = pybind11;
 
@@ -25,35 +24,19 @@ inline void* address(PyObject* tuple, Py_ssize_t index) {
   return reinterpret_cast<void*>(static_cast<uintptr_t>(integer(tuple, index)));
 }
 
-// What the strides of a tensor count, in order.
-enum Axis { query, document, teacher };
-
-// (address, dtype, strides), or None. The last axes of `axes` are the tensor's: a packed tensor has no query axis.
+// (address, dtype, strides), or None. `axes`: what a padded tensor's strides count; a packed one has none by query.
 template <int N>
-View view(PyObject* views, Py_ssize_t index, const Axis (&axes)[N]) {
+View view(PyObject* views, Py_ssize_t index, int64_t View::* const (&axes)[N]) {
   PyObject* item = PyTuple_GET_ITEM(views, index);
   View v;
   if (item == Py_None) return v;
   if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 3 || !PyTuple_Check(PyTuple_GET_ITEM(item, 2)))
     throw py::type_error("malformed view");
-  v.data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(item, 0)));
+  v.data = address(item, 0);
   v.dtype = static_cast<DType>(integer(item, 1));
   PyObject* strides = PyTuple_GET_ITEM(item, 2);
   const Py_ssize_t rank = PyTuple_GET_SIZE(strides);
-  for (Py_ssize_t k = 0; k < rank && k < N; ++k) {
-    const int64_t stride = integer(strides, rank - 1 - k);
-    switch (axes[N - 1 - k]) {
-      case query:
-        v.query = stride;
-        break;
-      case document:
-        v.document = stride;
-        break;
-      case teacher:
-        v.teacher = stride;
-        break;
-    }
-  }
+  for (Py_ssize_t k = 0; k < rank && k < N; ++k) v.*axes[N - 1 - k] = integer(strides, rank - 1 - k);
   return v;
 }
 
@@ -64,13 +47,13 @@ inline Batch read_batch(PyObject* sizes, PyObject* views) {
   batch.queries = integer(sizes, 0);
   batch.slots = integer(sizes, 1);
   batch.teachers = integer(sizes, 2);
-  batch.student = view(views, 0, {query, document});
-  batch.teacher = view(views, 1, {query, document, teacher});
-  batch.target = view(views, 2, {query, document});
-  batch.labels = view(views, 3, {query, document});
-  batch.mask = view(views, 4, {query, document});
-  batch.cu_seqlens = view(views, 5, {document});
-  batch.prior = view(views, 6, {query, teacher});
+  batch.student = view(views, 0, {&View::query, &View::document});
+  batch.teacher = view(views, 1, {&View::query, &View::document, &View::teacher});
+  batch.target = view(views, 2, {&View::query, &View::document});
+  batch.labels = view(views, 3, {&View::query, &View::document});
+  batch.mask = view(views, 4, {&View::query, &View::document});
+  batch.cu_seqlens = view(views, 5, {&View::document});
+  batch.prior = view(views, 6, {&View::query, &View::teacher});
   return batch;
 }
 
@@ -153,5 +136,4 @@ void bind_options(py::module_& m, Has has) {
   m.attr("TERMS") = py::tuple(terms);
 }
 
-}  // namespace bindings
-}  // namespace pile
+}  // namespace pile::bindings

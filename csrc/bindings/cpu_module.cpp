@@ -29,16 +29,14 @@ bool offsets_fit(const pile::Batch& batch) {
 }
 
 int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss,
-            py::tuple outputs, bool wide, int threads) {
+            py::tuple outputs, bool float64, int threads) {
   pile::Job job;
   job.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   job.out = pile::bindings::read_outputs(outputs.ptr());
   job.ensemble = ensemble;
   job.loss = loss;
-  job.wide = wide;
+  job.float64 = float64;
   job.threads = threads;
-  std::atomic<int64_t> wrong_labels{-1};
-  job.wrong_labels = &wrong_labels;
   job.interrupt = check_signals;
   pile::bindings::check_inputs(job.batch, ensemble, loss);
   if (!offsets_fit(job.batch)) return kOffsets;
@@ -46,14 +44,14 @@ int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensem
     py::gil_scoped_release release;
     pile::run(job);
   }
-  return wrong_labels < 0 ? int64_t{kDone} : wrong_labels.load();
+  return job.wrong_labels < 0 ? int64_t{kDone} : job.wrong_labels.load();
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pile_fast.";
-  pile::bindings::bind_options(m, [](auto) { return true; });
+  pile::bindings::bind_options(m, [](auto term) { return pile::baseline::has_term(term.kKey); });
   m.attr("DONE") = py::int_(int64_t{kDone});
   m.def("run", &run,
         "Run one call. DONE; less if cu_seqlens does not fit or a query is too long; or the first query with wrong labels.");

@@ -43,15 +43,10 @@ const Set* current() {
 
 }  // namespace
 
-const char* instruction_sets() {
-  static char names[64] = "";
-  if (!names[0]) {
-    for (const Set& set : kSets) {
-      if (!set.works()) continue;
-      if (names[0]) std::strcat(names, " ");
-      std::strcat(names, set.name);
-    }
-  }
+std::string instruction_sets() {
+  std::string names;
+  for (const Set& set : kSets)
+    if (set.works()) names += (names.empty() ? "" : " ") + std::string(set.name);
   return names;
 }
 
@@ -68,5 +63,11 @@ bool set_instruction_set(const char* name) {
 }
 
 void run(const Job& job) { current()->run(job); }
+
+void Job::report_wrong_labels(int64_t query) const {
+  int64_t first = wrong_labels.load();
+  while ((first < 0 || query < first) && !wrong_labels.compare_exchange_weak(first, query)) {
+  }
+}
 
 }  // namespace pile

@@ -12,67 +12,43 @@
 // ω_ij = gain_i − gain_j need no G x G matrix either: they split into a field of counts and one of gains.
 //
 // Instructions: deposit about 12 per document (its P powers are one vector), or with AVX-512 and few cells 15 + (P + 1) cells per
-// vector of documents (deposit_by_cell); evaluate 2 P per vector while the cells' coefficients fit two registers (a register
+// vector of documents (moments.h); evaluate 2 P per vector while the cells' coefficients fit two registers (a register
 // shuffle looks them up), else P loads for each document. Only cells in which documents lie are solved for. Sums are taken chunk by
 // chunk, the chunks cut by n alone, and added in order: the bits do not depend on the number of threads.
 #pragma once
 
 #include "field_table.h"
-#include "pair_sums.h"
+#include "moments.h"
 
-namespace pile {
-namespace PILE_ISA {
+namespace pile::PILE_ISA {
 
-// The cells a query's logits fall into.
+// Float logits are summed with degree 8 tables, double ones with degree 16.
 template <class T>
-struct Grid {
-  T origin = 0;
-  int cells = 0;  // 0: no usable grid (a logit is not finite, or too many cells)
-
-  static Grid over(T low, T high, int n) {
-    Grid grid;
-    const double count = double(high - low) / kCell + 1;
-    // More cells than this cost more than they save, in time and in memory.
-    if (!(count >= 1 && count <= larger(64, n / 8))) return grid;
-    grid.cells = int(count);
-    // Centred: the outer cells share what the last one has to spare.
-    grid.origin = T((double(low) + double(high) - grid.cells * kCell) / 2);
-    return grid;
-  }
-  // Cell of u, and u relative to the cell's centre. Clamped: rounding may put a logit a hair outside.
-  PILE_INLINE Ints<T> locate(Vec<T> u, Vec<T>& x) const {
-    const Vec<T> from = u - origin;
-    Vec<T> cell = from * T(1 / kCell);
-    cell = vmin(vmax(cell, Vec<T>{}), splat<T>(T(cells) - T(0.5)));
-    const Ints<T> index = to_ints<T>(cell);
-    x = from - (to_vec<T>(index) + T(0.5)) * T(kCell);
-    return index;
-  }
-};
+constexpr int kPowers = sizeof(T) == 4 ? 8 : 16;
 
 template <class T, int P>
 class FieldSums {
  public:
-  typedef T Row __attribute__((vector_size(P * sizeof(T))));  // one cell's moments or coefficients
+  using Row = typename Depositor<T, P>::Row;
   using Table = FieldTable<T, P>;
 
-  // Cells [first, last].
-  struct Range {
-    int first, last;
-    void include(Range other) {
-      first = smaller(first, other.first);
-      last = larger(last, other.last);
-    }
-  };
   // A run of positions. `inner`: it holds several labels, whose pairs are summed directly.
   struct Block {
     int begin, end;
     bool inner;
-    Range filled;  // no document lies in a cell outside it; after collect()
+    CellRange filled;  // no document lies in a cell outside it; after collect()
   };
 
-  int blocks = 0;
+  // What one member deposits: a part of a block, with moments of its own.
+  struct Chunk {
+    int block, begin, end;
+    int64_t moments;  // its first row in moments_
+    CellRange filled;
+  };
+
+  int blocks = 0, chunks = 0;
   Block* block = nullptr;
+  Chunk* chunk = nullptr;
   Grid<T> grid;
   bool weighted = false;
 
@@ -81,10 +57,9 @@ class FieldSums {
 
   // `below` == nullptr: one block, every document meets every other one (and itself).
   void plan(Grid<T> cells, int n, const int* below, const T* gain, Arena& arena) {
+    depositor_ = {cells, gain};
     grid = cells;
-    gain_ = gain;
     weighted = gain != nullptr;
-    by_cell_ = few(grid.cells);
     const int least = least_block(grid.cells);
     block = arena.take<Block>(n / least * 2 + 3);
     if (!below) {
@@ -107,18 +82,18 @@ class FieldSums {
     const int longest = larger(larger(1024, 8 * grid.cells), (n + 63) / 64);
     int count = 0;
     for (int b = 0; b < blocks; ++b) count += (block[b].end - block[b].begin + longest - 1) / longest;
-    chunk_ = arena.take<Chunk>(count);
+    chunk = arena.take<Chunk>(count);
     for (int b = 0; b < blocks; ++b) {
-      const int size = block[b].end - block[b].begin, pieces = (size + longest - 1) / longest;
-      for (int c = 0; c < pieces; ++c) {
-        chunk_[chunks++] = {
-            b, block[b].begin + int(int64_t(size) * c / pieces), block[b].begin + int(int64_t(size) * (c + 1) / pieces), 0, {}};
+      const int size = block[b].end - block[b].begin, parts = (size + longest - 1) / longest;
+      for (int c = 0; c < parts; ++c) {
+        chunk[chunks++] = {
+            b, block[b].begin + int(int64_t(size) * c / parts), block[b].begin + int(int64_t(size) * (c + 1) / parts), 0, {}};
       }
     }
     row_ = grid.cells * (weighted ? 2 : 1);
     int64_t rows = 0;
     for (int c = 0; c < chunks; ++c) {
-      chunk_[c].moments = rows;
+      chunk[c].moments = rows;
       rows += copies(c) * row_;
     }
     moments_ = arena.take<Row>(rows);
@@ -131,53 +106,29 @@ class FieldSums {
     high_ = arena.take<Row>(int64_t(blocks) * row_);
   }
 
-  int chunks = 0;
   // Add all documents of chunk c at logits u[].
   void deposit(int c, const T* u) {
     clear(c);
-    deposit(c, chunk_[c].begin, chunk_[c].end, u);
+    deposit(c, chunk[c].begin, chunk[c].end, u);
   }
-  int chunk_begin(int c) const { return chunk_[c].begin; }
-  int chunk_end(int c) const { return chunk_[c].end; }
-  int chunk_block(int c) const { return chunk_[c].block; }
-
   void clear(int c) {
     for (int k = 0; k < copies(c) * row_; ++k) moments(c)[k] = Row{};
-    chunk_[c].filled = empty();
+    chunk[c].filled = depositor_.none();
   }
   // Add the documents [begin, end) of chunk c at logits u[] to its moments.
   void deposit(int c, int begin, int end, const T* u) {
-    if (by_cell_) return chunk_[c].filled.include(deposit_by_cell(moments(c), begin, end, u));
-    chunk_[c].filled = {0, grid.cells - 1};
-    Row* const base = moments(c);
-    const int other = copies(c) > 1 ? row_ : 0;
-    constexpr int W = kLanes<T>;
-    for (int k = begin; k < end; k += W) {
-      Vec<T> x;
-      const Ints<T> cell = grid.locate(load(u + k), x);
-      T xs[W];
-      typename Simd<T>::integer cells[W];
-      store(xs, x);
-      std::memcpy(cells, &cell, sizeof cell);
-      const int lanes = smaller(W, end - k);
-      for (int l = 0; l < lanes; ++l) {
-        const Row p = powers(xs[l]);
-        Row* const to = base + (l % kCopies) * other + cells[l];
-        *to += p;
-        if (weighted) to[grid.cells] += p * gain_[k + l];
-      }
-    }
+    chunk[c].filled.include(depositor_.add(moments(c), copies(c) > 1 ? row_ : 0, begin, end, u));
   }
 
   // Sum the moments over each block, and over the blocks below and above it. One member.
   void collect() {
     for (int64_t k = 0; k < int64_t(blocks) * row_; ++k) block_moments_[k] = Row{};
-    filled_ = empty();
-    for (int b = 0; b < blocks; ++b) block[b].filled = empty();
+    filled_ = depositor_.none();
+    for (int b = 0; b < blocks; ++b) block[b].filled = depositor_.none();
     for (int c = 0; c < chunks; ++c) {
-      block[chunk_[c].block].filled.include(chunk_[c].filled);
-      filled_.include(chunk_[c].filled);
-      Row* to = block_moments_ + int64_t(chunk_[c].block) * row_;
+      block[chunk[c].block].filled.include(chunk[c].filled);
+      filled_.include(chunk[c].filled);
+      Row* to = block_moments_ + int64_t(chunk[c].block) * row_;
       for (int copy = 0; copy < copies(c); ++copy)
         for (int k = 0; k < row_; ++k) to[k] += moments(c)[copy * row_ + k];
     }
@@ -227,7 +178,7 @@ class FieldSums {
     const T* f = field_ + int64_t(b) * (weighted ? 2 : 1) * P * stride_;
     const Vec<T> counts = horner(f, cell, x);
     if (!weighted) return counts;
-    return load(gain_ + k) * counts - horner(f + P * stride_, cell, x);
+    return load(depositor_.gain + k) * counts - horner(f + P * stride_, cell, x);
   }
 
   // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone. Before solve().
@@ -251,114 +202,12 @@ class FieldSums {
   }
 
  private:
-  struct Chunk {
-    int block, begin, end;
-    int64_t moments;  // its first row in moments_
-    Range filled;
-  };
-  Range empty() const { return {grid.cells, -1}; }
-
-  // Neighbouring documents mostly lie in the same few cells, and each sum would wait for the last one's store. A long chunk with
-  // few cells spreads them over copies.
-  static constexpr int kCopies = 4;
-  int copies(int c) const { return !by_cell_ && row_ <= 32 && chunk_[c].end - chunk_[c].begin >= 64 ? kCopies : 1; }
-  Row* moments(int c) const { return moments_ + chunk_[c].moments; }
-
-#if defined(__AVX512F__)
-  // While the cells are few, document by document is not the way: a vector of documents is added to the P sums of every cell, under
-  // the mask of those that lie in it. The sums of kAtOnce cells stay in registers, and none waits for the store of the last one.
-  static constexpr int kAtOnce = 24 / P, kByCell = 12;
-  static bool few(int cells) { return cells * P <= kByCell * kLanes<T>; }
-
-  // Returns the cells that got something.
-  __attribute__((noinline)) Range deposit_by_cell(Row* to, int begin, int end, const T* u) const {
-    constexpr int W = kLanes<T>, kTile = 512;
-    T x[kTile];
-    typename Simd<T>::integer cell[kTile];
-    Range filled = empty();
-    for (; begin < end; begin += kTile) {
-      const int n = smaller(kTile, end - begin);
-      Ints<T> low = Ints<T>{} + grid.cells, high = {};
-      for (int k = 0; k < n; k += W) {
-        Vec<T> at;
-        Ints<T> own = grid.locate(load(u + begin + k), at);
-        if (n - k < W) {
-          const Ints<T> within = iota<T>() < typename Simd<T>::integer(n - k);
-          low = within & (own < low) ? own : low;
-          own |= ~within;
-        } else {
-          low = own < low ? own : low;
-        }
-        high = own > high ? own : high;
-        store(x + k, at);
-        std::memcpy(cell + k, &own, sizeof own);
-      }
-      // Documents of one label are mostly near each other: the cells between the outermost two that are not empty, in equal steps.
-      const int first = least<T>(low), count = greatest<T>(high) + 1 - first;
-      filled.include({first, first + count - 1});
-      const int steps = (count + kAtOnce - 1) / kAtOnce, at_once = (count + steps - 1) / steps;
-      for (int c = first; c < first + count; c += at_once) {
-        for (int w = 0; w < (weighted ? 2 : 1); ++w) {
-          Row* rows = to + w * grid.cells + c;
-          const T* weight = w ? gain_ + begin : nullptr;
-          const int some = smaller(at_once, first + count - c);
-          if (some == 1)
-            add_cells<1>(rows, c, n, x, cell, weight);
-          else if (some == 2 && kAtOnce >= 2)
-            add_cells<kAtOnce >= 2 ? 2 : 1>(rows, c, n, x, cell, weight);
-          else
-            add_cells<kAtOnce>(rows, c, n, x, cell, weight);
-        }
-      }
-    }
-    return filled;
+  // A long chunk with few cells spreads its sums over copies.
+  int copies(int c) const {
+    return !depositor_.by_cell() && row_ <= 32 && chunk[c].end - chunk[c].begin >= 64 ? Depositor<T, P>::kCopies : 1;
   }
-  template <int N>
-  PILE_INLINE void add_cells(Row* to, int first, int n, const T* x, const typename Simd<T>::integer* cell,
-                             const T* weight) const {
-    Vec<T> sums[N][P] = {};
-    int k = 0;
-    do {
-      const Vec<T> at = load(x + k);
-      Vec<T> power = weight ? load(weight + k) : splat<T>(1);
-      Ints<T> own;
-      std::memcpy(&own, cell + k, sizeof own);
-#pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) sums[i][p] = own == first + i ? sums[i][p] + power : sums[i][p];
-        power *= at;
-      }
-    } while ((k += kLanes<T>) < n);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-      lane_sums<T, P>(sums[i]);
-      Row row;
-      std::memcpy(&row, sums[i], sizeof row);
-      to[i] += row;
-    }
-  }
-#else
-  static bool few(int) { return false; }
-  Range deposit_by_cell(Row*, int, int, const T*) const { return {}; }
-#endif
+  Row* moments(int c) const { return moments_ + chunk[c].moments; }
 
-  // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
-  static PILE_INLINE Row powers(T x) {
-    Row p = one_or<1>(x) * one_or<2>(x * x) * one_or<4>(x * x * (x * x));
-    if constexpr (P > 8) {
-      const T x4 = x * x * (x * x);
-      p = p * one_or<8>(x4 * x4);
-    }
-    return p;
-  }
-  template <int kDigit>
-  static PILE_INLINE Row one_or(T x) {
-    typedef typename Simd<T>::integer Mask __attribute__((vector_size(P * sizeof(T))));
-    Mask mask;
-    for (int k = 0; k < P; ++k) mask[k] = k & kDigit ? -1 : 0;
-    return mask ? x - Row{} : T(1) - Row{};
-  }
   static double count(const Row* moments, int cells) {
     double total = 0;
     for (int c = 0; c < cells; ++c) total += double(moments[c][0]);
@@ -393,7 +242,7 @@ class FieldSums {
   }
   // visit(c, coefficients at c) for the target cells in rising order.
   template <class Visit>
-  void each_near_field(const Table& table, const typename Table::Matrices& matrices, const Row* source, Range targets,
+  void each_near_field(const Table& table, const typename Table::Matrices& matrices, const Row* source, CellRange targets,
                        Visit visit) const {
     for (int c = targets.first; c <= targets.last; c += 2) {
       const Pair both = near_fields(table, matrices, source, c);
@@ -405,7 +254,7 @@ class FieldSums {
 
   // What source moments do to target cells under κ: `use(c, coefficients of the field at cell c)`.
   template <class Use>
-  void apply(const Table& table, const Row* source, Range targets, Use use) const {
+  void apply(const Table& table, const Row* source, CellRange targets, Use use) const {
     double before = 0, after = count(source, grid.cells);  // documents in saturated cells
     Near seen = {0, -1};
     each_near_field(table, table.kappa, source, targets, [&](int c, Row f) {
@@ -419,7 +268,7 @@ class FieldSums {
 
   // Σ w_i w_j softplus(offset − (u_i − u_j)), or Σ w_i w_j ψ(...) without kLinear, target moments i against source moments j.
   template <bool kLinear>
-  double between(const Table& table, const Row* target, const Row* source, Range targets) const {
+  double between(const Table& table, const Row* target, const Row* source, CellRange targets) const {
     // Saturated: ψ(v) = |v| / 2 with v = offset + h (s − c) + x_j − x_i; sums over source cells of w and of w (h s + x_j).
     struct Sums {
       double weight = 0, place = 0;
@@ -485,14 +334,11 @@ class FieldSums {
     return value;
   }
 
-  const T* gain_ = nullptr;
-  Chunk* chunk_ = nullptr;
+  Depositor<T, P> depositor_;
   int row_ = 0, stride_ = 0;
-  bool by_cell_ = false;
-  Range filled_ = {};  // no document at all lies in a cell outside it
+  CellRange filled_ = {};  // no document at all lies in a cell outside it
   Row *moments_ = nullptr, *block_moments_ = nullptr, *low_ = nullptr, *high_ = nullptr;
   T* field_ = nullptr;
 };
 
-}  // namespace PILE_ISA
-}  // namespace pile
+}  // namespace pile::PILE_ISA

@@ -1,10 +1,12 @@
 // The cell-to-cell matrices of the linear-time pair sums (pile/field_table.h), tabulated in long double.
 #pragma once
 
-#include "pile/field_table.h"
+#include <new>
 
-namespace pile {
-namespace PILE_ISA {
+#include "pile/field_table.h"
+#include "team.h"
+
+namespace pile::PILE_ISA {
 
 template <class T, int P>
 struct FieldTable : FieldReach<P> {
@@ -49,5 +51,11 @@ struct FieldTable : FieldReach<P> {
   }
 };
 
-}  // namespace PILE_ISA
-}  // namespace pile
+// The table of an offset: mostly 0, whose table all share; else in the arena.
+template <class T, int P>
+const FieldTable<T, P>* field_table(double offset, Arena& arena) {
+  static const FieldTable<T, P> centred(0);
+  return offset == 0 ? &centred : new (arena.take<FieldTable<T, P>>(1)) FieldTable<T, P>(offset);
+}
+
+}  // namespace pile::PILE_ISA

@@ -8,9 +8,9 @@
 
 #include "ensemble.h"
 #include "job.h"
+#include "loss.h"
 
-namespace pile {
-namespace PILE_ISA {
+namespace pile::PILE_ISA {
 
 // From kLong documents on a team may share a query's work, from kHuge on it does if there are only a few such queries.
 constexpr int kLong = 4096, kHuge = 1 << 17;
@@ -18,10 +18,14 @@ constexpr int kLong = 4096, kHuge = 1 << 17;
 template <class T>
 class Run {
  public:
-  Run(const Job& job, const FieldTable<T, kPowers<T>>* plus, const FieldTable<T, kPowers<T>>* minus)
-      : job_(job), batch_(job.batch), plus_(plus), minus_(minus) {}
+  explicit Run(const Job& job) : job_(job), batch_(job.batch) {}
 
   void operator()(const Member& m) {
+    if (m.leads() && job_.ensemble) {
+      const double offset = job_.ensemble->margin / job_.ensemble->temperature;
+      plus_ = field_table<T, kPowers<T>>(offset, *m.arena);
+      minus_ = field_table<T, kPowers<T>>(-offset, *m.arena);
+    }
     if (m.leads() && job_.loss) {
       losses_ = m.arena->take<double>(batch_.queries);
       has_pairs_ = m.arena->take<uint8_t>(batch_.queries);
@@ -42,7 +46,7 @@ class Run {
     const Member alone = {0, 1, m.state, m.arena, m.calls};
     Scratch own;
     for (;;) {
-      const int64_t begin = m.state->next.fetch_add(grain, std::memory_order_relaxed);
+      const int64_t begin = m.take_queries(grain);
       if (begin >= batch_.queries) break;
       m.poll();
       for (int64_t q = begin; q < smaller(begin + grain, batch_.queries); ++q)
@@ -65,16 +69,10 @@ class Run {
     uint8_t* takes_part;      // by teacher: has a positive prior; nullptr: all have
     int* counts;              // by piece of slots: valid, scored, scores missing
     LabelSort sort;
-    Order order, loss_order;
-    T* target;  // by slot
+    Order order;
+    T* target;  // the ensemble by slot, unless it is an output
     EnsembleQuery<T> ensemble;
-    PairWeights<T> weights;
-    LabelLoss<T> label_loss;
-    DistillLoss<T> distill_loss;
-    int *at, distilled;  // positions that are distilled
-    T *z, *lambda, *distill_z, *distill_s, *slope;
-    double* squares;  // of square_loss
-    bool finite;
+    QueryLoss<T> loss;
   };
 
   int64_t documents() const { return batch_.packed() ? batch_.slots : batch_.queries * batch_.slots; }
@@ -116,7 +114,7 @@ class Run {
       s.valid = m.arena->take<uint8_t>(slots);
       s.scored = job_.ensemble ? m.arena->take<uint8_t>(slots) : nullptr;
       s.counts = m.arena->take<int>(3 * (pieces(slots) + 1));
-      s.target = job_.out.logits ? nullptr : m.arena->take<T>(slots);
+      s.target = job_.ensemble && !job_.out.logits ? m.arena->take<T>(slots) : nullptr;
       s.takes_part = nullptr;
       if (const View& prior = batch_.prior; prior.data) {
         s.takes_part = m.arena->take<uint8_t>(batch_.teachers);
@@ -223,142 +221,30 @@ class Run {
     if (m.leads()) m.arena->release(s.after_order);  // the loss works in the same memory
   }
 
-  // Infinite labels, and integers that doubles do not tell apart: the call fails, and names the first such query.
+  // Infinite labels, and integers that doubles do not tell apart: the call fails.
   void check_labels(const Order& order, int64_t q) const {
     if (order.labelled == 0) return;
     const double limit = batch_.labels.dtype == DType::i64 ? 0x1p53 : __builtin_inf();
     if (order.label[0] < limit && order.label[order.labelled - 1] > -limit) return;
-    int64_t first = job_.wrong_labels->load(std::memory_order_relaxed);
-    while ((first < 0 || q < first) && !job_.wrong_labels->compare_exchange_weak(first, q, std::memory_order_relaxed)) {
-    }
+    job_.report_wrong_labels(q);
   }
 
   void run_loss(const Member& m, Scratch& s, int64_t q, int slots, int valid, int scored) {
     const LossOptions& options = *job_.loss;
-    const int64_t begin = batch_.begin(q), first = batch_.first(q);
+    const int64_t begin = batch_.begin(q);
     T* gradient = gradient_ ? gradient_ + begin : nullptr;
+    const T* targets = !job_.ensemble ? nullptr : job_.out.logits ? static_cast<T*>(job_.out.logits) + begin : s.target;
     const bool same = job_.ensemble && scored == valid;
     if (!same) {
       const View labels = options.alpha < 1 ? batch_.labels : View{};
-      s.sort.run(m, labels, q * labels.query + first * labels.document, slots, valid < slots ? s.valid : nullptr, s.loss_order);
+      const int64_t offset = q * labels.query + batch_.first(q) * labels.document;
+      s.sort.run(m, labels, offset, slots, valid < slots ? s.valid : nullptr, s.order);
+      if (m.leads()) check_labels(s.order, q);
     }
-    if (m.leads()) {
-      Arena& arena = *m.arena;
-      if (same)
-        s.loss_order = s.order;
-      else
-        check_labels(s.loss_order, q);
-      s.z = arena.take<T>(valid);
-      s.lambda = arena.take<T>(valid);
-      if (options.alpha > 0) {
-        s.at = arena.take<int>(valid);
-        s.distill_z = arena.take<T>(valid);
-        s.distill_s = arena.take<T>(valid);
-        s.slope = arena.take<T>(valid);
-        s.squares = arena.take<double>(2 * pieces(valid));
-      }
-      if (options.alpha < 1 && s.loss_order.has_pairs()) {
-        s.weights = pair_weights<T>(s.loss_order, options.pair_weight, arena);
-        s.label_loss.plan(s.loss_order, s.weights, 0, options.pairwise);
-      }
-    }
-    m.sync();
-    for (int p = m.rank; p < pieces(valid); p += m.size) gather_logits(s, q, p, valid);
-    m.sync();
-    if (m.leads()) join_pieces(s, valid);
-    m.sync();
-    double loss = 0, label_scale = 0, distill_scale = 0;
-    const bool label_pairs = options.alpha < 1 && s.loss_order.has_pairs(), distill_pairs = s.distilled > 1;
-    if (!s.finite) {
-      loss = __builtin_nan("");
-    } else {
-      if (label_pairs) {
-        label_scale = (1 - options.alpha) / s.weights.total;
-        loss += label_scale * s.label_loss.run(m, s.z, s.lambda);
-      }
-      if (distill_pairs) {
-        const int n = s.distilled;
-        distill_scale = options.alpha / (double(n) * (n - 1) / 2);
-        options.distillation.visit([&](auto term) {
-          if constexpr (std::is_same_v<decltype(term), DistillMse>) {
-            loss += distill_scale * square_loss(m, s.distill_z, s.distill_s, n, s.squares, s.slope);
-          } else {
-            loss += distill_scale *
-                    s.distill_loss.run(m, s.distill_z, s.distill_s, n, 1 / term.temperature, options.pairwise, s.slope);
-            distill_scale /= term.temperature;
-          }
-        });
-      }
-    }
-    if (m.leads()) {
-      losses_[q] = loss;
-      has_pairs_[q] = label_pairs | distill_pairs;
-      if (gradient && distill_pairs && s.distilled < valid) {  // the slope by position, from the back
-        for (int k = valid - 1, d = s.distilled - 1; k >= 0; --k) s.slope[k] = d >= 0 && s.at[d] == k ? s.slope[d--] : T(0);
-      }
-    }
-    if (!gradient) return;
-    for (int p = m.rank; valid < slots && p < pieces(slots); p += m.size)
+    for (int p = m.rank; gradient && valid < slots && p < pieces(slots); p += m.size)
       for (int i = p * kPiece; i < smaller(slots, (p + 1) * kPiece); ++i)
         if (!s.valid[i]) gradient[i] = 0;
-    m.sync();
-    const int ranked = label_pairs ? s.loss_order.labelled : 0;
-    for (int p = m.rank; p < pieces(valid); p += m.size) {
-      for (int k = p * kPiece; k < smaller(valid, (p + 1) * kPiece); ++k) {
-        T g = k < ranked ? T(-label_scale) * s.lambda[k] : T(0);
-        if (distill_pairs) g += T(distill_scale) * s.slope[k];
-        gradient[s.loss_order.slot[k]] = s.finite ? g : T(__builtin_nan(""));
-      }
-    }
-  }
-
-  // A piece of the student's logits by position, and of the pairs (logit, target) of documents with a target.
-  void gather_logits(Scratch& s, int64_t q, int piece, int valid) const {
-    const LossOptions& options = *job_.loss;
-    const int64_t first = batch_.first(q);
-    const int begin = piece * kPiece, end = smaller(valid, begin + kPiece);
-    const int* slot = s.loss_order.slot;
-    bool finite = true;
-    with_logits(batch_.student, [&](const auto* data) {
-      const int64_t at = q * batch_.student.query + first * batch_.student.document;
-      for (int k = begin; k < end; ++k) {
-        s.z[k] = T(read(data, at + slot[k] * batch_.student.document));
-        finite &= is_finite(s.z[k]);
-      }
-    });
-    int to = begin;
-    if (options.alpha > 0) {
-      if (!job_.ensemble) {
-        with_logits(batch_.target, [&](const auto* data) {
-          const int64_t at = q * batch_.target.query + first * batch_.target.document;
-          for (int k = begin; k < end; ++k) s.target[slot[k]] = T(read(data, at + slot[k] * batch_.target.document));
-        });
-      }
-      for (int k = begin; k < end; ++k) {
-        const T target = s.target[slot[k]];
-        s.at[to] = k;
-        s.distill_z[to] = s.z[k];
-        s.distill_s[to] = target;
-        to += is_finite(target);
-      }
-    }
-    s.counts[3 * piece] = finite;
-    s.counts[3 * piece + 1] = to - begin;
-  }
-
-  void join_pieces(Scratch& s, int valid) const {
-    s.finite = true;
-    s.distilled = 0;
-    for (int p = 0; p < pieces(valid); ++p) {
-      const int from = p * kPiece, count = s.counts[3 * p + 1];
-      s.finite &= s.counts[3 * p] != 0;
-      if (from != s.distilled) {
-        std::memmove(s.at + s.distilled, s.at + from, count * sizeof(int));
-        std::memmove(s.distill_z + s.distilled, s.distill_z + from, count * sizeof(T));
-        std::memmove(s.distill_s + s.distilled, s.distill_s + from, count * sizeof(T));
-      }
-      s.distilled += count;
-    }
+    s.loss.run(m, batch_, options, q, s.order, targets, s.counts, gradient, losses_ + q, has_pairs_ + q);
   }
 
   // The batch's loss, and the gradient in the student's dtype. Queries are added in order, in double.
@@ -394,7 +280,7 @@ class Run {
 
   const Job& job_;
   const Batch& batch_;
-  const FieldTable<T, kPowers<T>>*plus_, *minus_;
+  const FieldTable<T, kPowers<T>>*plus_ = nullptr, *minus_ = nullptr;  // of ±margin / temperature
   double* losses_ = nullptr;
   uint8_t* has_pairs_ = nullptr;
   T* gradient_ = nullptr;
@@ -414,27 +300,18 @@ inline int useful_threads(const Job& job) {
 
 template <class T>
 void run_as(const Job& job) {
-  using Table = FieldTable<T, kPowers<T>>;
-  static const Table centred(0);
-  const Table *plus = &centred, *minus = &centred;
-  const double offset = job.ensemble ? job.ensemble->margin / job.ensemble->temperature : 0;
-  Table* owned[2] = {};
-  if (offset != 0) {
-    plus = owned[0] = new Table(offset);
-    minus = owned[1] = new Table(-offset);
-  }
-  Run<T> run(job, plus, minus);
-  struct Release {
-    Table** owned;
-    ~Release() {
-      delete owned[0];
-      delete owned[1];
-    }
-  } release{owned};
+  Run<T> run(job);
   run_team(useful_threads(job), [](const Member& m, void* run) { (*static_cast<Run<T>*>(run))(m); }, &run, job.interrupt);
 }
 
-void run(const Job& job) { job.wide ? run_as<double>(job) : run_as<float>(job); }
+void run(const Job& job) { job.float64 ? run_as<double>(job) : run_as<float>(job); }
 
-}  // namespace PILE_ISA
-}  // namespace pile
+bool has_term(const char* key) {
+  bool has = false;
+  const auto look = [&](auto term) { has |= Loss<float, decltype(term)>::kHere && std::strcmp(term.kKey, key) == 0; };
+  Distillation::each(look);
+  LabelLoss::each(look);
+  return has;
+}
+
+}  // namespace pile::PILE_ISA

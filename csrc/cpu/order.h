@@ -1,17 +1,38 @@
 // The documents of one query by falling label: the layout every pair sum works in. Pairs with a label difference are then
 // row i against the columns below[i] and after; equal labels never meet.
+//
+// Words, in all of csrc/cpu:
+//   slot, position   a document's place in the caller's row; its place in this order
+//   piece            kPiece positions or slots, what a member takes at a time; a window is a piece of slots, seen by position
+//   tile             kTile positions that go through several loops together, so that their numbers stay in L1
+//   block            a run of labels that share a field (field_sums.h); a chunk is a part of it with moments of its own
+//   cell             an interval of logits, kCell wide
+//   lane             one number of a vector
+//   wide             of logits: spread too far for products of exponentials (pair_sums.h)
 #pragma once
 
 #include "load.h"
 #include "team.h"
 
-namespace pile {
-namespace PILE_ISA {
+namespace pile::PILE_ISA {
 
-// Element-wise work on positions is handed out in pieces of this many, a whole number of vectors: only the last piece ends within a
-// vector, and there the arrays, all of an arena, have room to the vector's end.
+// A whole number of vectors: only the last piece ends within a vector, and there the arrays, all of an arena, have room to its end.
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
+// visit(piece, its first position, its end) for this member's pieces of [0, n).
+template <class Visit>
+PILE_INLINE void each_piece(const Member& m, int n, Visit visit) {
+  for (int p = m.rank; p < pieces(n); p += m.size) visit(p, p * kPiece, smaller(n, (p + 1) * kPiece));
+}
+// visit(first position) for every vector of this member's pieces.
+template <class T, class Visit>
+PILE_INLINE void each_vector(const Member& m, int n, Visit visit) {
+  each_piece(m, n, [&](int, int begin, int end) {
+    for (int k = begin; k < end; k += kLanes<T>) visit(k);
+  });
+}
+
+constexpr int kTile = 512;
 
 // From how many documents on a list asks whether the call is to end (Member::poll): once, and in each iteration. Shorter lists are
 // soon over, and the question would cost them too much.
@@ -333,54 +354,4 @@ class LabelSort {
   Span group_[Grades::kMax], *span_ = nullptr;
 };
 
-// The pairs' weights: ω_ij = gain_i − gain_j, or 1 where gain is nullptr.
-template <class T>
-struct PairWeights {
-  const T* gain = nullptr;  // by position, about the middle of the query's gains
-  T* inverse = nullptr;     // 1 / k_i, 0 where a document has no pair
-  double total = 0;         // K = Σ ω over P
-};
-
-template <class T>
-PairWeights<T> pair_weights(const Order& order, PairWeight kind, Arena& arena) {
-  PairWeights<T> w;
-  const int n = order.labelled;
-  T* gain = kind == PairWeight::none ? nullptr : arena.take<T>(n);
-  w.inverse = arena.take<T>(n);
-  // Relative to the largest label, so that none is too large: a common factor of the weights divides out everywhere.
-  const double highest = n ? order.label[0] : 0, lowest = n ? order.label[n - 1] : 0, half_range = highest / 2 - lowest / 2;
-  auto value = [&](int k) {
-    return kind == PairWeight::gain_gap ? __builtin_exp2(order.label[k] - highest)
-           : half_range > 0             ? (order.label[k] / 2 - lowest / 2) / half_range
-                                        : 0.0;
-  };
-  const double middle = gain && n ? (value(0) + value(n - 1)) / 2 : 0;
-  double all = 0;
-  if (gain) {
-    for (int k = 0; k < n; k = order.below[k]) {
-      const T g = T(value(k) - middle);
-      for (int i = k; i < order.below[k]; ++i) gain[i] = g;
-      all += double(g) * (order.below[k] - k);
-    }
-  }
-  double above = 0;  // Σ gain before this label
-  for (int k = 0; k < n;) {
-    const int end = order.below[k];
-    double up = k, down = n - end;
-    if (gain) {
-      const double own = double(gain[k]) * (end - k);
-      up = above - k * double(gain[k]);
-      down = (n - end) * double(gain[k]) - (all - above - own);
-      above += own;
-    }
-    const double total = up + down;
-    for (int i = k; i < end; ++i) w.inverse[i] = total > 0 ? T(1 / total) : T(0);
-    w.total += down * (end - k);
-    k = end;
-  }
-  w.gain = gain;
-  return w;
-}
-
-}  // namespace PILE_ISA
-}  // namespace pile
+}  // namespace pile::PILE_ISA

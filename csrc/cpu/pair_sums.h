@@ -1,6 +1,6 @@
 // Direct pair sums, O(n²): every pair of rows i and columns j > i once, its value added to i and subtracted from j.
 //
-// One tile is R rows by one vector of columns. The rows' values are broadcast and stay in registers, the columns stream
+// At once R rows meet one vector of columns. The rows' values are broadcast and stay in registers, the columns stream
 // from L1; a row's sum is reduced once per row, a column's sum is updated once per R rows. Nothing n×n exists.
 //
 // Per vector of pairs: σ for the ensemble is 1 multiply-add, 1 reciprocal (AVX-512: estimate + 2 multiply-adds) and 2
@@ -10,8 +10,7 @@
 
 #include "order.h"
 
-namespace pile {
-namespace PILE_ISA {
+namespace pile::PILE_ISA {
 
 // σ and log-terms of a pair need exp(u_i − u_j). Within ±kNarrow of the query's middle it is a product of two numbers
 // computed once per document; wider spreads take an exponential per pair.
@@ -99,54 +98,6 @@ struct LabelPairs {
   }
 };
 
-// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over all pairs, logits in units of the temperature, and the sum of their cross entropies
-// BCE = log(1 + e^{−|dz|}) + |dz| · (what σ(ds) puts on the side that the sign of dz rules out): no cancellation.
-template <class T, bool kWide>
-struct DistillPairs {
-  static constexpr int kRows = 2;
-  const T *z, *z_up, *z_down, *s, *s_up, *s_down;
-  T per_unit;  // kWide: what the differences of z and of s are multiplied by; else they are in units already
-  double total = 0;
-  Vec<T> loss = {};
-
-  struct Row {
-    Vec<T> z, z_up, z_down, s, s_up, s_down;
-  };
-  PILE_INLINE int first(int i) const { return i + 1; }
-  PILE_INLINE Row row(int i) const {
-    Row r;
-    r.z = splat<T>(z[i]);
-    r.s = splat<T>(s[i]);
-    if (!kWide) {
-      r.z_up = splat<T>(z_up[i]);
-      r.z_down = splat<T>(z_down[i]);
-      r.s_up = splat<T>(s_up[i]);
-      r.s_down = splat<T>(s_down[i]);
-    }
-    return r;
-  }
-  template <bool kMasked>
-  PILE_INLINE Vec<T> pair(const Row& r, int j, Ints<T> mask) {
-    const Vec<T> z_gap = r.z - load(z + j), s_gap = r.s - load(s + j);
-    const Vec<T> dz = kWide ? z_gap * per_unit : z_gap, ds = kWide ? s_gap * per_unit : s_gap;
-    const Vec<T> tz = kWide ? vexp<T>(-vabs<T>(dz)) : vmin(r.z_up * load(z_down + j), r.z_down * load(z_up + j));
-    const Vec<T> ts = kWide ? vexp<T>(-vabs<T>(ds)) : vmin(r.s_up * load(s_down + j), r.s_down * load(s_up + j));
-    const Vec<T> qz = reciprocal<T>(T(1) + tz), qs = reciprocal<T>(T(1) + ts);
-    const Vec<T> pz = dz > T(0) ? qz : tz * qz;
-    const Vec<T> ps = ds > T(0) ? qs : ts * qs;
-    const Vec<T> wrong = (dz > T(0)) == (ds > T(0)) ? ts * qs : qs;
-    Vec<T> slope = pz - ps;
-    const Vec<T> value = vlog1p<T>(tz) + vabs<T>(dz) * wrong;
-    if (kMasked) slope = mask ? slope : Vec<T>{};
-    loss += kMasked ? (mask ? value : Vec<T>{}) : value;
-    return slope;
-  }
-  PILE_INLINE void flush() {
-    total += double(sum<T>(loss));
-    loss = Vec<T>{};
-  }
-};
-
 // Where the values go: a document's pairs as a row are added to rows[], those as a column to columns[]; the result is their
 // difference. Two arrays, because a scalar store to one that vectors are loaded from stalls those loads.
 template <class T>
@@ -180,39 +131,30 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
   auto masked = [&](int j) {
     const Ints<T> column = iota<T>() + typename Simd<T>::integer(j);
     const Ints<T> inside = column < typename Simd<T>::integer(end);
-    Vec<T> tile = {};
-    if (uniform) {
-      const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[0]));
+    Vec<T> sums = {};
+    Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[0]));
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-        acc[r] += value;
-        tile += value;
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[r]));
-        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-        acc[r] += value;
-        tile += value;
-      }
+    for (int r = 0; r < R; ++r) {
+      if (!uniform) mask = inside & (column >= typename Simd<T>::integer(first[r]));
+      const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
+      acc[r] += value;
+      sums += value;
     }
-    // Only this block's columns: a neighbour in the same vector may be another thread's.
-    const Vec<T> total = load(out.columns + j) + tile;
+    // Only the columns from `begin` on: a neighbour in the same vector may be another thread's.
+    const Vec<T> total = load(out.columns + j) + sums;
     if (j >= begin && j + W <= end) return store(out.columns + j, total);
     for (int l = larger(0, begin - j); l < smaller(W, end - j); ++l) out.columns[j + l] = total[l];
   };
   for (; j < full; j += W) masked(j);
   for (; j + W <= end; j += W) {
-    Vec<T> tile = {};
+    Vec<T> sums = {};
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec<T> value = pairs.template pair<false>(row[r], j, Ints<T>{});
       acc[r] += value;
-      tile += value;
+      sums += value;
     }
-    store(out.columns + j, load(out.columns + j) + tile);
+    store(out.columns + j, load(out.columns + j) + sums);
   }
   if (j < end) masked(j);
   add_sums<T, R>(out.rows + i, acc);
@@ -221,7 +163,7 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
 
 // Rows [row_begin, row_end) against the columns [begin, end).
 template <class T, class Pairs>
-void pair_block(Pairs& pairs, int row_begin, int row_end, int begin, int end, PairOutput<T> out) {
+void rectangle(Pairs& pairs, int row_begin, int row_end, int begin, int end, PairOutput<T> out) {
   constexpr int R = Pairs::kRows;
   if (begin >= end) return;
   int i = row_begin;
@@ -229,8 +171,8 @@ void pair_block(Pairs& pairs, int row_begin, int row_end, int begin, int end, Pa
   for (; i < row_end && pairs.first(i) < end; ++i) pair_rows<T, 1>(pairs, i, begin, end, out);
 }
 
-// All pairs of [0, n), by the whole team. From kTournament documents on the square is cut into blocks that meet like the
-// players of a round-robin tournament: within a round no two blocks share a document, so the sums have one fixed order
+// All pairs of [0, n), by the whole team. From kTournament documents on the square is cut into bands of positions that meet
+// like the players of a round-robin tournament: within a round no two games share a document, so the sums have one fixed order
 // whoever computes them. `Pairs` is copied per member; the caller adds up `total` over `totals` (see pair_total).
 constexpr int kTournament = 2048;
 constexpr int kPlayers = 16;
@@ -240,7 +182,7 @@ template <class T, class Pairs>
 void all_pairs(const Member& m, Pairs pairs, int n, PairOutput<T> out, double* totals) {
   if (n < kTournament) {
     if (m.leads()) {
-      pair_block<T>(pairs, 0, n, 0, n, out);
+      rectangle<T>(pairs, 0, n, 0, n, out);
       if (totals) totals[0] = pairs.total;
     }
     m.sync();
@@ -259,7 +201,7 @@ void all_pairs(const Member& m, Pairs pairs, int n, PairOutput<T> out, double* t
     const int rows = larger(1, kPairsPerPoll / width / 4) * 4;
     for (int row = smaller(a * width, n); row < rows_end; row += rows) {
       m.poll();
-      pair_block<T>(pairs, row, smaller(row + rows, rows_end), begin, end, out);
+      rectangle<T>(pairs, row, smaller(row + rows, rows_end), begin, end, out);
     }
     if (totals) totals[game] = pairs.total;
   };
@@ -286,5 +228,4 @@ PILE_INLINE double pair_total(const double* totals, int n) {
   return total;
 }
 
-}  // namespace PILE_ISA
-}  // namespace pile
+}  // namespace pile::PILE_ISA

@@ -20,8 +20,7 @@
 
 #define PILE_INLINE inline __attribute__((always_inline))
 
-namespace pile {
-namespace PILE_ISA {
+namespace pile::PILE_ISA {
 
 template <class T>
 struct Simd;
@@ -351,5 +350,4 @@ PILE_INLINE X larger(X a, X b) {
   return a < b ? b : a;
 }
 
-}  // namespace PILE_ISA
-}  // namespace pile
+}  // namespace pile::PILE_ISA

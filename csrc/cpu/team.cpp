@@ -16,7 +16,7 @@ namespace pile {
 
 namespace {
 
-constexpr int64_t kFirstBlock = int64_t{1} << 18;
+constexpr int64_t kFirstSlab = int64_t{1} << 18;
 constexpr int64_t kHugePage = int64_t{1} << 21;
 // Memory an idle thread may hold: fresh pages would cost a long list a tenth of its time.
 constexpr int64_t kKeep = int64_t{1} << 27;
@@ -48,7 +48,7 @@ inline int64_t now() {
 }  // namespace
 
 Arena::~Arena() {
-  for (int i = 0; i < count_; ++i) std::free(blocks_[i]);
+  for (int i = 0; i < count_; ++i) std::free(slabs_[i]);
 }
 
 void* Arena::take_bytes(int64_t bytes) {
@@ -60,21 +60,21 @@ void* Arena::take_bytes(int64_t bytes) {
       used_ = 0;
       continue;
     }
-    if (count_ == kMaxBlocks) throw std::bad_alloc();
-    int64_t size = count_ == 0 && first_ > kFirstBlock ? first_ : kFirstBlock;
+    if (count_ == kMaxSlabs) throw std::bad_alloc();
+    int64_t size = count_ == 0 && first_ > kFirstSlab ? first_ : kFirstSlab;
     while (size < bytes) size *= 2;
     if (size > kHugePage && bytes > size / 2) size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    void* block = nullptr;
-    if (posix_memalign(&block, size >= kHugePage ? kHugePage : 64, size)) throw std::bad_alloc();
+    void* slab = nullptr;
+    if (posix_memalign(&slab, size >= kHugePage ? kHugePage : 64, size)) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);
+    if (size >= kHugePage) madvise(slab, size, MADV_HUGEPAGE);
 #endif
-    blocks_[count_] = block;
+    slabs_[count_] = slab;
     sizes_[count_] = size;
     current_ = count_++;
     used_ = 0;
   }
-  void* taken = static_cast<char*>(blocks_[current_]) + used_;
+  void* taken = static_cast<char*>(slabs_[current_]) + used_;
   used_ += bytes;
 #if defined(PILE_POISON)
   std::memset(taken, 0xff, bytes);  // NaN, and -1: what is read before it is written shows
@@ -83,7 +83,7 @@ void* Arena::take_bytes(int64_t bytes) {
 }
 
 void Arena::release(Mark mark) {
-  current_ = mark.block < 0 ? (count_ ? 0 : -1) : mark.block;
+  current_ = mark.slab < 0 ? (count_ ? 0 : -1) : mark.slab;
   used_ = mark.used;
 }
 
@@ -94,7 +94,7 @@ void Arena::trim() {
   int64_t total = 0;
   for (int i = 0; i < count_; ++i) {
     total += sizes_[i];
-    std::free(blocks_[i]);
+    std::free(slabs_[i]);
   }
   first_ = total < kKeep ? total : kKeep;
   count_ = 0;
@@ -109,6 +109,8 @@ void Member::poll() const {
   state->asked = time;
   state->interrupt();
 }
+
+int64_t Member::take_queries(int64_t count) const { return state->next.fetch_add(count, std::memory_order_relaxed); }
 
 void Member::wait() const {
   poll();

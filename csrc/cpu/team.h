@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "pile/shared.h"
+
 namespace pile {
 
 // A bump allocator. Memory is uninitialised, aligned to 64 bytes, and lives until reset().
@@ -20,27 +22,27 @@ class Arena {
   ~Arena();
 
   template <class T>
-  T* take(int64_t count) {
+  PILE_SHARED T* take(int64_t count) {
     return static_cast<T*>(take_bytes(count * static_cast<int64_t>(sizeof(T))));
   }
-  // Forget everything taken since `mark()`; blocks stay for the next query.
+  // Forget everything taken since `mark()`; slabs stay for the next query.
   struct Mark {
-    int block;
+    int slab;
     int64_t used;
   };
-  Mark mark() const { return {current_, current_ < 0 ? 0 : used_}; }
+  PILE_SHARED Mark mark() const { return {current_, current_ < 0 ? 0 : used_}; }
   void release(Mark mark);
-  // Between calls: forget everything. One block of moderate size stays; several become one at the next call.
+  // Between calls: forget everything. One slab of moderate size stays; several become one at the next call.
   void trim();
 
  private:
-  static constexpr int kMaxBlocks = 48;
+  static constexpr int kMaxSlabs = 48;
   void* take_bytes(int64_t bytes);
-  void* blocks_[kMaxBlocks] = {};
-  int64_t sizes_[kMaxBlocks] = {};
+  void* slabs_[kMaxSlabs] = {};
+  int64_t sizes_[kMaxSlabs] = {};
   int count_ = 0, current_ = -1;
   int64_t used_ = 0;
-  int64_t first_ = 0;  // size of the next first block
+  int64_t first_ = 0;  // size of the next first slab
 };
 
 struct TeamState {
@@ -48,7 +50,7 @@ struct TeamState {
   std::atomic<int> round{0};
   std::atomic<bool> failed{false};
   std::atomic<int> left{0};       // members that are done, or have given up
-  std::atomic<int64_t> next{0};   // work counter of the phase that hands out queries
+  std::atomic<int64_t> next{0};   // the first query that nobody has taken
   void (*interrupt)() = nullptr;  // see run_team
   int64_t asked = 0;              // when it was last called
 };
@@ -64,12 +66,14 @@ struct Member {
   Arena* arena;
   bool calls;  // the thread that run_team was called on
 
-  bool leads() const { return rank == 0; }
+  PILE_SHARED bool leads() const { return rank == 0; }
   // Between pieces of work of a few milliseconds at most, at no fixed place: throws if the call is to end, because another member
   // failed or the caller was interrupted.
   void poll() const;
+  // The first of the next `count` queries that nobody has taken yet.
+  int64_t take_queries(int64_t count) const;
   // All members wait for each other.
-  void sync() const {
+  PILE_SHARED void sync() const {
     if (size > 1) wait();
   }
 

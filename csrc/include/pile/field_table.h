@@ -19,8 +19,7 @@
 #define PILE_ISA gpu
 #endif
 
-namespace pile {
-namespace PILE_ISA {
+namespace pile::PILE_ISA {
 
 constexpr double kCell = 1.5;  // h
 
@@ -72,5 +71,4 @@ struct FieldReach {
   static PILE_SHARED int first(double offset) { return int(std::floor(-offset / kCell + 0.5)) - kSpan; }
 };
 
-}  // namespace PILE_ISA
-}  // namespace pile
+}  // namespace pile::PILE_ISA

@@ -11,16 +11,16 @@ namespace pile {
 struct BFloat16 {
   uint16_t bits;
   PILE_SHARED operator float() const {
-    uint32_t wide = uint32_t(bits) << 16;
+    uint32_t word = uint32_t(bits) << 16;
     float value;
-    std::memcpy(&value, &wide, 4);
+    std::memcpy(&value, &word, 4);
     return value;
   }
   PILE_SHARED static BFloat16 of(float value) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    if ((wide & 0x7fffffff) > 0x7f800000) return {uint16_t((wide >> 16) | 0x40)};  // a NaN stays one
-    return {uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16)};                 // round to nearest even
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    if ((word & 0x7fffffff) > 0x7f800000) return {uint16_t((word >> 16) | 0x40)};  // a NaN stays one
+    return {uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16)};                 // round to nearest even
   }
 };
 
@@ -40,33 +40,33 @@ struct Float16 {
 #else
   PILE_SHARED operator float() const {
     // Shift exponent and mantissa into place and rescale by 2^112, which handles subnormals; infinities and NaNs apart.
-    uint32_t wide = uint32_t(bits & 0x7fff) << 13;
+    uint32_t word = uint32_t(bits & 0x7fff) << 13;
     float value;
-    if (wide >= 0x0f800000) {
-      wide += 0x70000000;
-      std::memcpy(&value, &wide, 4);
+    if (word >= 0x0f800000) {
+      word += 0x70000000;
+      std::memcpy(&value, &word, 4);
     } else {
-      std::memcpy(&value, &wide, 4);
+      std::memcpy(&value, &word, 4);
       value *= 0x1p112f;
     }
     return bits & 0x8000 ? -value : value;
   }
   PILE_SHARED static Float16 of(float value) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    const uint16_t sign = (wide >> 16) & 0x8000;
-    wide &= 0x7fffffff;
-    if (wide > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-    if (wide >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more round to infinity
-    if (wide < 0x38800000) {                                   // subnormal: let the adder round at 2^-24
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    const uint16_t sign = (word >> 16) & 0x8000;
+    word &= 0x7fffffff;
+    if (word > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+    if (word >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more round to infinity
+    if (word < 0x38800000) {                                   // subnormal: let the adder round at 2^-24
       float magnitude;
-      std::memcpy(&magnitude, &wide, 4);
+      std::memcpy(&magnitude, &word, 4);
       magnitude += 0.5f;
-      std::memcpy(&wide, &magnitude, 4);
-      return {uint16_t(sign | (wide - 0x3f000000))};
+      std::memcpy(&word, &magnitude, 4);
+      return {uint16_t(sign | (word - 0x3f000000))};
     }
-    wide += 0xfff + ((wide >> 13) & 1);
-    return {uint16_t(sign | ((wide - 0x38000000) >> 13))};
+    word += 0xfff + ((word >> 13) & 1);
+    return {uint16_t(sign | ((word - 0x38000000) >> 13))};
   }
 #endif
 };

@@ -1,0 +1,195 @@
+// D as the mean over pairs of BCE(σ((z_i − z_j)/τ), σ((s_i − s_j)/τ)), pairs directly or by fields.
+//
+// Divided by the temperature is only what has been subtracted: large logits lose their differences when they are divided first.
+#pragma once
+
+#include "../field_sums.h"
+#include "../term.h"
+
+namespace pile::PILE_ISA {
+
+// Σ_j σ(z_i − z_j) − σ(s_i − s_j) over all pairs, logits in units of the temperature, and the sum of their cross entropies
+// BCE = log(1 + e^{−|dz|}) + |dz| · (what σ(ds) puts on the side that the sign of dz rules out): no cancellation.
+template <class T, bool kWide>
+struct DistillPairs {
+  static constexpr int kRows = 2;
+  const T *z, *z_up, *z_down, *s, *s_up, *s_down;
+  T per_unit;  // kWide: what the differences of z and of s are multiplied by; else they are in units already
+  double total = 0;
+  Vec<T> loss = {};
+
+  struct Row {
+    Vec<T> z, z_up, z_down, s, s_up, s_down;
+  };
+  PILE_INLINE int first(int i) const { return i + 1; }
+  PILE_INLINE Row row(int i) const {
+    Row r;
+    r.z = splat<T>(z[i]);
+    r.s = splat<T>(s[i]);
+    if (!kWide) {
+      r.z_up = splat<T>(z_up[i]);
+      r.z_down = splat<T>(z_down[i]);
+      r.s_up = splat<T>(s_up[i]);
+      r.s_down = splat<T>(s_down[i]);
+    }
+    return r;
+  }
+  template <bool kMasked>
+  PILE_INLINE Vec<T> pair(const Row& r, int j, Ints<T> mask) {
+    const Vec<T> z_gap = r.z - load(z + j), s_gap = r.s - load(s + j);
+    const Vec<T> dz = kWide ? z_gap * per_unit : z_gap, ds = kWide ? s_gap * per_unit : s_gap;
+    const Vec<T> tz = kWide ? vexp<T>(-vabs<T>(dz)) : vmin(r.z_up * load(z_down + j), r.z_down * load(z_up + j));
+    const Vec<T> ts = kWide ? vexp<T>(-vabs<T>(ds)) : vmin(r.s_up * load(s_down + j), r.s_down * load(s_up + j));
+    const Vec<T> qz = reciprocal<T>(T(1) + tz), qs = reciprocal<T>(T(1) + ts);
+    const Vec<T> pz = dz > T(0) ? qz : tz * qz;
+    const Vec<T> ps = ds > T(0) ? qs : ts * qs;
+    const Vec<T> wrong = (dz > T(0)) == (ds > T(0)) ? ts * qs : qs;
+    Vec<T> slope = pz - ps;
+    const Vec<T> value = vlog1p<T>(tz) + vabs<T>(dz) * wrong;
+    if (kMasked) slope = mask ? slope : Vec<T>{};
+    loss += kMasked ? (mask ? value : Vec<T>{}) : value;
+    return slope;
+  }
+  PILE_INLINE void flush() {
+    total += double(sum<T>(loss));
+    loss = Vec<T>{};
+  }
+};
+
+template <class T>
+constexpr PairCosts kDistillCosts = sizeof(T) == 4 ? PairCosts{0.264, 1, 3} : PairCosts{0.79, 8, 10};
+
+// Student or target about the middle of its range, in units of the temperature.
+template <class T>
+struct DistillSide {
+  T low, high;
+  double middle;
+  Grid<double> grid;
+  Exponentials<T> near;  // of direct sums
+  T* unit = nullptr;
+  FieldSums<double, kPowers<T>> fields;
+  double* u = nullptr;
+
+  void find(const T* logits, int n, double per_unit) {
+    find_range(logits, n, low, high);
+    middle = double(T(low / 2 + high / 2));
+    low = T((double(low) - middle) * per_unit);
+    high = T((double(high) - middle) * per_unit);
+    grid = Grid<double>::over(low, high, n);
+  }
+  void plan_fields(int n, Arena& arena) {
+    u = arena.take<double>(n);
+    fields = {};
+    fields.plan(grid, n, nullptr, nullptr, arena);
+  }
+  PILE_INLINE void set(int k, const T* logits, T per_unit) {
+    const Vec<T> own = (load(logits + k) - T(middle)) * per_unit;
+    store(unit + k, own);
+    near.set(k, own);
+  }
+  void deposit(const Member& m) {
+    for (int c = m.rank; c < fields.chunks; c += m.size) {
+      m.poll();
+      fields.deposit(c, u);
+    }
+  }
+  void solve(const FieldTable<double, kPowers<T>>& table) {
+    fields.collect();
+    fields.solve_self(table);
+  }
+};
+
+template <class T>
+class Loss<T, DistillLogistic> : public DistillTerm {
+ public:
+  // Slope: Σ_j σ((z_i − z_j)/τ) − σ((s_i − s_j)/τ).
+  Found run(const Member& m, const DistillLogistic& term, const LossOptions& options, const DistillList<T>& list, T* slope) {
+    const double per_unit = 1 / term.temperature;
+    if (m.leads()) plan(list, per_unit, options.pairwise, *m.arena);
+    m.sync();
+    direct_ ? run_direct(m, list, T(per_unit), slope) : run_fields(m, list, per_unit, slope);
+    m.sync();
+    return {result_, double(list.n) * (list.n - 1) / 2, term.temperature};
+  }
+
+ private:
+  void plan(const DistillList<T>& list, double per_unit, PairSum how, Arena& arena) {
+    const int n = list.n;
+    z_.find(list.z, n, per_unit);
+    s_.find(list.s, n, per_unit);
+    const auto& larger_grid = z_.grid.cells == 0 || z_.grid.cells > s_.grid.cells ? z_.grid : s_.grid;
+    direct_ = s_.grid.cells == 0 || direct_is_faster(how, larger_grid, double(n) * n / 2, n, 2, kDistillCosts<T>);
+    totals_ = arena.take<double>(direct_ ? kPairTotals : pieces(n));
+    if (!direct_) {
+      z_.plan_fields(n, arena);
+      s_.plan_fields(n, arena);
+      return;
+    }
+    z_.near.plan(z_.low, z_.high, 0, n, arena);
+    s_.near.plan(s_.low, s_.high, 0, n, arena);
+    wide_ = z_.near.wide || s_.near.wide;
+    if (!wide_) {
+      z_.unit = arena.take<T>(n);
+      s_.unit = arena.take<T>(n);
+    }
+    sums_ = PairOutput<T>::take(n, arena);
+  }
+
+  void run_direct(const Member& m, const DistillList<T>& list, T per_unit, T* slope) {
+    const int n = list.n;
+    each_vector<T>(m, n, [&](int k) {
+      sums_.clear(k);
+      if (wide_) return;
+      z_.set(k, list.z, per_unit);
+      s_.set(k, list.s, per_unit);
+    });
+    m.sync();
+    if (wide_)
+      all_pairs<T>(m, DistillPairs<T, true>{list.z, nullptr, nullptr, list.s, nullptr, nullptr, per_unit}, n, sums_, totals_);
+    else
+      all_pairs<T>(m, DistillPairs<T, false>{z_.unit, z_.near.up, z_.near.down, s_.unit, s_.near.up, s_.near.down, 1}, n, sums_,
+                   totals_);
+    if (m.leads()) result_ = pair_total(totals_, n);
+    each_vector<T>(m, n, [&](int k) { store(slope + k, sums_.value(k)); });
+  }
+
+  void run_fields(const Member& m, const DistillList<T>& list, double per_unit, T* slope) {
+    each_piece(m, list.n, [&](int, int begin, int end) {
+      for (int k = begin; k < end; ++k) {
+        z_.u[k] = (double(list.z[k]) - z_.middle) * per_unit;
+        s_.u[k] = (double(list.s[k]) - s_.middle) * per_unit;
+      }
+    });
+    m.sync();
+    const auto& table = *field_table<double, kPowers<T>>(0, *m.arena);
+    z_.deposit(m);
+    s_.deposit(m);
+    m.sync();
+    if (m.rank == 0) z_.solve(table);
+    if (m.rank == m.size - 1) s_.solve(table);
+    m.sync();
+    // log 2cosh(dz/2) − (σ(ds) − 1/2) dz per pair; the second term sums to −Σ_i z_i Σ_j κ(s_j − s_i), z about its middle.
+    each_piece(m, list.n, [&](int p, int begin, int end) {
+      double cross = 0;
+      for (int k = begin; k < end; k += kLanes<double>) {
+        const Vec<double> of_z = z_.fields.evaluate(0, load(z_.u + k), k), of_s = s_.fields.evaluate(0, load(s_.u + k), k);
+        for (int l = 0; l < smaller(kLanes<double>, end - k); ++l) {
+          slope[k + l] = T(of_s[l] - of_z[l]);
+          cross += z_.u[k + l] * of_s[l];
+        }
+      }
+      totals_[p] = cross;
+    });
+    m.sync();
+    if (!m.leads()) return;
+    result_ = z_.fields.psi_of_self(table);
+    for (int p = 0; p < pieces(list.n); ++p) result_ += totals_[p];
+  }
+
+  DistillSide<T> z_, s_;
+  bool direct_ = true, wide_ = false;
+  PairOutput<T> sums_;
+  double *totals_ = nullptr, result_ = 0;
+};
+
+}  // namespace pile::PILE_ISA
