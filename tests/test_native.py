@@ -157,7 +157,6 @@ def test_a_forked_process_can_go_on(first):
     run_python(f"""
         import os, signal, torch, pile_fast
         from pile_fast.backends import cpp
-from pile_fast.options import EnsembleOptions, LossOptions
         torch.set_num_threads(2)
         t, y = torch.randn(200, 50, 3), torch.randint(0, 3, (200, 50))
         {first}
