@@ -54,7 +54,7 @@ PILE_INLINE void find_range(const T* u, int n, T& low, T& high) {
   }
 }
 
-// Which sum is faster. Costs in nanoseconds, fitted to the crossovers measured in docs/performance.md: a pair, a document, and what
+// Which sum is faster. Costs in nanoseconds, fitted to the crossovers measured in docs/cpu.md: a pair, a document, and what
 // one cell does to another. A cost model, not a length: the number of cells and of label groups differs from query to query.
 struct PairCosts {
   double pair, document, product;

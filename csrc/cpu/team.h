@@ -2,7 +2,7 @@
 //
 // The threads are PyTorch's: those of the OpenMP runtime that it has loaded, found at run time, so that this extension needs neither
 // OpenMP nor PyTorch to build. Threads of our own would have to wake beside PyTorch's, which spin for milliseconds after each of
-// its operations, and OMP_* settings would not reach them. docs/performance.md has the figures.
+// its operations, and OMP_* settings would not reach them. docs/cpu.md has the figures.
 // Results never depend on the team's size: work is cut by the problem, not by the number of threads.
 #pragma once
 
