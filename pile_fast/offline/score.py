@@ -70,7 +70,7 @@ def score_file(
     data: DataSet, output: str | os.PathLike, teachers: Sequence[Teacher], settings: dict, *, k1: float = 1.5, b: float = 0.75,
     overwrite: bool = False, bad_rows: BadRows | None = None, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Totals:  # fmt: skip
-    """Write the rows with the teachers' logits as Parquet. Killed, it goes on where it was, see `ResumableOutput`.
+    """Write the rows with the teachers' logits as Parquet. It resumes after a kill, see `ResumableOutput`.
 
     Args:
         data: the rows.
