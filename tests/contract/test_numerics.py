@@ -79,6 +79,7 @@ def exact(how, target):
     return dict(backend="torch") if cpp.unavailable() or target.gpu else dict(backend="cpp", pairwise="direct")
 
 
+@pytest.mark.needs("long_lengths")
 @pytest.mark.parametrize("labels", ["grades", "continuous"])
 def test_long_lists(how, target, exact, granularity, labels):
     for n in target.long_lengths:
@@ -87,6 +88,7 @@ def test_long_lists(how, target, exact, granularity, labels):
         check_loss(pile_loss, z, t, y, how, exact, alpha=0.5, granularity=granularity, iterations=3)
 
 
+@pytest.mark.needs("long_lengths")
 def test_long_packed_lists(how, target, exact):
     lengths = [1, 0, *target.long_lengths, 130]
     z, t, y, _ = make(sum(lengths) + 5, 1, missing=0.1, unlabelled=0.1)
