@@ -93,7 +93,7 @@ def test_which_lists_are_short():
     assert plan(1, 512, 4).capacity > 512 and plan(1, 1025, 4).capacity == 0
     assert plan(1000, 512, 4).capacity == 0 and plan(1000, 512, 4, direct=True).capacity > 512
     assert plan(2, 500, 100).capacity == 0  # 100 teachers do not fit beside 500 documents
-    assert plan(10, 1000, 3, packed=True).scratch_words > 0
+    assert plan(10, 1000, 3, packed=True).scratch_bytes > 0
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 5, 3, 12], [-4, 2, 99], [7, 7]])

@@ -19,10 +19,11 @@ _WHAT = {
     "block_per_long_query": "a packed list beyond shared memory",
     "reduce_queries": "reduction over queries",
     "advance_pieces": "long lists: an iteration",
-    "solve_blocks": "long lists: fields of the label pairs",
-    "solve_distillation": "long lists: fields of the distillation",
-    "pair_pieces": "long lists: the loss's pairs",
-    "deposit_pieces": "long lists: the loss's moments",
+    "solve_label_blocks": "long lists: fields of the label pairs",
+    "add_pieces": "long lists: the terms of the loss",
+    "deposit_students": "long lists: moments of the label pairs",
+    "deposit_distillation": "long lists: moments of the logistic distillation",
+    "solve_distillation": "long lists: its fields",
     "tabulate": "long lists: the table, once a call",
 }
 
@@ -42,7 +43,15 @@ def tool(name: str) -> str:
 
 
 def kernel_name(symbol: str) -> str:
-    return next((name for name in re.findall(r"\d+([a-z][a-z_]+?)E", symbol) if name not in ("pile", "gpu")), symbol)
+    """The last name of a mangled symbol's nested name, whatever template arguments follow."""
+    if not symbol.startswith("_ZN"):
+        return symbol
+    names, at = [], len("_ZN")
+    while length := re.match(r"\d+", symbol[at:]):
+        at += len(length[0])
+        names.append(symbol[at : at + int(length[0])])
+        at += int(length[0])
+    return names[-1]
 
 
 @functools.cache

@@ -117,7 +117,7 @@ def test_compiled_without_spilling():
     """Every architecture of the build: no stack frame (so no spilled register) in any kernel that runs more than once."""
     pytest.importorskip("pile_fast._cuda", reason="pile_fast._cuda was not built: no nvcc")
     found = cuda_resources.resources()
-    assert {"warp_per_query", "block_per_query", "advance_pieces", "pair_pieces"} <= {kernel for kernel, _ in found}
+    assert {"warp_per_query", "block_per_query", "advance_pieces", "add_pieces"} <= {kernel for kernel, _ in found}
     for (kernel, arch), use in found.items():
         assert use["stack"] == 0 or kernel == "tabulate", (kernel, arch, use)
         assert use["registers"] <= cuda_resources.most_registers(kernel), (kernel, arch, use)

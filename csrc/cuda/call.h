@@ -1,10 +1,37 @@
 // What every launch gets. Host code too.
+//
+// The words of csrc/cuda, each with one meaning:
+//   lanes        a few neighbouring threads of a warp that share one row
+//   team         the threads that own a query: a warp or a (thread) block
+//   block        a thread block, as CUDA says; blocks of labels are label blocks, always in two words
+//   label block  a run of neighbouring label groups whose documents meet those of other label blocks through fields
+//   position     a document's place in the order of falling labels; slot: its place in the caller's tensors
+//   piece        1,024 positions of a long list, which one block works on
+//   overlap      what a piece and a label block share
+//   tile         the columns of pair sums that lie in shared memory at a time
+//   short, long  a list that one team takes in a single launch; one that many blocks take, a launch per phase
+//   narrow, wide logits whose range lets the products of e^u stay float32s, or not (pairs.h)
 #pragma once
 
-#include "runtime.h"
+#if defined(PILE_EMULATION)
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
 
-namespace pile {
-namespace gpu {
+#include "pile/half.h"
+#include "pile/options.h"
+
+namespace pile::gpu {
+
+template <class T>
+PILE_SHARED T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+PILE_SHARED T larger(T a, T b) {
+  return a > b ? a : b;
+}
 
 // By value to every kernel: pointers to the caller's tensors, sizes and options.
 struct Call {
@@ -12,14 +39,14 @@ struct Call {
   bool has_ensemble = false, has_loss = false;
   EnsembleOptions ensemble = {};
   LossOptions loss = {};
+  // Divided on the host, once: on a device divisions of doubles are long.
   float step = 0, per_unit = 1, offset = 0;  // step_size; u = s · per_unit; margin / temperature
-  float per_tau = 1;                         // of the logits the distillation sees
-  bool mse = false;                          // the distillation's term
-  Outputs out = {};  // `gradient` is of dtype `gradient_dtype`: float32 where the reduction still has to scale it
-  DType gradient_dtype = DType::f32;
+  float distill_unit = 1;                    // the distillation sees logits times this
+  Outputs out = {};
+  void* scaled = nullptr;        // the mean's gradient, in the student's dtype; out.gradient is then in float32
   float* losses = nullptr;       // by query
   int32_t* has_pairs = nullptr;  // by query
-  float* scratch = nullptr;      // for queries that do not fit shared memory
+  void* scratch = nullptr;       // short: for queries that do not fit shared memory; long: see LongState
   int capacity = 0;              // documents that fit shared memory
   int rows = 1;                  // of the ensemble's pairs that four lanes take at once, 1 or 4
 
@@ -27,28 +54,7 @@ struct Call {
   PILE_SHARED bool ranks() const { return has_loss && loss.alpha < 1; }
   PILE_SHARED bool by_document() const { return ensemble.granularity == Granularity::document; }
   PILE_SHARED int teachers() const { return has_ensemble ? int(batch.teachers) : 0; }
-  PILE_SHARED int64_t documents() const { return batch.cu_seqlens.data ? batch.slots : batch.queries * batch.slots; }
-
-  // Divisions are done here, once: on a device those of doubles are long.
-  void set_options(const EnsembleOptions* of_ensemble, const LossOptions* of_loss) {
-    has_ensemble = of_ensemble != nullptr;
-    has_loss = of_loss != nullptr;
-    if (of_ensemble) {
-      ensemble = *of_ensemble;
-      step = float(ensemble.step_size);
-      per_unit = float(1 / ensemble.temperature);
-      offset = float(ensemble.margin / ensemble.temperature);
-    }
-    if (of_loss) {
-      loss = *of_loss;
-      per_tau = 1;
-      loss.distillation.visit([&](auto term) {
-        if constexpr (std::is_same_v<decltype(term), DistillLogistic>) per_tau = float(1 / term.temperature);
-        mse = std::is_same_v<decltype(term), DistillMse>;
-      });
-    }
-  }
+  PILE_SHARED int64_t documents() const { return batch.packed() ? batch.slots : batch.queries * batch.slots; }
 };
 
-}  // namespace gpu
-}  // namespace pile
+}  // namespace pile::gpu

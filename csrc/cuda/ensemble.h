@@ -1,11 +1,11 @@
-// The ensemble of one query by one team of threads: calibrate the teachers, then T exponentiated-gradient steps on their weights.
+// The ensemble of one query by one team of threads: calibrate the teachers, then T exponentiated-gradient steps on their
+// weights.
 #pragma once
 
 #include "pairs.h"
 #include "teachers.h"
 
-namespace pile {
-namespace gpu {
+namespace pile::gpu {
 
 // Read a query's tensors into the workspace, everything at once: one wait for the memory, not one per phase.
 template <class Team>
@@ -15,7 +15,7 @@ PILE_DEVICE void stage(const Call& call, const Query& query, const Team& team, c
   const bool with_labels = call.has_ensemble || call.ranks();
   const bool with_target = call.distills() && !call.has_ensemble;
   for (int i = team.rank; i < query.n; i += team.size) {
-    const uint64_t key = slot_key(call, query, i, with_labels);
+    const int64_t key = slot_key(call, query, i, with_labels);
     w.keys()[i] = key;
     w.whole(w.kSlot)[i] = i;
     // Under the mask nothing is read.
@@ -41,12 +41,12 @@ class EnsembleQuery {
     pairs_ = weigh_pairs(team_, w_, call_.ensemble.pair_weight, counts_.labelled);
     team_.sync();
     start();
-    for (int64_t it = 0; it < call_.ensemble.iterations; ++it) {
+    for (int it = 0; it < int(call_.ensemble.iterations); ++it) {
       trace(it);
-      pull(int(it & 1));
+      pull(it & 1);
       if (!call_.by_document()) reweight();
     }
-    trace(call_.ensemble.iterations);
+    trace(int(call_.ensemble.iterations));
     team_.sync();
     finish();
     return counts_;
@@ -54,22 +54,15 @@ class EnsembleQuery {
 
  private:
   PILE_DEVICE Teachers teachers() const {
-    return {w_.teachers,
-            w_.energy(count_),
-            w_.weight(count_),
-            w_.field(w_.kLow),
-            w_.field(w_.kHigh),
-            w_.stride,
-            count_,
-            call_.by_document(),
-            missing_ == 0 && !(call_.by_document() && call_.batch.prior.data)};
+    return {w_.teachers, w_.energy(count_), w_.field(w_.kLow), w_.field(w_.kHigh), w_.stride, count_, call_.by_document(),
+            plain_};
   }
 
   // Which scores take part; keys of documents that no teacher scored.
   PILE_DEVICE void inspect() {
     double missing = 0;
     for (int i = team_.rank; i < query_.n; i += team_.size) {
-      const uint64_t key = w_.keys()[i];
+      const int64_t key = w_.keys()[i];
       int present = 0;
 #pragma unroll 1
       for (int m = 0; m < count_; ++m) {
@@ -81,7 +74,7 @@ class EnsembleQuery {
       if (key != kAbsent && present == 0) w_.keys()[i] = kUnscored;
       if (present > 0) missing += count_ - present;
     }
-    missing_ = team_.sum(missing);
+    plain_ = team_.sum(missing) == 0 && !(call_.by_document() && call_.batch.prior.data);
     team_.sync();
   }
 
@@ -96,33 +89,29 @@ class EnsembleQuery {
           w_.energy(count_)[m] = of.count > 0 ? start_energy(call_, query_.index, m) : -kInfinity;
         });
     team_.sync();
-    float low = kInfinity, high = -kInfinity;
+    float common = 0;
     if (normalize == Normalize::none) {
+      Range raw;
       for (int m = 0; m < count_; ++m)
-        for (int i = team_.rank; i < query_.n; i += team_.size) {
-          low = fminf(low, w_.teachers[m * w_.stride + i]);
-          high = fmaxf(high, w_.teachers[m * w_.stride + i]);
-        }
-      low = lowest(team_, low);
-      high = -lowest(team_, -high);
-      common_ = high >= low ? common_offset(low, high) : 0.0f;
-      low = kInfinity;
-      high = -kInfinity;
+        for (int i = team_.rank; i < query_.n; i += team_.size) raw.join(w_.teachers[m * w_.stride + i]);
+      common = common_offset(joined(team_, raw));
+      if (team_.rank == 0) w_.mean()[0] = common;  // for finish()
     }
+    Range range;
 #pragma unroll 1
     for (int m = 0; m < count_; ++m) {
-      const Calibration own(normalize == Normalize::none ? double(common_) : w_.mean()[m], w_.scale(count_)[m]);
+      const Calibration own(normalize == Normalize::none ? double(common) : w_.mean()[m], w_.scale(count_)[m]);
       for (int i = team_.rank; i < query_.n; i += team_.size) {
         float* t = w_.teachers + m * w_.stride + i;
         *t = own(*t);
-        low = fminf(low, *t);
-        high = fmaxf(high, *t);
+        range.join(*t);
       }
     }
-    range_.low = lowest(team_, low) * call_.per_unit;
-    range_.high = -lowest(team_, -high) * call_.per_unit;
-    wide_ = range_.wide(call_.offset);
-    refresh_weights(team_, w_.energy(count_), w_.weight(count_), count_);
+    range = joined(team_, range);
+    range = {range.low * call_.per_unit, range.high * call_.per_unit};
+    wide_ = range.wide(call_.offset);
+    middle_ = range.middle();
+    refresh_weights(team_, w_.energy(count_), count_);
   }
 
   PILE_DEVICE bool leads() const { return lanes_.rank == 0; }
@@ -131,17 +120,16 @@ class EnsembleQuery {
 
   PILE_DEVICE void set_logit(int k, float s, int to) const {
     const float u = s * call_.per_unit;
-    w_.field(to ? w_.kU1 : w_.kU0)[k] = wide_ ? u : expf(range_.middle() - u);
+    w_.field(to ? w_.kU1 : w_.kU0)[k] = wide_ ? u : expf(middle_ - u);
     if (keeps_logits()) w_.field(w_.kLogit)[k] = s;
   }
 
   PILE_DEVICE void start() {
     const Teachers of = teachers();
     for (int k = team_.rank; k < counts_.scored; k += team_.size) {
-      float low, high;
-      of.range(slot_[k], low, high);
-      w_.field(w_.kLow)[k] = low;
-      w_.field(w_.kHigh)[k] = high;
+      const Range range = of.range(slot_[k]);
+      w_.field(w_.kLow)[k] = range.low;
+      w_.field(w_.kHigh)[k] = range.high;
       w_.field(w_.kExponent)[k] = 0;
       if (k < counts_.labelled) set_logit(k, of.logit(k, slot_[k], 0), 0);
     }
@@ -150,42 +138,21 @@ class EnsembleQuery {
 
   // λ of every labelled document; by document also its new exponent and logit.
   PILE_DEVICE void pull(int read) {
-    const float *u = w_.field(call_.by_document() && read ? w_.kU1 : w_.kU0), *gains = w_.field(w_.kGain);
     const int labelled = counts_.labelled;
-    LabelColumns columns = {u,
-                            gains,
-                            u,
-                            gains,
-                            w_.whole(w_.kFirst),
-                            w_.whole(w_.kLast),
-                            0,
-                            labelled,
-                            0,
-                            labelled,
-                            0,
-                            0,
-                            wide_,
-                            call_.ensemble.pair_weight != PairWeight::none};
-    columns.set_offset(call_.offset);
+    const float *u = w_.field(call_.by_document() && read ? w_.kU1 : w_.kU0), *gains = w_.field(w_.kGain);
+    LabelColumns columns({u, gains, w_.whole(w_.kFirst), w_.whole(w_.kLast)}, wide_,
+                         call_.ensemble.pair_weight != PairWeight::none, call_.offset);
+    columns.window = {u, gains, 0, labelled, 0, labelled};
     const bool alone = !Team::kOneWarp && call_.rows == 1;
     const int rows = alone ? 1 : 4, step = team_.size / kLanes * rows;
-    // Every group of lanes takes a row, or a block of four, in turn.
+    // Every four lanes take a row, or four of them, in turn.
     for (int row = team_.rank / kLanes * rows; row < labelled; row += step) {
-      float pulled;
-      if (alone)
-        pulled = columns.plain() ? pull_rows<true, 1>(columns, row) : pull_rows<false, 1>(columns, row);
-      else
-        pulled = columns.plain() ? pull_rows<true, 4>(columns, row) : pull_rows<false, 4>(columns, row);
+      const float pulled =
+          alone ? pull_rows<1>(columns, row, labelled - 1, lanes_) : pull_rows<4>(columns, row, labelled - 1, lanes_);
       const int k = alone ? row : row + lanes_.rank;
       if (alone ? leads() : k < labelled) move(k, pulled - w_.field(w_.kAbove)[k], 1 - read);
     }
     team_.sync();
-  }
-  template <bool kPlain, int R>
-  PILE_DEVICE float pull_rows(const LabelColumns& columns, int row) const {
-    float total[R];
-    label_pull<kPlain, R>(columns, row, columns.end - 1, lanes_, total);
-    return sum_rows(lanes_, total);
   }
   PILE_DEVICE void move(int k, float lambda, int write) const {
     const Teachers of = teachers();
@@ -201,31 +168,32 @@ class EnsembleQuery {
   // Granularity "query": the teachers' energies, then every logit.
   PILE_DEVICE void reweight() {
     const Teachers of = teachers();
-    const float* force = w_.field(w_.kExponent);
-    const float* s = w_.field(w_.kLogit);
-    const Lanes lanes(kTeacherLanes);
-    for (int m = team_.rank / kTeacherLanes; m < count_; m += team_.size / kTeacherLanes) {
-      double pulled = 0;
-      for (int k = lanes.rank; k < counts_.labelled; k += kTeacherLanes) {
-        const float d = of.score(m, slot_[k]) - s[k];
-        pulled += is_number(d) ? force[k] * d : 0.0f;
-      }
-      pulled = lanes.sum(pulled);
-      if (lanes.rank == 0 && pairs_ > 0) w_.energy(count_)[m] += float(call_.ensemble.step_size * pulled / pairs_);
-    }
+    const float *force = w_.field(w_.kExponent), *s = w_.field(w_.kLogit);
+    of.pull(
+        team_, 0, counts_.labelled, [&](int k) { return slot_[k]; }, [&](int k) { return force[k]; }, s,
+        [&](int m, double pulled) {
+          if (pairs_ > 0) w_.energy(count_)[m] += float(call_.ensemble.step_size * pulled / pairs_);
+        });
     team_.sync();
-    refresh_weights(team_, w_.energy(count_), w_.weight(count_), count_);
+    refresh_weights(team_, w_.energy(count_), count_);
     team_.sync();
     for (int k = team_.rank; k < counts_.labelled; k += team_.size) set_logit(k, of.logit(k, slot_[k], 0), 0);
     team_.sync();
   }
 
   // The label loss before iteration `it`.
-  PILE_DEVICE void trace(int64_t it) {
+  PILE_DEVICE void trace(int it) {
     if (!call_.out.trace) return;
     const bool weighted = call_.ensemble.pair_weight != PairWeight::none;
+    const LossColumns columns = {w_.field(w_.kLogit), w_.field(w_.kGain), weighted, call_.per_unit, call_.offset};
     float* losses = w_.field(call_.by_document() && (it & 1) ? w_.kU0 : w_.kU1);  // not read by this iteration
-    weighted ? trace_losses<true>(losses) : trace_losses<false>(losses);
+    for (int k = team_.rank / kLanes; k < counts_.labelled; k += team_.size / kLanes) {
+      SlopeAndLoss sums;
+      add_losses<true>(columns, columns.u[k], weighted ? columns.gains[k] : 0.0f, w_.whole(w_.kLast)[k], counts_.labelled,
+                       lanes_, sums);
+      const float loss = lanes_.sum(sums.loss);
+      if (leads()) losses[k] = loss;
+    }
     team_.sync();
     const double loss = ordered_sum(team_, counts_.labelled, [&](int k) { return losses[k]; });
     team_.sync();
@@ -234,40 +202,23 @@ class EnsembleQuery {
       to[it] = pairs_ > 0 ? float(loss / pairs_) : 0.0f;
     }
   }
-  template <bool kWeighted>
-  PILE_DEVICE void trace_losses(float* losses) const {
-    const float *s = w_.field(w_.kLogit), *gains = w_.field(w_.kGain);
-    for (int k = team_.rank / kLanes; k < counts_.labelled; k += team_.size / kLanes) {
-      float slope = 0, loss = 0;
-      label_losses<true, kWeighted>(s, gains, s[k], kWeighted ? gains[k] : 0.0f, call_.per_unit, call_.offset,
-                                    w_.whole(w_.kLast)[k], counts_.labelled, lanes_, slope, loss);
-      loss = lanes_.sum(loss);
-      if (leads()) losses[k] = loss;
-    }
-  }
-
   // Outputs, and logits by slot.
   PILE_DEVICE void finish() {
     const Teachers of = teachers();
     float* logits = static_cast<float*>(call_.out.logits);
     float* weights = static_cast<float*>(call_.out.weights);
+    const float common = call_.ensemble.normalize == Normalize::none ? float(w_.mean()[0]) : 0.0f;
     for (int k = team_.rank; k < query_.n; k += team_.size) {
       const int slot = slot_[k];
       const bool scored = k < counts_.scored;
       const float exponent = scored && call_.by_document() ? w_.field(w_.kExponent)[k] : 0.0f;
       const float s = scored ? of.logit(k, slot, exponent) : not_a_number();
       w_.field(w_.kLogit)[slot] = s;
-      if (logits) logits[query_.output + slot] = s + common_;
-      if (weights && call_.by_document()) {
-        float* to = weights + (query_.output + slot) * count_;
-        if (scored)
-          of.weights(k, slot, exponent, to);
-        else
-          for (int m = 0; m < count_; ++m) to[m] = 0;
-      }
+      if (logits) logits[query_.output + slot] = s + common;
+      if (weights && call_.by_document()) of.weights(k, slot, scored, exponent, weights + (query_.output + slot) * count_);
     }
     if (weights && !call_.by_document())
-      for (int m = team_.rank; m < count_; m += team_.size) weights[query_.index * count_ + m] = w_.weight(count_)[m];
+      for (int m = team_.rank; m < count_; m += team_.size) weights[query_.index * count_ + m] = w_.energy(count_)[count_ + m];
     team_.sync();
   }
 
@@ -279,11 +230,9 @@ class EnsembleQuery {
   const Lanes lanes_;
   int* const slot_;
   Counts counts_;
-  Range range_;
-  bool wide_ = false;
-  double missing_ = 0, pairs_ = 0;
-  float common_ = 0;  // what came off all teachers alike and goes back onto the logits
+  bool wide_ = false, plain_ = false;
+  double pairs_ = 0;
+  float middle_ = 0;  // of the range of u
 };
 
-}  // namespace gpu
-}  // namespace pile
+}  // namespace pile::gpu

@@ -2,8 +2,8 @@
 // mathematics, csrc/cpu/field_sums.h the same on the CPU).
 //
 //   deposit     a warp adds up the powers (1, x, …, x^7) of its documents cell by cell, with a vote to pass over empty cells
-//   solve       a block per label block: the moments of the blocks below and above it, times the tabulated 8 x 8 matrices
-//   evaluate    a document reads its block's field at its own x by Horner's rule
+//   solve       a block per label block: the moments of those below and above it, times the tabulated 8 x 8 matrices
+//   evaluate    a document reads its label block's field at its own x by Horner's rule
 //
 // No atomics: every sum has one order. Per document and pass: deposit about 10 instructions per cell its warp has documents in,
 // evaluate 20; solve does not depend on the number of documents but for reading the moments of every 1,024 of them.
@@ -12,13 +12,21 @@
 #include "workspace.h"
 #include "pile/field_table.h"
 
-namespace pile {
-namespace gpu {
+namespace pile::gpu {
 
 constexpr int kPowers = 8;
 constexpr int kMostCells = 64;  // a range of 96; logits beyond are summed directly
 using Reach = FieldReach<kPowers>;
 constexpr int kTableWords = Reach::kEntries * kPowers * kPowers;
+
+// Value of the field, coefficients [cells][kPowers], at x in a cell.
+PILE_DEVICE float horner(const float* field, int cell, float x) {
+  const float* f = field + cell * kPowers;
+  float value = f[kPowers - 1];
+#pragma unroll
+  for (int k = kPowers - 2; k >= 0; --k) value = fmaf(value, x, f[k]);
+  return value;
+}
 
 // The cells a query's logits fall into; cells == 0: no usable grid.
 struct Grid {
@@ -41,23 +49,13 @@ struct Grid {
     x = from - (float(cell) + 0.5f) * float(kCell);
     return cell;
   }
-};
-
-// Entry `word` of the table of κ, or of ψ, at an offset: the first launch of a call tabulates them, so there is nothing to cache.
-PILE_DEVICE float table_entry(double offset, bool of_psi, int word, const CellNodes<double, kPowers>& cell) {
-  const int entry = word / (kPowers * kPowers), source = word / kPowers % kPowers, target = word % kPowers;
-  const double shift = offset + kCell * (Reach::first(offset) + entry);
-  double total = 0;
-  for (int t = 0; t < kPowers; ++t) {
-    double half = 0;
-    for (int s = 0; s < kPowers; ++s) {
-      const double v = shift + cell.node[s] - cell.node[t];
-      half += cell.lagrange[source][s] * (of_psi ? psi(v) : kappa(v));
-    }
-    total += cell.lagrange[target][t] * half;
+  // A field at u.
+  PILE_DEVICE float value(const float* field, float u) const {
+    float x;
+    const int cell = locate(u, x);
+    return horner(field, cell, x);
   }
-  return float(total);
-}
+};
 
 // Cells [from, to] of the source are tabulated for target cell c; those before and after are saturated.
 struct Near {
@@ -66,56 +64,54 @@ struct Near {
       : from(smaller(larger(0, c + first), cells)), to(smaller(cells - 1, c + first + Reach::kEntries - 1)) {}
 };
 
-// What source moments [cells][kPowers] do to coefficient `power` of target cell c under κ.
-PILE_DEVICE float apply_kappa(const float* table, double offset, const float* source, int cells, int c, int power) {
-  const int first = Reach::first(offset);
-  const Near near(first, cells, c);
-  float total = 0;
-  for (int s = near.from; s <= near.to; ++s) {
-    const float* matrix = table + (s - c - first) * kPowers * kPowers + power;
-#pragma unroll
-    for (int a = 0; a < kPowers; ++a) total = fmaf(source[s * kPowers + a], matrix[a * kPowers], total);
-  }
-  if (power > 0) return total;
-  float before = 0, after = 0;
-  for (int s = 0; s < near.from; ++s) before += source[s * kPowers];
-  for (int s = near.to + 1; s < cells; ++s) after += source[s * kPowers];
-  return total + (after - before) / 2;
-}
+// The table of κ, or of ψ, at an offset, applied to moments [cells][kPowers].
+struct CellTable {
+  const float* entries;
+  double offset;
 
-// Target cell c's part of Σ w_i w_j ψ(offset − (u_i − u_j)), target moments i against source moments j, with kLinear of softplus.
-template <bool kLinear>
-PILE_DEVICE double apply_psi(const float* table, double offset, const float* target, const float* source, int cells, int c) {
-  const int first = Reach::first(offset);
-  const Near near(first, cells, c);
-  double total = 0;
-  for (int s = near.from; s <= near.to; ++s) {
-    const float* matrix = table + (s - c - first) * kPowers * kPowers;
-    for (int a = 0; a < kPowers; ++a) {
-      float row = 0;
-      for (int b = 0; b < kPowers; ++b) row = fmaf(matrix[a * kPowers + b], target[c * kPowers + b], row);
-      total += double(row) * source[s * kPowers + a];
+  // What source moments do to coefficient `power` of target cell c under κ.
+  PILE_DEVICE float apply_kappa(const float* source, int cells, int c, int power) const {
+    const int first = Reach::first(offset);
+    const Near near(first, cells, c);
+    float total = 0;
+    for (int s = near.from; s <= near.to; ++s) {
+      const float* matrix = entries + (s - c - first) * kPowers * kPowers + power;
+#pragma unroll
+      for (int a = 0; a < kPowers; ++a) total = fmaf(source[s * kPowers + a], matrix[a * kPowers], total);
     }
+    if (power > 0) return total;
+    float before = 0, after = 0;
+    for (int s = 0; s < near.from; ++s) before += source[s * kPowers];
+    for (int s = near.to + 1; s < cells; ++s) after += source[s * kPowers];
+    return total + (after - before) / 2;
   }
-  // Saturated: ψ(v) = |v| / 2 with v = offset + h (s − c) + x_j − x_i; softplus adds v / 2.
-  const double weight = target[c * kPowers], place = kCell * c * weight + target[c * kPowers + 1];
-  for (int s = 0; s < cells; ++s) {
-    const double sign = (s > near.to) - (s < near.from) + (kLinear ? 1 : 0);
-    if (sign == 0) continue;
-    const double other = source[s * kPowers], other_place = kCell * s * other + source[s * kPowers + 1];
-    total += sign * ((offset * weight - place) * other + weight * other_place) / 2;
-  }
-  return total;
-}
 
-// Value of the field, coefficients [cells][kPowers], at x in a cell.
-PILE_DEVICE float horner(const float* field, int cell, float x) {
-  const float* f = field + cell * kPowers;
-  float value = f[kPowers - 1];
-#pragma unroll
-  for (int k = kPowers - 2; k >= 0; --k) value = fmaf(value, x, f[k]);
-  return value;
-}
+  // Target cell c's part of Σ w_i w_j ψ(offset − (u_i − u_j)), target moments i against source moments j, with kLinear of
+  // softplus.
+  template <bool kLinear>
+  PILE_DEVICE double apply_psi(const float* target, const float* source, int cells, int c) const {
+    const int first = Reach::first(offset);
+    const Near near(first, cells, c);
+    double total = 0;
+    for (int s = near.from; s <= near.to; ++s) {
+      const float* matrix = entries + (s - c - first) * kPowers * kPowers;
+      for (int a = 0; a < kPowers; ++a) {
+        float row = 0;
+        for (int b = 0; b < kPowers; ++b) row = fmaf(matrix[a * kPowers + b], target[c * kPowers + b], row);
+        total += double(row) * source[s * kPowers + a];
+      }
+    }
+    // Saturated: ψ(v) = |v| / 2 with v = offset + h (s − c) + x_j − x_i; softplus adds v / 2.
+    const double weight = target[c * kPowers], place = kCell * c * weight + target[c * kPowers + 1];
+    for (int s = 0; s < cells; ++s) {
+      const double sign = (s > near.to) - (s < near.from) + (kLinear ? 1 : 0);
+      if (sign == 0) continue;
+      const double other = source[s * kPowers], other_place = kCell * s * other + source[s * kPowers + 1];
+      total += sign * ((offset * weight - place) * other + weight * other_place) / 2;
+    }
+    return total;
+  }
+};
 
 // Eight values of every lane, summed over the warp; lane l gets that of power l / 4.
 PILE_DEVICE float sum_powers(float (&value)[kPowers], int lane) {
@@ -137,17 +133,17 @@ constexpr int kCellsAtOnce = 16;
 // Shared floats that deposit() works in, by `threads`.
 constexpr int deposit_words(int threads) { return threads / 32 * 2 * kCellsAtOnce * kPowers; }
 
-// Moments of the documents at u[0, count), all of one label block, to to[kinds][cells][kPowers]: their powers, and with gains also
-// those weighted by the gains. NaN: takes no part. At most kOwn documents a thread; the whole block calls.
-template <int kOwn>
-PILE_DEVICE void deposit(const Grid& grid, const float* u, const float* gains, int count, float* partial, float* to) {
+// Moments of documents at logits u(i), i in [0, count), to to[kinds][cells][kPowers]: their powers, and with gains also those
+// weighted by the gains. NaN: takes no part. At most kOwn documents a thread; the whole block calls.
+template <int kOwn, class Logit>
+PILE_DEVICE void deposit(const Grid& grid, int count, Logit u, const float* gains, float* partial, float* to) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32, kinds = gains ? 2 : 1;
   int cell[kOwn];
   float x[kOwn], gain[kOwn];
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
     const int k = own * int(blockDim.x) + int(threadIdx.x);
-    const float at = k < count ? u[k] : not_a_number();
+    const float at = k < count ? u(k) : not_a_number();
     x[own] = 0;
     cell[own] = is_number(at) ? grid.locate(at, x[own]) : -1;
     gain[own] = gains && k < count ? gains[k] : 0.0f;
@@ -181,25 +177,31 @@ PILE_DEVICE void deposit(const Grid& grid, const float* u, const float* gains, i
   }
 }
 
-// Σ over rows [from, to) of rows[row][words], to to[words], in shared memory; `partial`: blockDim.x floats of it.
-PILE_DEVICE void sum_moments(const float* rows, int64_t stride, int from, int to_row, int words, float* partial, float* to) {
-  const int threads = int(blockDim.x), rank = int(threadIdx.x);
-  const int slices = larger(threads / words, 1);
-  for (int base = 0; base < words; base += threads) {
-    const int e = base + rank % (slices > 1 ? words : threads), slice = slices > 1 ? rank / words : 0;
-    float total = 0;
-    if (e < words && slice < slices)
-#pragma unroll 4
-      for (int r = from + slice; r < to_row; r += slices) total += rows[r * stride + e];
-    partial[rank] = total;
-    __syncthreads();
-    if (slice == 0 && e < words) {
-      for (int s = 1; s < slices; ++s) total += partial[rank + s * words];
-      to[e] = total;
-    }
-    __syncthreads();
-  }
-}
+// Moments in rows of `words`, `stride` apart; `partial`: blockDim.x floats of shared memory.
+struct MomentRows {
+  const float* rows;
+  int64_t stride;
+  int words;
+  float* partial;
 
-}  // namespace gpu
-}  // namespace pile
+  // Σ over the rows [from, end), to to[words] in shared memory.
+  PILE_DEVICE void sum(int from, int end, float* to) const {
+    const int threads = int(blockDim.x), rank = int(threadIdx.x), slices = larger(threads / words, 1);
+    for (int base = 0; base < words; base += threads) {
+      const int e = base + rank % (slices > 1 ? words : threads), slice = slices > 1 ? rank / words : 0;
+      float total = 0;
+      if (e < words && slice < slices)
+#pragma unroll 4
+        for (int r = from + slice; r < end; r += slices) total += rows[r * stride + e];
+      partial[rank] = total;
+      __syncthreads();
+      if (slice == 0 && e < words) {
+        for (int s = 1; s < slices; ++s) total += partial[rank + s * words];
+        to[e] = total;
+      }
+      __syncthreads();
+    }
+  }
+};
+
+}  // namespace pile::gpu

@@ -3,27 +3,14 @@
 
 #include "workspace.h"
 
-namespace pile {
-namespace gpu {
-
-#if defined(__CUDA_ARCH__)
-template <class T>
-PILE_DEVICE T read_only(const T* p) {
-  return __ldg(p);
-}
-#else
-template <class T>
-PILE_DEVICE T read_only(const T* p) {
-  return *p;
-}
-#endif
+namespace pile::gpu {
 
 template <class T>
 PILE_DEVICE T read(const T* data, int64_t at) {
-  return read_only(data + at);
+  return __ldg(data + at);
 }
-PILE_DEVICE float read(const BFloat16* data, int64_t at) { return BFloat16{read_only(&data[at].bits)}; }
-PILE_DEVICE float read(const Float16* data, int64_t at) { return Float16{read_only(&data[at].bits)}; }
+PILE_DEVICE float read(const BFloat16* data, int64_t at) { return BFloat16{__ldg(&data[at].bits)}; }
+PILE_DEVICE float read(const Float16* data, int64_t at) { return Float16{__ldg(&data[at].bits)}; }
 
 // Call `use(typed pointer)` with the type behind a logits tensor's dtype; float64 logits never come here.
 template <class Use>
@@ -78,8 +65,9 @@ PILE_DEVICE bool holds_document(const Call& call, const Query& query, int64_t i)
   return !mask.data || read(static_cast<const uint8_t*>(mask.data), at(mask, query, i)) != 0;
 }
 
+// In the student's dtype; in float32 where the reduction still has to scale it.
 PILE_DEVICE void store_gradient(const Call& call, int64_t document, float value) {
-  switch (call.gradient_dtype) {
+  switch (call.scaled ? DType::f32 : call.batch.student.dtype) {
     case DType::bf16:
       static_cast<BFloat16*>(call.out.gradient)[document] = BFloat16::of(value);
       return;
@@ -104,7 +92,7 @@ PILE_DEVICE void copy_teachers(const Call& call, const Query& query, const Team&
       const int per_document = teachers / kVector;
 #pragma unroll 2
       for (int v = team.rank; v < n * per_document; v += team.size) {
-        const uint4 packed = read_only(reinterpret_cast<const uint4*>(data + base) + v);
+        const uint4 packed = __ldg(reinterpret_cast<const uint4*>(data + base) + v);
         const int i = v / per_document, m = v % per_document * kVector;
         const unsigned words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
@@ -127,5 +115,4 @@ PILE_DEVICE void copy_teachers(const Call& call, const Query& query, const Team&
   });
 }
 
-}  // namespace gpu
-}  // namespace pile
+}  // namespace pile::gpu

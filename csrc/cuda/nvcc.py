@@ -83,7 +83,7 @@ def build(target: Path, pybind11_include: str, objects: Path, archs=()) -> None:
     wanted = [arch for arch in os.environ.get("PILE_FAST_CUDA_ARCHS", "").split(";") if arch]
     flags = [*architectures(archs or wanted or ARCHS), *FLAGS]
     # Not in the key: in a build of its own environment or of an sdist these lie in new folders each time.
-    includes = [f"-I{folder}" for folder in (CSRC / "include", pybind11_include, sysconfig.get_path("include"))]
+    includes = [f"-I{folder}" for folder in (CSRC / "include", CSRC / "cuda", pybind11_include, sysconfig.get_path("include"))]
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     bindings = contents((Path(pybind11_include) / "pybind11").rglob("*.h")) + sys.version.encode()
     made_from = [version, " ".join(flags).encode(), contents(HEADERS), bindings]

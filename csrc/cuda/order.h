@@ -1,27 +1,24 @@
-// The documents of a query by falling label: the layout every pair sum works in. A document's label pairs are then the positions
-// before its label's first and after its last; equal labels never meet.
+// The documents of a query by falling label: the layout every pair sum works in. A document's label pairs are then the
+// positions before its label's first and after its last; equal labels never meet.
 #pragma once
 
 #include "load.h"
 
-namespace pile {
-namespace gpu {
+namespace pile::gpu {
 
-// A key per slot: smaller for a larger label, then the unlabelled documents, those no teacher scored, the slots without a document.
-constexpr uint64_t kUnlabelled = ~uint64_t(0) - 2, kUnscored = kUnlabelled + 1, kAbsent = kUnlabelled + 2;
+// A key per slot: smaller for a larger label, then the unlabelled documents, those no teacher scored, the slots without a
+// document.
+constexpr int64_t kAbsent = std::numeric_limits<int64_t>::max(), kUnscored = kAbsent - 1, kUnlabelled = kAbsent - 2;
 
-PILE_DEVICE uint64_t label_key(double label) {
-  if (!(fabs(label) < double(kInfinity))) return kUnlabelled;         // NaN; or infinite, which orders nothing
-  const uint64_t bits = uint64_t(__double_as_longlong(label + 0.0));  // 0 and -0 are one label
-  const uint64_t rising = bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
-  return ~rising;
+// A double's bits as an integer of the same order; and back.
+PILE_DEVICE int64_t in_order(int64_t bits) { return bits ^ (bits >> 63 & std::numeric_limits<int64_t>::max()); }
+PILE_DEVICE int64_t label_key(double label) {
+  if (!(fabs(label) < double(kInfinity))) return kUnlabelled;  // NaN; or infinite, which orders nothing
+  return ~in_order(__double_as_longlong(label + 0.0));         // 0 and -0 are one label
 }
-PILE_DEVICE double label_of(uint64_t key) {
-  const uint64_t rising = ~key;
-  return __longlong_as_double((long long)(rising >> 63 ? rising & ~(uint64_t(1) << 63) : ~rising));
-}
+PILE_DEVICE double label_of(int64_t key) { return __longlong_as_double(in_order(~key)); }
 
-PILE_DEVICE uint64_t slot_key(const Call& call, const Query& query, int64_t i, bool with_labels) {
+PILE_DEVICE int64_t slot_key(const Call& call, const Query& query, int64_t i, bool with_labels) {
   if (!holds_document(call, query, i)) return kAbsent;
   const View& labels = call.batch.labels;
   return with_labels ? label_key(load_label(labels, at(labels, query, i))) : kUnlabelled;
@@ -29,10 +26,10 @@ PILE_DEVICE uint64_t slot_key(const Call& call, const Query& query, int64_t i, b
 
 // Bitonic sort by (key, slot), ascending, for any n: what lies beyond n counts as largest and never moves.
 template <class Team>
-PILE_DEVICE void sort_keys(const Team& team, uint64_t* keys, int* slots, int n) {
+PILE_DEVICE void sort_keys(const Team& team, int64_t* keys, int* slots, int n) {
   auto exchange = [&](int i, int partner) {
     if (partner <= i || partner >= n) return;
-    const uint64_t a = keys[i], b = keys[partner];
+    const int64_t a = keys[i], b = keys[partner];
     const int slot_a = slots[i], slot_b = slots[partner];
     if (a < b || (a == b && slot_a < slot_b)) return;
     keys[i] = b;
@@ -51,8 +48,7 @@ PILE_DEVICE void sort_keys(const Team& team, uint64_t* keys, int* slots, int n) 
 }
 
 // First position in [begin, end) whose key is not below `key`.
-template <class Keys>
-PILE_DEVICE int lower_bound(const Keys& keys, int begin, int end, uint64_t key) {
+PILE_DEVICE int lower_bound(const int64_t* keys, int begin, int end, int64_t key) {
   while (begin < end) {
     const int middle = (begin + end) / 2;
     if (keys[middle] < key)
@@ -66,8 +62,7 @@ PILE_DEVICE int lower_bound(const Keys& keys, int begin, int end, uint64_t key) 
 // How many positions, from the front, hold a labelled document; one some teacher scored; a document.
 struct Counts {
   int labelled = 0, scored = 0, valid = 0;
-  template <class Keys>
-  PILE_DEVICE static Counts of(const Keys& keys, int n) {
+  PILE_DEVICE static Counts of(const int64_t* keys, int n) {
     Counts counts;
     counts.labelled = lower_bound(keys, 0, n, kUnlabelled);
     counts.scored = lower_bound(keys, counts.labelled, n, kUnscored);
@@ -80,19 +75,18 @@ struct Counts {
 struct Gains {
   PairWeight kind;
   double highest = 0, low = 0, per_range = 0;
-  template <class Keys>
-  PILE_DEVICE Gains(PairWeight kind, const Keys& keys, int labelled) : kind(kind) {
+  PILE_DEVICE Gains(PairWeight kind, const int64_t* keys, int labelled) : kind(kind) {
     if (kind == PairWeight::none || labelled == 0) return;
     highest = label_of(keys[0]);
     low = value(keys[labelled - 1]);
     const double range = value(keys[0]) - low;
     per_range = range > 0 ? 1 / range : 0;
   }
-  PILE_DEVICE double value(uint64_t key) const {
+  PILE_DEVICE double value(int64_t key) const {
     const double label = label_of(key);
     return kind == PairWeight::gain_gap ? exp2(label - highest) : label / 2;  // halves: a gap may be too large for a double
   }
-  PILE_DEVICE double operator()(uint64_t key) const { return (value(key) - low) * per_range; }
+  PILE_DEVICE double operator()(int64_t key) const { return (value(key) - low) * per_range; }
 };
 
 // Running sums: to[k + 1] = before + Σ_{j <= k} of[j] for k in [0, n), by one warp.
@@ -117,12 +111,25 @@ PILE_DEVICE double sum_pairs(const Team& team, const Workspace& w, int labelled)
   return ordered_sum(team, labelled, [&](int k) { return w.field(w.kAbove)[k]; });
 }
 
+// Σ ω over the pairs of a position with the positions above its label, which begins at `first`, and below, from `last` on.
+// prefix: running sums of the gains, nullptr where ω = 1.
+struct OwnPairs {
+  double above, below;
+  PILE_DEVICE OwnPairs(int first, int last, int labelled, const double* prefix, double gain)
+      : above(first), below(labelled - last) {
+    if (!prefix) return;
+    above = prefix[first] - above * gain;
+    below = below * gain - (prefix[labelled] - prefix[last]);
+  }
+  PILE_DEVICE float share() const { return above + below > 0 ? float(1 / (above + below)) : 0.0f; }
+};
+
 // Each position's label's first and last position, gain, Σ ω above it, and 1 / k_i. Returns K.
 template <class Team>
 PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight kind, int labelled) {
-  const uint64_t* keys = w.keys();
+  const int64_t* keys = w.keys();
   int *first = w.whole(w.kFirst), *last = w.whole(w.kLast);
-  float *gain = w.field(w.kGain), *above = w.field(w.kAbove), *per_pair = w.field(w.kPerPair);
+  float* gain = w.field(w.kGain);
   const bool weighted = kind != PairWeight::none;
   const Gains gain_of(kind, keys, labelled);
   for (int k = team.rank; k < labelled; k += team.size) {
@@ -137,18 +144,12 @@ PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight 
     team.sync();
   }
   for (int k = team.rank; k < labelled; k += team.size) {
-    double up = first[k], down = labelled - last[k];
-    if (weighted) {
-      const double own = gain[k];
-      up = w.prefix()[first[k]] - up * own;
-      down = down * own - (w.prefix()[labelled] - w.prefix()[last[k]]);
-    }
-    above[k] = float(up);
-    per_pair[k] = up + down > 0 ? float(1 / (up + down)) : 0.0f;
+    const OwnPairs own(first[k], last[k], labelled, weighted ? w.prefix() : nullptr, weighted ? gain[k] : 0.0f);
+    w.field(w.kAbove)[k] = float(own.above);
+    w.field(w.kPerPair)[k] = own.share();
   }
   team.sync();
   return sum_pairs(team, w, labelled);
 }
 
-}  // namespace gpu
-}  // namespace pile
+}  // namespace pile::gpu

@@ -1,7 +1,7 @@
 // Short lists: everything about a query in one launch, in shared memory.
 //
-// A team of threads owns a query: a warp where lists are short and many (four queries to a block), else a block. It computes the
-// ensemble s of docs/algorithm.md, section 2, and the loss of section 3 with its gradient.
+// A team of threads owns a query: a warp where lists are short and many (four queries to a block), else a block. It computes
+// the ensemble s of docs/algorithm.md, section 2, and the loss of section 3 with its gradient.
 //
 //   stage       every input once from device memory, teachers by 16-byte loads; 52 + 4 M bytes of shared memory per document
 //   measure     mean and deviation per teacher: a group of lanes each, in double
@@ -9,15 +9,15 @@
 //   iterate     T times: λ by a group of lanes per document (pairs.h), new exponent, tilted mean, one barrier
 //   loss        pairs of the student's loss, the gradient straight to device memory
 //
-// Floor per query (n documents, M teachers, T iterations, float32): 4 n (M + 3) bytes in and out of device memory. Instructions, by
-// arithmetic: ensemble T n² (3 float + 1/4 reciprocal) less the pairs of equal labels, T n M (1 exponential + 5); distillation n²
-// (12 float + 1/2 reciprocal). From about 64 documents on the pairs limit it (float and reciprocal pipes about evenly); below, the
-// latency of T dependent iterations, each a tilted mean, a barrier and n / (4 lanes) dependent additions.
+// Floor per query (n documents, M teachers, T iterations, float32): 4 n (M + 3) bytes in and out of device memory.
+// Instructions, by arithmetic: ensemble T n² (3 float + 1/4 reciprocal) less the pairs of equal labels, T n M (1 exponential +
+// 5); distillation n² (12 float + 1/2 reciprocal). From about 64 documents on the pairs limit it (float and reciprocal pipes
+// about evenly); below, the latency of T dependent iterations, each a tilted mean, a barrier and n / (4 lanes) dependent
+// additions.
 #include "launch.h"
 #include "loss.h"
 
-namespace pile {
-namespace gpu {
+namespace pile::gpu {
 namespace {
 
 constexpr int kMostThreads = 512, kThreadsOfWarps = 128, kSpillThreads = 256, kReduceThreads = 256;
@@ -37,17 +37,13 @@ PILE_DEVICE void finish_tail(const Call& call, const Query& query, const Team& t
 }
 
 template <class Team>
-PILE_DEVICE void run_query(const Call& call, const Query& query, Team team, const Workspace& w) {
-  team.partial = w.partial;
+PILE_DEVICE void run_query(const Call& call, const Query& query, const Workspace& w) {
+  const Team team(w.partial);
   finish_tail(call, query, team);
   stage(call, query, team, w);
-  LossQuery<Team> loss(call, query, team, w);
-  if (call.has_ensemble) {
-    const Counts counts = EnsembleQuery<Team>(call, query, team, w).run();
-    if (call.has_loss) loss.run_after(counts);
-  } else {
-    loss.run_alone();
-  }
+  Counts counts;
+  if (call.has_ensemble) counts = EnsembleQuery<Team>(call, query, team, w).run();
+  if (call.has_loss) LossQuery<Team>(call, query, team, w).run(counts);
 }
 
 __global__ void __launch_bounds__(kThreadsOfWarps, 4) warp_per_query(const Call call) {
@@ -58,14 +54,14 @@ __global__ void __launch_bounds__(kThreadsOfWarps, 4) warp_per_query(const Call 
   const Query query = locate(call, q);
   if (query.n >= call.capacity) return;  // block_per_long_query takes it
   float* const own = reinterpret_cast<float*>(memory) + warp * Workspace::words(call.capacity, call.teachers());
-  run_query(call, query, WarpTeam(), Workspace(own, call.capacity, call.teachers()));
+  run_query<WarpTeam>(call, query, Workspace(own, call.capacity, call.teachers()));
 }
 
 __global__ void __launch_bounds__(kMostThreads, 1) block_per_query(const Call call) {
   PILE_SHARED_MEMORY(memory);
   const Query query = locate(call, blockIdx.x);
   if (query.n >= call.capacity) return;
-  run_query(call, query, BlockTeam(), Workspace(reinterpret_cast<float*>(memory), call.capacity, call.teachers()));
+  run_query<BlockTeam>(call, query, Workspace(reinterpret_cast<float*>(memory), call.capacity, call.teachers()));
 }
 
 // The scratch buffer's words that a query of n documents may use, and where they begin: past those of the queries before it.
@@ -74,24 +70,22 @@ PILE_SHARED int64_t spill_words(int64_t documents_before, int64_t queries_before
   const int64_t documents = (documents_before + kAlign - 1) / kAlign * kAlign + 2 * kAlign * queries_before;
   return documents * (Workspace::kFields + teachers) + queries_before * Workspace::words(0, teachers);
 }
-PILE_SHARED int capacity_for(int64_t n) {
-  return int((n / kAlign + 1) * kAlign);
-}  // n + 1 at least: running sums have one more
+// n + 1 at least: running sums have one more.
+PILE_SHARED int capacity_for(int64_t n) { return int((n / kAlign + 1) * kAlign); }
 
 // The lists of a packed batch that shared memory does not hold, in the scratch buffer: right, but slow.
 __global__ void __launch_bounds__(kSpillThreads, 1) block_per_long_query(const Call call) {
   const Query query = locate(call, blockIdx.x);
   if (query.n < call.capacity) return;
-  float* const base = call.scratch + spill_words(query.output, query.index, call.teachers());
-  run_query(call, query, BlockTeam(), Workspace(base, capacity_for(query.n), call.teachers()));
+  float* const base = static_cast<float*>(call.scratch) + spill_words(query.output, query.index, call.teachers());
+  run_query<BlockTeam>(call, query, Workspace(base, capacity_for(query.n), call.teachers()));
 }
 
-// Loss over the queries, and for the mean the gradient divided by how many have pairs. Blocks share out the gradient; each counts
-// the queries for itself, the first sums the losses.
-__global__ void __launch_bounds__(kReduceThreads, 2) reduce_queries(const Call call, void* scaled, DType scaled_dtype) {
+// Loss over the queries, and for the mean the gradient divided by how many have pairs. Blocks share out the gradient; each
+// counts the queries for itself, the first sums the losses.
+__global__ void __launch_bounds__(kReduceThreads, 2) reduce_queries(const Call call) {
   PILE_SHARED_MEMORY(memory);
-  BlockTeam team;
-  team.partial = reinterpret_cast<double*>(memory);
+  const BlockTeam team(memory);
   const bool mean = call.loss.reduction == Reduction::mean;
   double total = 0, count = 0;
   for (int64_t q = team.rank; q < call.batch.queries; q += team.size) {
@@ -103,20 +97,44 @@ __global__ void __launch_bounds__(kReduceThreads, 2) reduce_queries(const Call c
     total = team.sum(total);
     if (team.rank == 0) *static_cast<float*>(call.out.loss) = float(total / divisor);
   }
-  if (!scaled) return;
+  if (!call.scaled) return;
   const float scale = float(1 / divisor);
   const float* gradient = static_cast<const float*>(call.out.gradient);
   Call to = call;
-  to.out.gradient = scaled;
-  to.gradient_dtype = scaled_dtype;
+  to.out.gradient = call.scaled;
+  to.scaled = nullptr;
   for (int64_t d = int64_t(blockIdx.x) * team.size + team.rank; d < call.documents(); d += int64_t(gridDim.x) * team.size)
     store_gradient(to, d, gradient[d] * scale);
 }
 
 }  // namespace
 
-// Microseconds of ten iterations and the loss on a GPU of an H100's speed, by arithmetic (docs/cuda.md): here a wave of blocks at 48
-// float instructions per pair; there 40 launches, waves of eight blocks, 1,200 instructions per document.
+bool has_term(const std::string& key) {
+  bool found = false;
+  const auto look = [&](auto term) { found = found || (key == term.kKey && Loss<decltype(term)>::kHere); };
+  Distillation::each(look);
+  LabelLoss::each(look);
+  return found;
+}
+
+void set_options(Call& call, const EnsembleOptions* ensemble, const LossOptions* loss) {
+  if (ensemble) {
+    call.has_ensemble = true;
+    call.ensemble = *ensemble;
+    call.step = float(ensemble->step_size);
+    call.per_unit = float(1 / ensemble->temperature);
+    call.offset = float(ensemble->margin / ensemble->temperature);
+  }
+  if (loss) {
+    call.has_loss = true;
+    call.loss = *loss;
+    if (call.distills()) with_loss(loss->distillation, [&](auto of, auto term) { call.distill_unit = of.unit(term); });
+    if (call.ranks()) with_loss(loss->label_loss, [](auto, auto) {});  // throws where there is no such file
+  }
+}
+
+// Microseconds of ten iterations and the loss on a GPU of an H100's speed, by arithmetic (docs/cuda.md): here a wave of blocks
+// at 48 float instructions per pair; there 40 launches, waves of eight blocks, 1,200 instructions per document.
 bool linear_time_is_faster(double queries, double n, double processors) {
   const double per_microsecond = 128 * 1700;  // float instructions of a multiprocessor
   const double direct = larger(queries / processors, 1.0) * n * n * 48 / per_microsecond;
@@ -139,7 +157,7 @@ ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, 
   }
   plan.capacity = int(capacity);
   plan.spills = packed && slots >= capacity;
-  plan.scratch_words = plan.spills ? spill_words(slots, queries, teachers) : 0;
+  plan.scratch_bytes = plan.spills ? 4 * spill_words(slots, queries, teachers) : 0;
   const int n = int(larger<int64_t>(packed ? mean : slots, 1));
   const int64_t words = Workspace::words(capacity, teachers);
   // Warps need no block barriers, but four of them must fit, and there must be work for all of them.
@@ -151,7 +169,7 @@ ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, 
     plan.shared_bytes = 4 * words * (kThreadsOfWarps / 32);
     return plan;
   }
-  // Blocks of four rows per four lanes are the cheaper arithmetic; a row per four lanes the shorter wait, where the device is not full.
+  // Four rows to four lanes are the cheaper arithmetic; one row the shorter wait, where the device is not full.
   const bool full = queries * n * kLanes > int64_t(device.processors) * 1024;
   plan.rows = full || n > 256 ? 4 : 1;
   plan.threads = smaller((n * kLanes / plan.rows + 31) / 32 * 32, kMostThreads);
@@ -169,20 +187,18 @@ void run_short(Call call, const ShortPlan& plan, cudaStream_t stream) {
   if (plan.shared_bytes > 48 * 1024)  // beyond, a kernel has to be told
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)),
           "cudaFuncSetAttribute");
-  PILE_LAUNCH(kernel, unsigned((queries + per_block - 1) / per_block), plan.threads, size_t(plan.shared_bytes), stream, call);
+  launch(kernel, (queries + per_block - 1) / per_block, plan.threads, size_t(plan.shared_bytes), stream, call);
   check(cudaGetLastError(), "the launch for short lists");
   if (!plan.spills) return;
-  PILE_LAUNCH(block_per_long_query, unsigned(queries), kSpillThreads, 0, stream, call);
+  launch(block_per_long_query, queries, kSpillThreads, 0, stream, call);
   check(cudaGetLastError(), "the launch for lists beyond shared memory");
 }
 
-void reduce(const Call& call, void* scaled, DType scaled_dtype, const Device& device, cudaStream_t stream) {
-  const int64_t share = 4 * kReduceThreads;
-  const int64_t blocks =
-      scaled ? larger<int64_t>(smaller<int64_t>((call.documents() + share - 1) / share, 4 * device.processors), 1) : 1;
-  PILE_LAUNCH(reduce_queries, unsigned(blocks), kReduceThreads, 32 * sizeof(double), stream, call, scaled, scaled_dtype);
+void reduce(const Call& call, const Device& device, cudaStream_t stream) {
+  const int64_t share = 4 * kReduceThreads, most = 4 * device.processors;
+  const int64_t blocks = call.scaled ? larger<int64_t>(smaller((call.documents() + share - 1) / share, most), 1) : 1;
+  launch(reduce_queries, blocks, kReduceThreads, BlockTeam::kBytes, stream, call);
   check(cudaGetLastError(), "the launch of the reduction");
 }
 
-}  // namespace gpu
-}  // namespace pile
+}  // namespace pile::gpu

@@ -1,23 +1,21 @@
 // The teachers of a query: what they scored, their calibration, and the ensemble logit as their tilted mean.
 //
-// The state is one exponent per document (or per teacher), never a weight per document and teacher: s_i = Σ_m e^{a_i t_im} t_im /
-// Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so that every exponent is <= 0 and differences of
-// close teachers are exact.
+// The state is one exponent per document (or per teacher), never a weight per document and teacher:
+// s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so that every
+// exponent is <= 0 and differences of close teachers are exact.
 #pragma once
 
 #include "order.h"
 
-namespace pile {
-namespace gpu {
+namespace pile::gpu {
 
 // What one pass over some of a teacher's scores finds; parts are joined in order.
 struct Moments {
   double count = 0, mean = 0, squares = 0;  // squares: Σ (t − mean)²
-  float low = kInfinity, high = -kInfinity;
+  Range range;
 
   PILE_DEVICE void join(const Moments& other) {
-    low = fminf(low, other.low);
-    high = fmaxf(high, other.high);
+    range.join(other.range);
     if (other.count == 0) return;
     const double all = count + other.count, distance = other.mean - mean;
     mean += distance * other.count / all;
@@ -39,13 +37,11 @@ PILE_DEVICE void measure(const Team& team, int teachers, int begin, int end, Raw
 #pragma unroll 4
     for (int i = begin + lanes.rank; i < end; i += kTeacherLanes) {
       const float t = raw(m, i);
-      found.low = fminf(found.low, t);  // of a number and a NaN, the number
-      found.high = fmaxf(found.high, t);
+      found.range.join(t);
       sum += is_number(t) ? t : 0.0f;
       present += is_number(t) ? 1.0f : 0.0f;
     }
-    found.low = lanes.lowest(found.low);
-    found.high = lanes.highest(found.high);
+    found.range = lanes.joined(found.range);
     found.count = lanes.sum(present);
     found.mean = found.count > 0 ? lanes.sum(sum) / found.count : 0.0;
     double squares = 0;
@@ -60,37 +56,26 @@ PILE_DEVICE void measure(const Team& team, int teachers, int begin, int end, Raw
   }
 }
 
-// A teacher's calibration t̃ = (t − mean) · scale. In double: a mean far larger than the deviation must not cost float32 digits, nor a
-// scale beyond float32's range.
+// A teacher's calibration t̃ = (t − mean) · scale. In double: a mean far larger than the deviation must not cost float32
+// digits, nor a scale beyond float32's range.
 struct Calibration {
   double mean, scale;
 
   PILE_DEVICE Calibration(const Moments& of, Normalize normalize)
       : mean(normalize == Normalize::none ? 0.0 : of.mean), scale(1) {
     // By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
-    if (normalize == Normalize::zscore) scale = of.high > of.low ? 1 / sqrt(of.squares / of.count) : 0.0;
+    if (normalize == Normalize::zscore) scale = of.range.high > of.range.low ? 1 / sqrt(of.squares / of.count) : 0.0;
   }
   PILE_DEVICE Calibration(double mean, double scale) : mean(mean), scale(scale) {}
   PILE_DEVICE float operator()(float t) const { return float((double(t) - mean) * scale); }
 };
 
-// Of logits as they are (Normalize::none), between `low` and `high`: their middle, where it is large beside their range. Ensembles and
-// pairs are differences, which have more digits without it, and off and on again it rounds nothing.
-PILE_DEVICE float common_offset(float low, float high) {
-  const float middle = low / 2 + high / 2;
-  return fabsf(middle) > 2 * (high - low) ? middle : 0.0f;
+// Of logits as they are (Normalize::none): their middle, where it is large beside their range. Ensembles and pairs are
+// differences, which have more digits without it, and off and on again it rounds nothing.
+PILE_DEVICE float common_offset(const Range& of) {
+  const float middle = of.low / 2 + of.high / 2;
+  return of.high >= of.low && fabsf(middle) > 2 * (of.high - of.low) ? middle : 0.0f;
 }
-
-// The range of u = s / temperature over the query, from which the pair sums choose their arithmetic.
-struct Range {
-  float low = kInfinity, high = -kInfinity;
-  PILE_DEVICE void join(float low_too, float high_too) {
-    low = fminf(low, low_too);
-    high = fmaxf(high, high_too);
-  }
-  PILE_DEVICE float middle() const { return high >= low ? (low + high) / 2 : 0.0f; }
-  PILE_DEVICE bool wide(float offset) const { return !(high - low + fabsf(offset) <= kNarrow) && high >= low; }
-};
 
 // A teacher's prior weight; what is no number above 0 counts as 0.
 PILE_DEVICE float prior_weight(const Call& call, int64_t query, int m) {
@@ -113,23 +98,20 @@ PILE_DEVICE float start_energy(const Call& call, int64_t query, int m) {
 // One query's teachers as its pair sums see them.
 struct Teachers {
   const float* t;       // [M][stride], calibrated
-  const float* energy;  // log weights but for a constant; -inf: takes no part
-  const float* weight;  // softmax of the energies
+  const float* energy;  // [M] log weights but for a constant, -inf: takes no part; then [M] weights, their softmax
   const float *low, *high;
   int64_t stride;
   int count;
   bool by_document, plain;  // plain: no score is missing and, by document, no prior given
 
+  PILE_DEVICE float weight(int m) const { return energy[count + m]; }
   PILE_DEVICE float score(int m, int row) const { return t[m * stride + row]; }
 
-  PILE_DEVICE void range(int row, float& lowest, float& highest) const {
-    lowest = kInfinity;
-    highest = -kInfinity;
+  PILE_DEVICE Range range(int row) const {
+    Range range;
 #pragma unroll 1
-    for (int m = 0; m < count; ++m) {
-      lowest = fminf(lowest, score(m, row));
-      highest = fmaxf(highest, score(m, row));
-    }
+    for (int m = 0; m < count; ++m) range.join(score(m, row));
+    return range;
   }
 
   // The exponents' reference and their largest value.
@@ -144,7 +126,7 @@ struct Teachers {
     return tilt;
   }
   PILE_DEVICE float share(const Tilt& tilt, int m, float d) const {
-    if (plain) return by_document ? exp_fast(tilt.slope * d) : weight[m];
+    if (plain) return by_document ? exp_fast(tilt.slope * d) : weight(m);
     return is_number(d) ? exp_fast(tilt.slope * d + energy[m] - tilt.top) : 0.0f;
   }
 
@@ -162,8 +144,12 @@ struct Teachers {
     return fminf(fmaxf(at.reference + moment * reciprocal(mass), low[k]), high[k]);
   }
 
-  // Its teachers' weights to to[0, M).
-  PILE_DEVICE void weights(int k, int row, float exponent, float* to) const {
+  // Its teachers' weights to to[0, M); 0 where none scored it.
+  PILE_DEVICE void weights(int k, int row, bool scored, float exponent, float* to) const {
+    if (!scored) {
+      for (int m = 0; m < count; ++m) to[m] = 0;
+      return;
+    }
     const Tilt at = tilt(k, row, exponent);
     float mass = 0;
 #pragma unroll 1
@@ -177,14 +163,29 @@ struct Teachers {
     if (plain) return 1;
     float held = 0;
 #pragma unroll 1
-    for (int m = 0; m < count; ++m) held += is_number(score(m, row)) ? weight[m] : 0.0f;
+    for (int m = 0; m < count; ++m) held += is_number(score(m, row)) ? weight(m) : 0.0f;
     return fmaxf(held, float(kMinShare));
+  }
+
+  // Granularity "query": use(m, Σ force_k (t_km − s_k)) over the positions [begin, end), kTeacherLanes lanes to a teacher.
+  template <class Team, class Row, class Force, class Use>
+  PILE_DEVICE void pull(const Team& team, int begin, int end, Row row, Force force, const float* s, Use use) const {
+    const Lanes lanes(kTeacherLanes);
+    for (int m = team.rank / kTeacherLanes; m < count; m += team.size / kTeacherLanes) {
+      double pulled = 0;
+      for (int k = begin + lanes.rank; k < end; k += kTeacherLanes) {
+        const float d = score(m, row(k)) - s[k];
+        pulled += is_number(d) ? force(k) * d : 0.0f;
+      }
+      pulled = lanes.sum(pulled);
+      if (lanes.rank == 0) use(m, pulled);
+    }
   }
 };
 
-// Softmax of the energies over the teachers; 0 where none takes part. Callers put a barrier before and after.
+// Softmax of the energies [M] to the weights behind them; 0 where none takes part. Callers put a barrier before and after.
 template <class Team>
-PILE_DEVICE void refresh_weights(const Team& team, const float* energy, float* weight, int teachers) {
+PILE_DEVICE void refresh_weights(const Team& team, float* energy, int teachers) {
   float top = -kInfinity, total = 0;
 #pragma unroll 1
   for (int m = 0; m < teachers; ++m) top = fmaxf(top, energy[m]);
@@ -192,8 +193,7 @@ PILE_DEVICE void refresh_weights(const Team& team, const float* energy, float* w
 #pragma unroll 1
   for (int m = 0; m < teachers; ++m) total += expf(energy[m] - top);
 #pragma unroll 1
-  for (int m = team.rank; m < teachers; m += team.size) weight[m] = total > 0 ? expf(energy[m] - top) / total : 0.0f;
+  for (int m = team.rank; m < teachers; m += team.size) energy[teachers + m] = total > 0 ? expf(energy[m] - top) / total : 0.0f;
 }
 
-}  // namespace gpu
-}  // namespace pile
+}  // namespace pile::gpu

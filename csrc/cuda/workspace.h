@@ -1,11 +1,9 @@
 // Where a query lies in the caller's tensors, and where its state.
 #pragma once
 
-#include "call.h"
 #include "device.h"
 
-namespace pile {
-namespace gpu {
+namespace pile::gpu {
 
 // One query: n slots, the first of them `output` among all outputs' and `input` within its row of the inputs.
 struct Query {
@@ -27,8 +25,8 @@ PILE_DEVICE Query locate(const Call& call, int64_t q) {
   return {q, first, first, int(last - first)};
 }
 
-// A query's state: a few numbers per document, its calibrated teachers, a few numbers per teacher. In shared memory where a query
-// fits, else in the scratch buffer. "By position" is the order of falling labels, "by slot" the caller's.
+// A query's state: a few numbers per document, its calibrated teachers, a few numbers per teacher. In shared memory where a
+// query fits, else in the scratch buffer. "By position" is the order of falling labels, "by slot" the caller's.
 struct Workspace {
   // Fields of 4 bytes per document. Some lend their memory to a neighbour's earlier or later life.
   enum Field {
@@ -48,12 +46,14 @@ struct Workspace {
     kFields,
     kKeys = kU0,     // 8 bytes: by slot, then by position
     kPrefix = kLow,  // 8 bytes: running sum of the gains
-    // The loss's own, by position.
-    kStudentPower = kU0,  // e^{z/τ − c}
-    kTargetPower = kU1,
-    kScaledStudent = kLow,  // z / τ and s / τ, from a logit of the query's
-    kScaledTarget = kHigh,
+    // The loss's own, by position; a tile is what its term makes of the columns, filled up to whole fours.
     kPlainStudent = kExponent,
+    kSlope = kAbove,
+    kLoss = kPerPair,
+    kTileStudent = kLow,
+    kTileTarget = kHigh,
+    kTileStudentMore = kU0,
+    kTileTargetMore = kU1,
   };
   static constexpr int kPerTeacher = 8;     // 4 bytes each: mean (8), scale (8), energy, weight; whole 16 bytes
   static constexpr int kPerQuery = 2 * 32;  // a double for each warp of the team
@@ -76,13 +76,11 @@ struct Workspace {
 
   PILE_DEVICE float* field(Field f) const { return documents + f * stride; }
   PILE_DEVICE int* whole(Field f) const { return reinterpret_cast<int*>(field(f)); }
-  PILE_DEVICE uint64_t* keys() const { return reinterpret_cast<uint64_t*>(field(kKeys)); }
+  PILE_DEVICE int64_t* keys() const { return reinterpret_cast<int64_t*>(field(kKeys)); }
   PILE_DEVICE double* prefix() const { return reinterpret_cast<double*>(field(kPrefix)); }
   PILE_DEVICE double* mean() const { return reinterpret_cast<double*>(of_teachers); }
   PILE_DEVICE double* scale(int teacher_count) const { return mean() + teacher_count; }
-  PILE_DEVICE float* energy(int teacher_count) const { return of_teachers + 4 * teacher_count; }
-  PILE_DEVICE float* weight(int teacher_count) const { return of_teachers + 5 * teacher_count; }
+  PILE_DEVICE float* energy(int teacher_count) const { return of_teachers + 4 * teacher_count; }  // and weights
 };
 
-}  // namespace gpu
-}  // namespace pile
+}  // namespace pile::gpu

@@ -13,11 +13,13 @@ import functools
 import importlib
 import importlib.util
 import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pile_fast.backends import native
+from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -27,11 +29,12 @@ _BUILT = bool(_EMULATION) or importlib.util.find_spec("pile_fast._cuda") is not 
 
 
 @functools.cache
-def _module():
+def _module() -> Any:
     """The extension; ImportError where it does not load."""
     if not _EMULATION:
         return importlib.import_module("pile_fast._cuda")
     spec = importlib.util.spec_from_file_location("pile_fast._cuda", _EMULATION)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -62,36 +65,35 @@ def unavailable() -> str:
 def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
     if batch.dtype is torch.float64:
         return "computes in float32, got float64 logits; use backend='auto' or 'torch', or cast them"
-    return ""
+    if torch.compiler.is_compiling():  # a tracer cannot look into an import
+        return ""
+    return missing_term(_module().TERMS, loss)
 
 
 def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     teachers = batch.teacher_logits
-    logits = teachers.new_empty(teachers.shape[:-1], dtype=torch.float32)
-    if not return_weights:
-        weights = teachers.new_empty(0, dtype=torch.float32)
-    elif options.granularity == "document":
-        weights = teachers.new_empty(teachers.shape, dtype=torch.float32)
-    else:
-        weights = teachers.new_empty((batch.num_queries, teachers.shape[-1]), dtype=torch.float32)
-    trace = teachers.new_empty((batch.num_queries, options.iterations + 1 if return_trace else 0), dtype=torch.float32)
-    if batch.num_queries == 0:
+    queries, by_document = batch.num_queries, options.granularity == "document"
+    # Sizes as arguments, not as a tuple: that takes PyTorch half a microsecond longer.
+    logits = teachers.new_empty(*teachers.shape[:-1], dtype=torch.float32)
+    of_weights = teachers.shape if by_document else (queries, batch.num_teachers)
+    weights = teachers.new_empty(*(of_weights if return_weights else (0,)), dtype=torch.float32)
+    trace = teachers.new_empty(queries, options.iterations + 1 if return_trace else 0, dtype=torch.float32)
+    if queries == 0:
         return logits.fill_(torch.nan), weights.zero_(), trace
-    outputs = (
-        logits.data_ptr(), weights.data_ptr() if return_weights else 0, trace.data_ptr() if return_trace else 0, 0, 0,
+    call = _Call(batch, options, None, teachers)
+    to = _Addresses(
+        logits.data_ptr(), weights.data_ptr() if return_weights else 0, trace.data_ptr() if return_trace else 0
     )  # fmt: skip
-    place = _Place(teachers)
-    plan = _plan(batch, batch.num_teachers, options.pairwise, place)
-    if plan is not None:
-        _run(batch, options, None, outputs, (0, 0), (0, 0, 0), plan, place)
-        return logits, weights, trace
-    if batch.packed:  # documents of no query
-        logits.fill_(torch.nan)
-        if options.granularity == "document":
-            weights.zero_()
-    _run_long(batch, options, None, native.views(batch), outputs, (0, 0), (0, 0, 0), place)
+    if plan := call.short_plan(options.pairwise):
+        call.run_short(plan, to)
+    else:
+        if batch.packed:  # documents of no query
+            logits.fill_(torch.nan)
+            if by_document:
+                weights.zero_()
+        call.run_long(to)
     return logits, weights, trace
 
 
@@ -100,100 +102,104 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def pile_loss(
-    batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    return _loss(batch, ensemble_options if loss_options.alpha > 0 else None, loss_options, with_gradient)
+    return _loss(batch, of_ensemble if of_loss.alpha > 0 else None, of_loss, with_gradient)
 
 
-def _loss(batch, ensemble_options, options, with_gradient) -> tuple[Tensor, Tensor]:
-    student = batch.student_logits
-    queries, each, mean = batch.num_queries, options.reduction == "none", options.reduction == "mean"
-    gradient = student.new_empty(student.shape if with_gradient else 0)
+def _loss(
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, of_loss: LossOptions, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    student, queries, each = batch.student_logits, batch.num_queries, of_loss.reduction == "none"
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if with_gradient else student.new_empty(0)
     if queries == 0:
         return student.new_zeros(queries if each else (), dtype=torch.float32), gradient.zero_()
-    # Per query its loss and whether it has pairs.
-    found = student.new_empty((2, queries), dtype=torch.float32)
-    total = found[0] if each else student.new_empty((), dtype=torch.float32)
+    per_query = student.new_empty(2, queries, dtype=torch.float32)
+    loss = per_query[0] if each else student.new_empty((), dtype=torch.float32)
     # The mean's gradient waits in float32 for the number of queries that count.
-    scale = mean and with_gradient
-    unscaled = gradient if not scale or student.dtype is torch.float32 else torch.empty_like(gradient, dtype=torch.float32)
-    outputs = (0, 0, 0, total.data_ptr(), unscaled.data_ptr() if with_gradient else 0)
-    per_query = (found.data_ptr(), found.data_ptr() + 4 * queries)
-    scaling = (native.DTYPES[unscaled.dtype], gradient.data_ptr() if scale else 0, native.DTYPES[gradient.dtype])
-    place = _Place(student)
-    teachers = 0 if ensemble_options is None else batch.num_teachers
-    plan = _plan(batch, teachers, options.pairwise, place)
-    if plan is not None:
-        _run(batch, ensemble_options, options, outputs, per_query, scaling, plan, place)
-        return total, gradient
+    scale = with_gradient and of_loss.reduction == "mean"
+    unscaled = torch.empty_like(gradient, dtype=torch.float32) if scale and student.element_size() < 4 else gradient
+    call = _Call(batch, of_ensemble, of_loss, student)
+    to = _Addresses(
+        loss=loss.data_ptr(), gradient=unscaled.data_ptr() if with_gradient else 0,
+        scaled=gradient.data_ptr() if scale else 0, per_query=per_query.data_ptr(),
+    )  # fmt: skip
+    if plan := call.short_plan(of_loss.pairwise):
+        call.run_short(plan, to)
+        return loss, gradient
+    if of_ensemble is not None:
+        target = student.new_full(student.shape, torch.nan, dtype=torch.float32)
+        _Call(batch, of_ensemble, None, student).run_long(_Addresses(target.data_ptr()))
+        call = _Call(batch, None, of_loss, student, target)
     if batch.packed:  # documents of no query
         unscaled.zero_()
-    views = native.views(batch)
-    if ensemble_options is not None:
-        target = student.new_full(student.shape, torch.nan, dtype=torch.float32)
-        _run_long(batch, ensemble_options, None, views, (target.data_ptr(), 0, 0, 0, 0), (0, 0), (0, 0, 0), place)
-        views = (*views[:2], (target.data_ptr(), native.DTYPES[target.dtype], target.stride()), *views[3:])
-    _run_long(batch, None, options, views, outputs, per_query, scaling, place)
-    return total, gradient
+    call.run_long(to, by_label=of_loss.alpha < 1)
+    return loss, gradient
 
 
-class _Place:
-    """A tensor's device as the extension wants it: the index, the current stream, and what plans depend on."""
+class _Addresses(NamedTuple):
+    """Where a call writes, 0 where nothing is asked for; the extension reads them by position.
 
-    __slots__ = ("like", "index", "where")
+    Attributes:
+        gradient: in the student's dtype, or in float32 if `scaled` is given: then the mean's goes there.
+        per_query: the losses of the queries and, behind them, whether each counts.
+    """
 
-    def __init__(self, tensor: Tensor):
-        self.like = tensor
-        self.index = tensor.device.index if tensor.is_cuda else 0
-        self.where = (self.index, torch.cuda.current_stream(self.index).cuda_stream if tensor.is_cuda else 0)
-
-
-def _plan(batch: RankingBatch, teachers: int, pairwise: str, place: _Place):
-    """How the short kernels take the batch; None if it is for the long ones."""
-    if pairwise == "chebyshev":
-        return None
-    plan = _plan_short(batch.num_queries, batch.slots, batch.packed, teachers, pairwise == "direct", place.index)
-    return plan if plan.capacity else None
-
-
-def _run(batch: RankingBatch, ensemble_options, loss_options, outputs, per_query, scaling, plan, place: _Place) -> None:
-    module = _module()
-    scratch = place.like.new_empty(plan.scratch_words, dtype=torch.float32) if plan.scratch_words else None
-    module.run(
-        native.sizes(batch),
-        native.views(batch),
-        None if ensemble_options is None else native.struct(module, ensemble_options),
-        None if loss_options is None else native.struct(module, loss_options),
-        outputs,
-        (*per_query, 0 if scratch is None else scratch.data_ptr(), *scaling),
-        plan,
-        _device(place.index),
-        place.where,
-    )
+    logits: int = 0
+    weights: int = 0
+    trace: int = 0
+    loss: int = 0
+    gradient: int = 0
+    scaled: int = 0
+    per_query: int = 0
+    scratch: int = 0
 
 
-def _run_long(batch: RankingBatch, ensemble_options, loss_options, views, outputs, per_query, scaling, place: _Place) -> None:
-    """An ensemble, or a loss against the target among the views."""
-    module = _module()
-    sizes = native.sizes(batch)
-    ensemble = None if ensemble_options is None else native.struct(module, ensemble_options)
-    loss = None if loss_options is None else native.struct(module, loss_options)
-    keys = order = None
-    if ensemble is not None or loss_options.alpha < 1:
-        documents = batch.slots if batch.packed else batch.num_queries * batch.slots
-        keys = place.like.new_empty(documents, dtype=torch.int64)
-        module.long_keys(sizes, views, ensemble, keys.data_ptr(), place.where)
-        keys, order = _sorted(batch, keys)
-    scratch = place.like.new_empty(module.long_bytes(sizes, views, ensemble, loss), dtype=torch.uint8)
-    module.run_long(
-        sizes, views, ensemble, loss, outputs, (*per_query, scratch.data_ptr(), *scaling),
-        (0, 0) if keys is None else (keys.data_ptr(), order.data_ptr()), _device(place.index), place.where,
-    )  # fmt: skip
+class _Call:
+    """A call on the device and the current stream of the tensor `like`; `target` takes the place of the batch's."""
+
+    __slots__ = ("batch", "like", "teachers", "call", "index", "place")
+
+    def __init__(
+        self, batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None, like: Tensor,
+        target: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        module, views = _module(), native.views(batch)
+        if target is not None:
+            views = (*views[:2], (target.data_ptr(), native.DTYPES[target.dtype], target.stride()), *views[3:])
+        of_ensemble = None if ensemble is None else native.struct(module, ensemble)
+        of_loss = None if loss is None else native.struct(module, loss)
+        self.batch, self.like, self.teachers = batch, like, 0 if ensemble is None else batch.num_teachers
+        self.call = module.Call(native.sizes(batch), views, of_ensemble, of_loss)
+        self.index = index = like.device.index if like.is_cuda else 0
+        self.place = index, torch.cuda.current_stream(index).cuda_stream if like.is_cuda else 0
+
+    def short_plan(self, pairwise: str) -> Any:
+        batch = self.batch
+        return _short_plan(batch.num_queries, batch.slots, batch.packed, self.teachers, pairwise, self.index)
+
+    def run_short(self, plan: Any, to: _Addresses) -> None:
+        """Everything in one launch, and the reduction."""
+        if plan.scratch_bytes:
+            scratch = self.like.new_empty(plan.scratch_bytes, dtype=torch.uint8)
+            to = to._replace(scratch=scratch.data_ptr())
+        _module().run_short(self.call, to, plan, _device(self.index), self.place)
+
+    def run_long(self, to: _Addresses, by_label: bool = True) -> None:
+        """An ensemble, or a loss against a target: where it goes by labels keys and PyTorch's sort, then phase by phase."""
+        module, batch, first, second = _module(), self.batch, 0, 0
+        if by_label:
+            keys = self.like.new_empty(batch.slots if batch.packed else batch.num_queries * batch.slots, dtype=torch.int64)
+            module.long_keys(self.call, keys.data_ptr(), self.place)
+            keys, order = _sorted(batch, keys)
+            first, second = keys.data_ptr(), order.data_ptr()
+        scratch = self.like.new_empty(module.long_bytes(self.call), dtype=torch.uint8)
+        module.run_long(self.call, to._replace(scratch=scratch.data_ptr()), first, second, _device(self.index), self.place)
 
 
 def _sorted(batch: RankingBatch, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Each query's keys in rising order, and which documents they are of."""
-    if not batch.packed:
+    if batch.cu_seqlens is None:
         keys, order = keys.view(batch.num_queries, batch.slots).sort(dim=1, stable=True)
         return keys, order
     documents = torch.arange(keys.shape[0], device=keys.device, dtype=batch.cu_seqlens.dtype)
@@ -204,10 +210,14 @@ def _sorted(batch: RankingBatch, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _device(index: int):
+def _device(index: int) -> Any:
     return _module().device(index)
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan_short(queries: int, slots: int, packed: bool, teachers: int, direct: bool, index: int):
-    return _module().plan_short(queries, slots, packed, teachers, direct, _device(index))
+def _short_plan(queries: int, slots: int, packed: bool, teachers: int, pairwise: str, index: int) -> Any:
+    """How the launch for short lists takes a batch; None if it is for the long ones'."""
+    if pairwise == "chebyshev":
+        return None
+    plan = _module().plan_short(queries, slots, packed, teachers, pairwise == "direct", _device(index))
+    return plan if plan.capacity else None

@@ -82,6 +82,10 @@ T __shfl_sync(unsigned mask, T value, int source) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return emulation::warp_collective(mask, predicate != 0, -1) != 0; }
 
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 inline float __int_as_float(int bits) { return emulation::from_bits<float>(uint32_t(bits)); }
 inline long long __double_as_longlong(double value) { return (long long)emulation::to_bits(value); }
 inline double __longlong_as_double(long long bits) { return emulation::from_bits<double>(uint64_t(bits)); }

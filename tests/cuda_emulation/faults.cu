@@ -27,7 +27,7 @@ __global__ void reverse(int* to, Fault fault) {
 
 std::vector<int> run(int fault) {
   std::vector<int> to(64, -2);
-  PILE_LAUNCH(reverse, 1, 64, 64 * sizeof(int), nullptr, to.data(), static_cast<Fault>(fault));
+  pile::gpu::launch(reverse, 1, 64, 64 * sizeof(int), nullptr, to.data(), static_cast<Fault>(fault));
   return to;
 }
 

@@ -14,7 +14,7 @@ struct Loss<DistillHuber> : DistillTerm {
     list.tiles(
         [&](int j, int to) {
           tile.student[to] = j < list.columns ? list.scaled_student(j) : 0.0f;
-          tile.target[to] = j < list.columns ? list.scaled_target(j) : kMissing;
+          tile.target[to] = j < list.columns ? list.scaled_target(j) : not_a_number();
         },
         [&](int from, int to) {
           const Tile columns = tile.from(from);

@@ -1,0 +1,46 @@
+// R as RankNet: Σ_P ω softplus(−(z_i − z_j)). Directly where labels meet in a tile; between the label blocks of a long list
+// through fields.
+#pragma once
+
+#include "../terms.h"
+
+namespace pile::gpu {
+
+// The student's moments, for solve_label_blocks.
+template <class State>
+__global__ void __launch_bounds__(kPieceThreads, 2) deposit_students(const State state) {
+  PILE_SHARED_MEMORY(base);
+  const PieceMemory memory(base);
+  const Piece piece(state);
+  if (piece.meets_through_fields()) deposit_piece(piece, memory, piece.at(state.u[0]));
+}
+
+template <>
+struct Loss<LabelLogistic> : LabelTerm {
+  template <class List>
+  PILE_DEVICE static void add(LabelLogistic, const List& list, float scale) {
+    list.label_tiles([&](const LabelTile& tile) {
+      list.rows(tile.lo, tile.hi, [&](int k) {
+        SlopeAndLoss sums, above;
+        const float z = list.student[k], gain = tile.columns.weighted ? list.gain[k] : 0.0f;
+        add_losses<true>(tile.columns, z, gain, larger(list.last[k], tile.from), tile.to, list.lanes, sums);
+        add_losses<false>(tile.columns, z, gain, larger(tile.begin, tile.from), smaller(list.first[k], tile.to), list.lanes,
+                          above);
+        list.add_row(k, scale, {above.slope - sums.slope, sums.loss});
+      });
+    });
+    if constexpr (!List::kWhole)
+      for_label_fields(list.piece, list.memory, list.student, [&](int k, float value) { list.add(k, -scale * value, 0); });
+  }
+
+  template <class Run>
+  static void launch(const Run& run) {
+    run.order(run.state.call.loss.pair_weight);
+    if (run.state.pairwise == PairSum::direct) return;
+    run.pieces(deposit_students<LongState>, PieceMemory::kBytes);
+    run.solve(true);
+  }
+  PILE_DEVICE static double rest(const LongQuery& q) { return q.label_block_loss(); }
+};
+
+}  // namespace pile::gpu
