@@ -1,8 +1,8 @@
 """The ensemble's phases: calibrate the teachers, then exponentiated-gradient steps on their weights.
 
-A phase runs over a chunk of a query's documents, a block of BR rows at a time. kernels/pile.py strings the phases together for a
-query of one program, whose chunk is all of it; kernels/long_ensemble.py has a launch for each. The state between phases lies in
-scratch memory (kernels/layout.py), which a short query's program finds in its L1.
+A phase runs over a chunk of a query's documents, a block of BR rows at a time. kernels/pile.py strings the phases together for
+a query of one program, whose chunk is all of it; kernels/long_ensemble.py has a launch for each. The state between phases lies
+in scratch memory (kernels/layout.py), which a short query's program finds in its L1.
 
 The state is one exponent per document (or per teacher), never a weight per document and teacher: the ensemble logit is the
 tilted mean s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so
@@ -14,11 +14,41 @@ import triton.language as tl
 from pile_fast.kernels.chunks import gains_of, has_others, near_rows, slots_of, sum_partials
 from pile_fast.kernels.fields import label_field, store_grid
 from pile_fast.kernels.layout import (
-    ABOVE, COMMON, CORRECTION, ENERGY, EXPONENT, GAIN, GAINS, MEAN, MIDDLE, NUMBER, PAIRS, PER_PAIR, RANK, ROOT_SCALE,
-    SCORED_RANK, U_GRID, TEACHER_WEIGHT, WIDE, E, U, elements, field, load_row, plain, scalar, teacher_row,
+    ABOVE,
+    COMMON,
+    CORRECTION,
+    ENERGY,
+    EXPONENT,
+    GAIN,
+    GAINS,
+    MEAN,
+    MIDDLE,
+    NUMBER,
+    PAIRS,
+    PER_PAIR,
+    RANK,
+    ROOT_SCALE,
+    SCORED_RANK,
+    TEACHER_WEIGHT,
+    U_GRID,
+    WIDE,
+    E,
+    U,
+    elements,
+    field,
+    load_row,
+    plain,
+    scalar,
+    teacher_row,
 )  # fmt: skip
 from pile_fast.kernels.pairs import (
-    NARROW, columns_of, label_losses, label_pull, load_labels, load_order, pair_counts,
+    NARROW,
+    columns_of,
+    label_losses,
+    label_pull,
+    load_labels,
+    load_order,
+    pair_counts,
 )  # fmt: skip
 
 MIN_SHARE = tl.constexpr(2.0**-10)  # see pile_fast/reference.py
@@ -109,8 +139,8 @@ def store_statistics(
     k, count, mean, correction, variance, low, high, energy, steps, linear,
     NORMALIZE: tl.constexpr, TRACE: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
-    """Mean and scale of each teacher, its starting energy, and the range the ensemble's logits lie in. `variance` is that of the
-    lifted logits; `linear`: whether a grid is wanted, None = never."""
+    """Mean and scale of each teacher, its starting energy, and the range the ensemble's logits lie in. `variance` is that of
+    the lifted logits; `linear`: whether a grid is wanted, None = never."""
     inf = float("inf")
     m = tl.arange(0, MP)
     present = count > 0.0
@@ -225,8 +255,8 @@ def store_u(k, rows, s, scored, to, steps, how: tl.constexpr):
 
 @triton.jit
 def calibrate(k, teachers, mask, order, steps, how: tl.constexpr):
-    """The calibrated teachers, the mean ensemble and SCORED_RANK of a chunk; of a long list also how many of its documents pairs
-    count, and their gains."""
+    """The calibrated teachers, the mean ensemble and SCORED_RANK of a chunk; of a long list also how many of its documents
+    pairs count, and their gains."""
     BR: tl.constexpr = how.BR
     MP: tl.constexpr = how.MP
     m = tl.arange(0, MP)
@@ -261,7 +291,8 @@ def calibrate(k, teachers, mask, order, steps, how: tl.constexpr):
 
 @triton.jit
 def count_pairs(k, lists, how: tl.constexpr):
-    """1 / k_i, and Σ ω over the documents above that are met directly; Σ ω over the pairs in which the chunk's are the higher."""
+    """1 / k_i, and Σ ω over the documents above that are met directly; the sum of ω over the pairs whose higher document is the
+    chunk's."""
     BR: tl.constexpr = how.BR
     near = near_rows(k, lists, U_GRID, how)
     columns = columns_of(k, near, SCORED_RANK)

@@ -5,7 +5,8 @@ A list that one program takes alone and the chunks of longer lists run the same 
 `Chunk`, which a program makes for itself: `chunks.open_chunk` one of a long list, `pile.open_list` all of a short one.
 
 Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16, also inside a tuple, where
-`do_not_specialize` does not reach. So integers travel in tuples as `unspecialized` ones, odd and above 1, and `plain` reads them.
+`do_not_specialize` does not reach. So integers in tuples are `unspecialized`, odd and above 1, and `plain` reads them. A bound of
+a loop in the one-launch kernel is no such number: the compiler would know its range, and take more registers for wider counters.
 """
 
 from typing import Any, NamedTuple
@@ -45,11 +46,12 @@ DISTILL, LABEL = _count(2)
 # ENERGY is the logarithm of the weight but for a constant, −inf = takes no part.
 MEAN, CORRECTION, ROOT_SCALE, ENERGY, TEACHER_WEIGHT = _count(5)
 TEACHER_ROWS = tl.constexpr(5)
-# Then single floats: `scalar`. COMMON came off all teachers alike and goes back onto the logits; grids are an origin and a number
-# of cells (kernels/fields.py).
+# Then single floats: `scalar`. COMMON came off all teachers alike and goes back onto the logits; grids are an origin and a
+# number of cells (kernels/fields.py).
 (
     MIDDLE, WIDE, PAIRS, COMMON, U_GRID, _,
-    POISON, LOSS_WIDE, Z_MIDDLE, S_MIDDLE, TARGETS, Z_PIVOT, S_PIVOT, SUM, _, _, _, FACTOR, _, Z_GRID, _, S_GRID, _, LABEL_GRID, _,
+    POISON, LOSS_WIDE, Z_MIDDLE, S_MIDDLE, TARGETS, Z_PIVOT, S_PIVOT, SUM, _, _, _, FACTOR, _,
+    Z_GRID, _, S_GRID, _, LABEL_GRID, _,
 ) = _count(25)  # fmt: skip
 SCALARS = tl.constexpr(25)
 
@@ -168,9 +170,9 @@ class Ensemble(NamedTuple):
 class Chunk(NamedTuple):
     """A program's documents: rows [begin, end) of query q, which has n.
 
-    Fields are kept up to row `padded` (`end` in a long list). `first` is the query's first document in outputs that have no gaps,
-    `slot` in the inputs, after the query's stride. `fields` points to the query's first document, `table` to its calibrated
-    teachers, `per_query` to its numbers, `partials` to those of chunk 0.
+    Fields are kept up to row `padded` (`end` in a long list) and lie S apart. `first` is the query's first document in outputs,
+    which have no gaps, `slot` in the inputs, after the query's stride. `fields` points to the query's first document, `table`
+    to its calibrated teachers, `per_query` to its numbers, `partials` to those of chunk 0.
     """
 
     c: Any

@@ -13,8 +13,29 @@ import triton.language as tl
 from pile_fast.kernels.chunks import chunks_before, slots_of, sum_partials
 from pile_fast.kernels.fields import store_grid
 from pile_fast.kernels.layout import (
-    DISTILL, FACTOR, LABEL, LABEL_GRID, LOSS_WIDE, POISON, RANK, S_GRID, S_MIDDLE, S_PIVOT, S_SCALED, SLOPE, SUM, SUMS, TARGETS,
-    Z_GRID, Z_MIDDLE, Z_PIVOT, Z_SCALED, Z, elements, field, scalar,
+    DISTILL,
+    FACTOR,
+    LABEL,
+    LABEL_GRID,
+    LOSS_WIDE,
+    POISON,
+    RANK,
+    S_GRID,
+    S_MIDDLE,
+    S_PIVOT,
+    S_SCALED,
+    SLOPE,
+    SUM,
+    SUMS,
+    TARGETS,
+    Z_GRID,
+    Z_MIDDLE,
+    Z_PIVOT,
+    Z_SCALED,
+    Z,
+    elements,
+    field,
+    scalar,
 )  # fmt: skip
 from pile_fast.kernels.pairs import NARROW
 
@@ -103,8 +124,8 @@ def prepare(k, ranges, inv_tau, linear, USE_D: tl.constexpr):
 
 @triton.jit
 def scale(k, sums, numbers, D: tl.constexpr, R: tl.constexpr, how: tl.constexpr):
-    """z / τ and s / τ of a chunk, from the query's lowest: divided is only what has been subtracted. To `sums`, two for each kind,
-    what the terms sum over a list."""
+    """z / τ and s / τ of a chunk, from the query's lowest: divided is only what has been subtracted. To `sums`, two for each
+    kind, what the terms sum over a list."""
     BR: tl.constexpr = how.BR
     d_first = tl.zeros((BR,), tl.float64)
     d_second = d_first
@@ -167,22 +188,21 @@ def half_of_others(k, s):
 @triton.jit
 def pass_of_term(k, lists, pulls, losses, numbers, TERM: tl.constexpr, KIND: tl.constexpr, how: tl.constexpr):
     """The slopes of a chunk's documents under a term, and the sums of their losses and weights."""
-    BR: tl.constexpr = how.BR
     state = TERM.enter(k, lists, how)
-    loss_sum = tl.zeros((BR,), tl.float64)
+    loss_sum = tl.zeros((), tl.float64)
     weight_sum = loss_sum
-    for row in range(k.begin, k.end, BR):
-        rows = row + tl.arange(0, BR)
+    for row in range(k.begin, k.end, how.BR):
+        rows = row + tl.arange(0, how.BR)
         loss, slope, weight = TERM.rows(k, lists, rows, state, pulls, losses, numbers, how)
         tl.store(field(k, SLOPE + KIND) + rows, slope, mask=rows < k.end)
-        loss_sum += loss.to(tl.float64)
-        weight_sum += weight.to(tl.float64)
-    return tl.sum(loss_sum, 0).to(tl.float32), tl.sum(weight_sum, 0).to(tl.float32)
+        loss_sum += tl.sum(loss.to(tl.float64), 0)
+        weight_sum += tl.sum(weight.to(tl.float64), 0)
+    return loss_sum.to(tl.float32), weight_sum.to(tl.float32)
 
 
 @triton.jit
 def store_total(k, d_loss, d_weight, r_loss, r_weight, numbers, losses, has_pairs):
-    """A query's loss and the factors of its slopes, from the terms' sums; weights are 0 where there is no pair, or no such term."""
+    """A query's loss and the factors of its slopes, from the terms' sums; a weight is 0 where there is no pair, or no term."""
     d_factor = tl.where(d_weight > 0.0, numbers.alpha / tl.where(d_weight > 0.0, d_weight, 1.0), 0.0)
     r_factor = tl.where(r_weight > 0.0, (1.0 - numbers.alpha) / tl.where(r_weight > 0.0, r_weight, 1.0), 0.0)
     tl.store(scalar(k, FACTOR + DISTILL), d_factor * numbers.inv_tau)

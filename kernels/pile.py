@@ -16,11 +16,32 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from pile_fast.kernels.ensemble import (
-    calibrate, count_pairs, iterate, lift, prior_energy, put_out, put_out_weights, rank_labels, retilt, reweight, statistics,
-    store_statistics, store_trace, trace_loss,
+    calibrate,
+    count_pairs,
+    iterate,
+    lift,
+    prior_energy,
+    put_out,
+    put_out_weights,
+    rank_labels,
+    retilt,
+    reweight,
+    statistics,
+    store_statistics,
+    store_trace,
+    trace_loss,
 )  # fmt: skip
 from pile_fast.kernels.layout import (
-    DISTILL, FIELDS, LABEL, PAIRS, SCALARS, SUM, TEACHER_ROWS, Chunk, Strided, plain, scalar,
+    DISTILL,
+    FIELDS,
+    LABEL,
+    PAIRS,
+    SCALARS,
+    SUM,
+    TEACHER_ROWS,
+    Chunk,
+    Strided,
+    scalar,
 )  # fmt: skip
 from pile_fast.kernels.loss import gradient_of, load_logits, pass_of_term, prepare, scale, store_total
 
@@ -49,17 +70,8 @@ class Outputs(NamedTuple):
     scratch: Any
 
 
-class Sizes(NamedTuple):
-    """Queries, slots (padded: of a query, packed: of all), teachers, iterations; all `unspecialized`."""
-
-    queries: Any
-    slots: Any
-    teachers: Any
-    iterations: Any
-
-
 @triton.jit
-def open_list(inputs, scratch, sizes, how: tl.constexpr):
+def open_list(inputs, scratch, Q, N, M, how: tl.constexpr):
     """This program's query, all of it.
 
     In the scratch memory a query begins and ends with a whole tile of columns: its rows past n, up to `padded`, hold documents
@@ -67,48 +79,48 @@ def open_list(inputs, scratch, sizes, how: tl.constexpr):
     """
     TILE: tl.constexpr = 2 * how.BC
     q = tl.program_id(0).to(tl.int64)
-    N = plain(sizes.slots)
-    M = plain(sizes.teachers)
     if inputs.cu_seqlens is not None:
-        S = N.to(tl.int64)
+        documents = N.to(tl.int64)
         first = tl.load(inputs.cu_seqlens + q).to(tl.int64)
         last = tl.load(inputs.cu_seqlens + q + 1).to(tl.int64)
-        first = tl.minimum(tl.maximum(first, 0), S)
-        n = (tl.minimum(tl.maximum(last, first), S) - first).to(tl.int32)
+        first = tl.minimum(tl.maximum(first, 0), documents)
+        n = (tl.minimum(tl.maximum(last, first), documents) - first).to(tl.int32)
         slot = first
         start = (first + q * TILE) // TILE * TILE
-        S = (S + plain(sizes.queries) * TILE + TILE) // TILE * TILE
+        S = (documents + Q * TILE + TILE) // TILE * TILE
     else:
         n = N
         first = q * N
         slot = q * 0
         start = q * (tl.cdiv(N, TILE) * TILE)
-        S = plain(sizes.queries).to(tl.int64) * (tl.cdiv(N, TILE) * TILE)
+        S = Q.to(tl.int64) * (tl.cdiv(N, TILE) * TILE)
     padded = tl.cdiv(n, TILE) * TILE
+    fields = scratch + start
     table = scratch + FIELDS * S + start * M
     per_query = scratch + (FIELDS + M) * S + q * (TEACHER_ROWS * M + SCALARS)
-    return Chunk(0 * n, q, first, slot, n, 0 * n, n, padded, scratch + start, table, S, per_query, scratch, M)
+    return Chunk(0 * n, q, first, slot, n, 0 * n, n, padded, fields, table, S, per_query, scratch, M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q", "N", "M", "iterations"])
 def pile_kernel(
-    inputs, outputs, sizes, steps, numbers,
+    inputs, outputs, Q, N, M, iterations, steps, numbers,
     ENSEMBLE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PAIR_WEIGHT: tl.constexpr, how: tl.constexpr,
 ):  # fmt: skip
-    """See the module. ENSEMBLE: options of the ensemble; D and R: the loss's terms; None where there is none."""
-    k = open_list(inputs, outputs.scratch, sizes, how)
+    """See the module. Q queries, N slots (padded: of a query, packed: of all), M teachers. ENSEMBLE: options of the ensemble; D and
+    R: the loss's terms; None where there is none."""
+    k = open_list(inputs, outputs.scratch, Q, N, M, how)
     if ENSEMBLE is not None or R is not None:
         rank_labels(k, inputs.labels, inputs.mask, PAIR_WEIGHT, how)
         tl.debug_barrier()
     if ENSEMBLE is not None:
-        ensemble(k, inputs, outputs, sizes, steps, ENSEMBLE, D is not None or R is not None, how)
+        ensemble(k, inputs, outputs, iterations, steps, ENSEMBLE, D is not None or R is not None, how)
     if D is not None or R is not None:
         loss(k, inputs, outputs, numbers, D, R, how)
 
 
 @triton.jit
 def ensemble(
-    k, inputs, outputs, sizes, steps, ENSEMBLE: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr
+    k, inputs, outputs, iterations, steps, ENSEMBLE: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr
 ):  # fmt: skip
     """The ensemble of a query, from its teachers to logits, weights and trace."""
     TRACE: tl.constexpr = outputs.trace.pointer is not None
@@ -129,7 +141,6 @@ def ensemble(
     if TRACE or not ENSEMBLE.BY_DOCUMENT:
         tl.store(scalar(k, PAIRS), pairs)
     tl.debug_barrier()
-    iterations = plain(sizes.iterations)
     for i in range(0, iterations):
         read = i % 2 if ENSEMBLE.BY_DOCUMENT else 0
         if TRACE:

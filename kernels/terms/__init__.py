@@ -3,17 +3,17 @@
 A file has the functions
 
 - `enter(k, lists, how) -> state`: a tuple of what a chunk's rows share, None where there is nothing;
-- `rows(k, lists, rows, state, pulls, losses, numbers, how) -> (loss, slope, weight)` of the rows, in float32 or wider: a query's
-  loss is Σ loss / Σ weight, and the slope is the derivative of Σ loss by the student's logits (of a distillation: by z / τ);
+- `rows(k, lists, rows, state, pulls, losses, numbers, how) -> (loss, slope, weight)` of the rows, in float32 or wider: a
+  query's loss is Σ loss / Σ weight, and the slope the derivative of Σ loss by a logit (of a distillation: by z / τ);
 
 and, if it wants them,
 
-- `sums(k, z, s, numbers) -> (first, second)`: two numbers of each row, summed over the query for `loss.list_sum`. For a distillation
-  term z / τ and s / τ, NaN = no target; for a label term z and the label's rank, NaN = no label;
+- `sums(k, z, s, numbers) -> (first, second)`: two numbers of each row, summed over the query for `loss.list_sum`. z and s are
+  z / τ and s / τ of a distillation, NaN = no target, and for a label term z and the label's rank, NaN = no label;
 - `fields(lists) -> (pulls, losses)`: on the host, what `rows` needs for sums in linear time (backends/triton_long.py).
 
-`numbers` are the term's, in the order of its fields. kernels/loss.py calls the functions, for lists of one program (`how.ALONE`,
-`lists` is None) and for chunks of longer ones.
+`numbers` are the term's, in the order of its fields. kernels/loss.py calls the functions, for lists of one program
+(`how.ALONE`, `lists` is None) and for chunks of longer ones.
 """
 
 from __future__ import annotations
@@ -39,9 +39,14 @@ class Functions(NamedTuple):
         return self.key + "".join(f.cache_key for f in self[1:] if f is not None)
 
 
-def exists(key: str) -> bool:
-    """Whether there is a file for a term."""
-    return importlib.util.find_spec(f"{__name__}.{key}") is not None
+class _Files:
+    """The terms' keys: those that have a file."""
+
+    def __contains__(self, key: object) -> bool:
+        return importlib.util.find_spec(f"{__name__}.{key}") is not None
+
+
+FILES = _Files()
 
 
 def module(key: str) -> ModuleType:

@@ -15,15 +15,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pile_fast.kernels.chunks import chunks_before, query_chunks
 from pile_fast.kernels.fields import CELL, LOSS, TARGET_CELLS, UP, act, evaluate, grid_of, load_grid
 from pile_fast.kernels.layout import (
-    FIELD, LOSS_WIDE, MAX_CELLS, S_GRID, S_MIDDLE, S_SCALED, Z_GRID, Z_MIDDLE, Z_SCALED, P, field, scalar,
+    FIELD,
+    LOSS_WIDE,
+    MAX_CELLS,
+    S_GRID,
+    S_MIDDLE,
+    S_SCALED,
+    Z_GRID,
+    Z_MIDDLE,
+    Z_SCALED,
+    P,
+    field,
+    scalar,
 )  # fmt: skip
 from pile_fast.kernels.loss import half_of_others, load_scaled
 from pile_fast.kernels.pairs import column, reciprocal
+from torch import Tensor
 
 if TYPE_CHECKING:
     from pile_fast.backends.triton_long import LongLists
@@ -40,8 +50,8 @@ def fields(lists: LongLists) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["grid"])
 def apply_kernel(state, lists, moments, tables, pulls, losses, grid):
-    """Fields of a query's documents on each other, at the query's first block: pulls[student, target], Σ_j κ(u_j − u), one of them
-    a program, and losses, Σ_j ψ(u_j − u), at z."""
+    """Fields of a query's documents on each other, at the query's first block: pulls[student, target], Σ_j κ(u_j − u), one of
+    them a program, and losses, Σ_j ψ(u_j − u), at z."""
     q = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1)
     c_first, c_last, _ = query_chunks(q, lists)

@@ -1,4 +1,4 @@
-"""RankNet: Σ ω softplus(−(z_i − z_j)) over the pairs of a labelled document and a lower one, (kernels/pairs.py, kernels/fields.py)."""
+"""RankNet: Σ ω softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j (kernels/pairs.py, kernels/fields.py)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pile_fast.kernels.chunks import has_others, near_rows, sum_partials
 from pile_fast.kernels.fields import label_field
 from pile_fast.kernels.layout import GAINS, LABEL_GRID, NUMBER, RANK, Z, field
 from pile_fast.kernels.pairs import columns_of, label_losses, load_order, pair_counts
+from torch import Tensor
 
 if TYPE_CHECKING:
     from pile_fast.backends.triton_long import LongLists

@@ -13,6 +13,7 @@ from torch import Tensor
 from pile_fast.batch import RankingBatch
 from pile_fast.kernels import chunks, fields, layout, long_ensemble, long_loss, terms
 from pile_fast.kernels.layout import Ensemble, How, LossNumbers, Steps, Strided, unspecialized
+from pile_fast.kernels.terms import Functions
 from pile_fast.options import EnsembleOptions, LossOptions
 
 # A label group of this many documents is a block of its own; smaller ones share a block of fewer than twice as many, whose
@@ -136,9 +137,8 @@ class LongLists:
                 break
             read = iteration % 2 if by_document else 0
             if not how.DIRECT:
-                self.label_fields(
-                    layout.U.value + read, layout.SCORED_RANK.value, layout.U_GRID.value, steps.offset, not last, trace is not None
-                )  # fmt: skip
+                at = (layout.U.value + read, layout.SCORED_RANK.value, layout.U_GRID.value)
+                self.label_fields(*at, steps.offset, not last, trace is not None)
             if trace is not None:
                 launch(long_ensemble.trace_kernel, each, self.losses, read, steps, how=how)
                 launch(long_ensemble.trace_sum_kernel, query, strided(trace), iteration)
@@ -157,13 +157,12 @@ class LongLists:
     # -- the student's loss
 
     def loss(
-        self, options: LossOptions, numbers: LossNumbers, target: Tensor | None, losses: Tensor, has_pairs: Tensor,
-        gradient: Tensor | None,
+        self, d: Functions | None, r: Functions | None, numbers: LossNumbers, target: Tensor | None, losses: Tensor,
+        has_pairs: Tensor, gradient: Tensor | None,
     ) -> None:  # fmt: skip
-        """All of the loss's phases."""
+        """All of the loss's phases, with the terms d of the distillation and r of the labels."""
         self._begin(1)
         launch, how, each, query = self.launch, self.how, self.count, self.queries
-        d, r = used_terms(options)
         kinds = dict(USE_D=d is not None, USE_R=r is not None)
         student, of_d = strided(self.batch.student_logits), strided(target if d else None)
         launch(long_loss.load_kernel, each, student, of_d, self.mask, LABELLED=r is not None, how=how)
@@ -237,19 +236,19 @@ def strided(tensor: Tensor | None, axes: int = 2) -> Strided:
     if tensor is None:
         return _NOTHING
     strides = (0,) * (axes - tensor.dim()) + tensor.stride() + (0,)
-    return Strided(tensor, 2 * strides[0] + 3, 2 * strides[1] + 3, 2 * strides[2] + 3)
+    return Strided(tensor, *map(unspecialized, strides[:3]))
 
 
 def strided_prior(prior: Tensor | None) -> Strided:
     """A prior with its strides, of queries and teachers."""
     of_prior = strided(prior)
-    return of_prior._replace(document=of_prior.query, teacher=of_prior.document)
+    return of_prior._replace(teacher=of_prior.document)
 
 
 _NOTHING = Strided(None, *map(unspecialized, (0, 0, 0)))
 
 
-def used_terms(options: LossOptions) -> tuple[terms.Functions | None, terms.Functions | None]:
+def used_terms(options: LossOptions) -> tuple[Functions | None, Functions | None]:
     """The functions of the loss's two terms; None where alpha leaves one out."""
     return (
         terms.functions(options.distillation.key) if options.alpha > 0 else None,
