@@ -1,8 +1,8 @@
 """The ensemble's phases: calibrate the teachers, then exponentiated-gradient steps on their weights.
 
-A phase is either for a block of BR rows (documents of one query) or for a whole query; kernels/pile.py strings them together
-for a query of one program, kernels/long_ensemble.py has those of longer lists. The state between phases lies in a scratch
-buffer, FIELDS + M floats per document and 5 M + SCALARS per query, which a short query's program finds in its L1.
+A phase runs over a chunk of a query's documents, a block of BR rows at a time. kernels/pile.py strings the phases together for
+a query of one program, whose chunk is all of it; kernels/long_ensemble.py has a launch for each. The state between phases lies
+in scratch memory (kernels/layout.py), which a short query's program finds in its L1.
 
 The state is one exponent per document (or per teacher), never a weight per document and teacher: the ensemble logit is the
 tilted mean s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so
@@ -11,47 +11,56 @@ that every exponent is <= 0 and differences of close teachers are exact.
 
 import triton
 import triton.language as tl
-from pile_fast.kernels.chunks import GAIN, RANK, gains_of
-from pile_fast.kernels.fields import store_grid
+from pile_fast.kernels.chunks import gains_of, has_others, near_rows, slots_of, sum_partials
+from pile_fast.kernels.fields import label_field, store_grid
+from pile_fast.kernels.layout import (
+    ABOVE,
+    COMMON,
+    CORRECTION,
+    ENERGY,
+    EXPONENT,
+    GAIN,
+    GAINS,
+    MEAN,
+    MIDDLE,
+    NUMBER,
+    PAIRS,
+    PER_PAIR,
+    RANK,
+    ROOT_SCALE,
+    SCORED_RANK,
+    TEACHER_WEIGHT,
+    U_GRID,
+    WIDE,
+    E,
+    U,
+    elements,
+    field,
+    load_row,
+    plain,
+    scalar,
+    teacher_row,
+)  # fmt: skip
 from pile_fast.kernels.pairs import (
     NARROW,
+    columns_of,
     label_losses,
     label_pull,
-    label_ranks,
     load_labels,
-    load_valid,
+    load_order,
     pair_counts,
-)
-
-# Fields of the scratch buffer, one float per document each.
-# (0: RANK, of the label within the query, NaN = unlabelled; 2: GAIN. See kernels/chunks.py.)
-SCORED_RANK = tl.constexpr(1)  # the same, NaN also where no teacher scored the document
-PER_PAIR = tl.constexpr(3)  # 1 / k_i, 0 without pairs
-ABOVE = tl.constexpr(4)  # Σ_{y_j > y_i} ω
-EXPONENT = tl.constexpr(5)
-U = tl.constexpr(6)  # e^{c − u}, or u where wide; u = s / temperature. Two of them: iterations read one and write the other
-ROW = tl.constexpr(8)  # two, for sums over a query's rows; long lists keep e^{c − u} here, too, and u itself in U
-FIELDS = tl.constexpr(10)  # the calibrated teachers follow, M per document
-
-# Per query: MEAN, its correction, the square root of SCALE (the scale itself may be beyond float32), ENERGY (log weight but for
-# a constant) and WEIGHT of each teacher, then scalars.
-MIDDLE = tl.constexpr(0)
-WIDE = tl.constexpr(1)
-PAIRS = tl.constexpr(2)  # Σ_P ω
-GRID = tl.constexpr(11)  # of u: origin, cells; kernels/fields.py
-COMMON = tl.constexpr(17)  # what came off all teachers alike and goes back onto the logits
-SCALARS = tl.constexpr(20)
+)  # fmt: skip
 
 MIN_SHARE = tl.constexpr(2.0**-10)  # see pile_fast/reference.py
 
 
 @triton.jit
-def load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP: tl.constexpr):
+def load_teachers(teachers, k, slots, valid, energy, MP: tl.constexpr):
     """(BR, MP) float32, NaN = not present, as infinite scores are. `energy`: where some teachers do not take part."""
     m = tl.arange(0, MP)
-    inside = valid[:, None] & (m < M)[None, :]
-    at = slots.to(tl.int64)[:, None] * stride_d + m.to(tl.int64)[None, :] * stride_m
-    t = tl.load(teachers + at, mask=inside, other=float("nan")).to(tl.float32)
+    inside = valid[:, None] & (m < k.M)[None, :]
+    at = elements(teachers, k, slots)[:, None] + m.to(tl.int64)[None, :] * plain(teachers.teacher)
+    t = tl.load(at, mask=inside, other=float("nan")).to(tl.float32)
     if energy is not None:
         t += tl.where(energy > -float("inf"), 0.0, float("nan"))[None, :]
     return t + (t - t)  # NaN where t is infinite, in two instructions and no mask: registers are short here
@@ -59,72 +68,24 @@ def load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP: tl.
 
 @triton.jit
 def softmax_or_zero(energy):
+    """The teachers' weights; all 0 where none takes part."""
     top = tl.max(energy, 0)
     e = tl.where(energy > -float("inf"), tl.exp(energy - top), 0.0)
     return e / tl.maximum(tl.sum(e, 0), 1e-30)
 
 
 @triton.jit
-def prior_energy(prior, prior_stride, M, MP: tl.constexpr):
+def prior_energy(prior, k, MP: tl.constexpr):
     """The teachers' starting energies, −inf = not there."""
     inf = float("inf")
     m = tl.arange(0, MP)
-    energy = tl.where(m < M, 0.0, -inf)
-    if prior is not None:
-        p = tl.load(prior + m.to(tl.int64) * prior_stride, mask=m < M, other=0.0).to(tl.float32)
+    energy = tl.where(m < k.M, 0.0, -inf)
+    if prior.pointer is not None:
+        at = prior.pointer + k.q * plain(prior.query) + m.to(tl.int64) * plain(prior.teacher)
+        p = tl.load(at, mask=m < k.M, other=0.0).to(tl.float32)
         p = tl.where((p > 0.0) & (p < inf), p, 0.0)
         energy = tl.where(p > 0.0, tl.log(p / tl.maximum(tl.max(p, 0), 1e-37)), -inf)
     return energy
-
-
-@triton.jit
-def teacher_statistics(
-    teachers, stride_d, stride_m, mask, mask_stride, prior, prior_stride, n, M, per_query, inv_temperature, offset,
-    BR: tl.constexpr, MP: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, TRACE: tl.constexpr,
-):  # fmt: skip
-    """Mean and scale of each teacher, its starting energy, and the range the ensemble's logits lie in."""
-    inf = float("inf")
-    energy = prior_energy(prior, prior_stride, M, MP)
-    veto = None
-    if prior is not None:
-        veto = energy
-    total = tl.zeros((MP,), tl.float64)
-    count = tl.zeros((MP,), tl.float32)
-    low = tl.full((MP,), inf, tl.float32)
-    high = tl.full((MP,), -inf, tl.float32)
-    for begin in range(0, n, BR):
-        rows = begin + tl.arange(0, BR)
-        valid = load_valid(mask, rows, mask_stride, n, MASKED)
-        t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, veto, MP)
-        present = t == t
-        total += tl.sum(tl.where(present, t, 0.0), 0).to(tl.float64)
-        count += tl.sum(tl.where(present, 1.0, 0.0), 0)
-        low = tl.minimum(low, tl.min(tl.where(present, t, inf), 0))
-        high = tl.maximum(high, tl.max(tl.where(present, t, -inf), 0))
-    at_least_one = tl.maximum(count, 1.0)
-    mean = tl.zeros((MP,), tl.float32)
-    correction = mean
-    variance = mean
-    if NORMALIZE != "none":
-        mean = total.to(tl.float32) / at_least_one
-        # t − mean is nearly exact, so what rounding the mean lost comes out of a second pass. It is lifted: two exact products.
-        off = tl.zeros((MP,), tl.float32)  # small beside the deviation, and so is its rounding
-        square = tl.zeros((MP,), tl.float64)
-        up = lift(low, high)
-        lifted_mean = mean * up
-        for begin in range(0, n, BR):
-            rows = begin + tl.arange(0, BR)
-            valid = load_valid(mask, rows, mask_stride, n, MASKED)
-            t = load_teachers(teachers, rows, valid, stride_d, stride_m, M, veto, MP)
-            d = tl.where(t == t, t * up[None, :] - lifted_mean[None, :], 0.0)
-            off += tl.sum(d, 0)
-            square += tl.sum(d * d, 0).to(tl.float64)
-        off = off / at_least_one
-        correction = off / up
-        variance = square.to(tl.float32) / at_least_one - off * off
-    store_statistics(
-        count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, False, MP, NORMALIZE, TRACE
-    )
 
 
 @triton.jit
@@ -135,11 +96,51 @@ def lift(low, high):
 
 
 @triton.jit
+def statistics(k, teachers, mask, order, prior, SPREAD: tl.constexpr, how: tl.constexpr):
+    """Each teacher's number of scores in a chunk and their mean; with SPREAD what rounding the mean lost and the squares about
+    it, summed and lifted; their lowest and highest."""
+    BR: tl.constexpr = how.BR
+    MP: tl.constexpr = how.MP
+    inf = float("inf")
+    veto = None
+    if prior.pointer is not None:
+        veto = prior_energy(prior, k, MP)
+    total = tl.zeros((MP,), tl.float64)
+    count = tl.zeros((MP,), tl.float32)
+    low = tl.full((MP,), inf, tl.float32)
+    high = tl.full((MP,), -inf, tl.float32)
+    for row in range(k.begin, k.end, BR):
+        slots, valid = slots_of(k, order, mask, row + tl.arange(0, BR))
+        t = load_teachers(teachers, k, slots, valid, veto, MP)
+        present = t == t
+        total += tl.sum(tl.where(present, t, 0.0), 0).to(tl.float64)
+        count += tl.sum(tl.where(present, 1.0, 0.0), 0)
+        low = tl.minimum(low, tl.min(tl.where(present, t, inf), 0))
+        high = tl.maximum(high, tl.max(tl.where(present, t, -inf), 0))
+    mean = tl.zeros((MP,), tl.float32)
+    off = tl.zeros((MP,), tl.float32)  # small beside the deviation, and so is its rounding
+    square = tl.zeros((MP,), tl.float64)
+    if SPREAD:
+        mean = total.to(tl.float32) / tl.maximum(count, 1.0)
+        # t − mean is nearly exact, so what rounding the mean lost comes out of a second pass. It is lifted: two exact products.
+        up = lift(low, high)
+        lifted_mean = mean * up
+        for row in range(k.begin, k.end, BR):
+            slots, valid = slots_of(k, order, mask, row + tl.arange(0, BR))
+            t = load_teachers(teachers, k, slots, valid, veto, MP)
+            d = tl.where(t == t, t * up[None, :] - lifted_mean[None, :], 0.0)
+            off += tl.sum(d, 0)
+            square += tl.sum(d * d, 0).to(tl.float64)
+    return count, mean, off, square.to(tl.float32), low, high
+
+
+@triton.jit
 def store_statistics(
-    count, mean, correction, variance, low, high, energy, M, per_query, inv_temperature, offset, linear,
-    MP: tl.constexpr, NORMALIZE: tl.constexpr, TRACE: tl.constexpr,
+    k, count, mean, correction, variance, low, high, energy, steps, linear,
+    NORMALIZE: tl.constexpr, TRACE: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
-    """`variance` is that of the lifted logits."""
+    """Mean and scale of each teacher, its starting energy, and the range the ensemble's logits lie in. `variance` is that of
+    the lifted logits; `linear`: whether a grid is wanted, None = never."""
     inf = float("inf")
     m = tl.arange(0, MP)
     present = count > 0.0
@@ -161,53 +162,60 @@ def store_statistics(
     bottom = tl.min(tl.where(present, (low - mean - correction) * root_scale * root_scale, inf), 0)
     top = tl.max(tl.where(present, (high - mean - correction) * root_scale * root_scale, -inf), 0)
     anything = top >= bottom
-    bottom = tl.where(anything, bottom, 0.0) * inv_temperature
-    top = tl.where(anything, top, 0.0) * inv_temperature
-    wide = tl.where(top - bottom + tl.abs(offset) <= NARROW, 0.0, 1.0)
+    bottom = tl.where(anything, bottom, 0.0) * steps.inv_temperature
+    top = tl.where(anything, top, 0.0) * steps.inv_temperature
+    wide = tl.where(top - bottom + tl.abs(steps.offset) <= NARROW, 0.0, 1.0)
     if TRACE:  # its losses want u itself
         wide = 1.0
-    tl.store(per_query + m, mean, mask=m < M)
-    tl.store(per_query + M + m, correction, mask=m < M)
-    tl.store(per_query + 2 * M + m, root_scale, mask=m < M)
-    tl.store(per_query + 3 * M + m, energy, mask=m < M)
-    tl.store(per_query + 4 * M + m, softmax_or_zero(energy), mask=m < M)
-    tl.store(per_query + 5 * M + MIDDLE, (bottom + top) / 2.0)
-    tl.store(per_query + 5 * M + WIDE, wide)
-    tl.store(per_query + 5 * M + COMMON, common)
-    store_grid(per_query + 5 * M + GRID, bottom, top, linear)
+    tl.store(teacher_row(k, MEAN) + m, mean, mask=m < k.M)
+    tl.store(teacher_row(k, CORRECTION) + m, correction, mask=m < k.M)
+    tl.store(teacher_row(k, ROOT_SCALE) + m, root_scale, mask=m < k.M)
+    store_energy(k, energy, MP)
+    tl.store(scalar(k, MIDDLE), (bottom + top) / 2.0)
+    tl.store(scalar(k, WIDE), wide)
+    tl.store(scalar(k, COMMON), common)
+    if linear is not None:
+        store_grid(scalar(k, U_GRID), bottom, top, linear)
 
 
 @triton.jit
-def of_teachers(per_query, k: tl.constexpr, M, MP: tl.constexpr, other):
+def store_energy(k, energy, MP: tl.constexpr):
+    """The teachers' energies, and their weights."""
     m = tl.arange(0, MP)
-    return tl.load(per_query + k * M + m, mask=m < M, other=other)
+    tl.store(teacher_row(k, ENERGY) + m, energy, mask=m < k.M)
+    tl.store(teacher_row(k, TEACHER_WEIGHT) + m, softmax_or_zero(energy), mask=m < k.M)
 
 
 @triton.jit
-def rank_rows(
-    labels, stride, mask, mask_stride, n, padded, rows, fields, S,
-    BR: tl.constexpr, BC: tl.constexpr, MASKED: tl.constexpr, WEIGHT: tl.constexpr,
-):  # fmt: skip
-    label = load_labels(labels, rows, stride, mask, mask_stride, n, MASKED)
-    rank = label_ranks(labels, stride, mask, mask_stride, n, label, BR, BC, MASKED)
-    inside = rows < padded
-    tl.store(fields + RANK * S + rows, tl.where(label == label, rank, float("nan")), mask=inside)
-    if WEIGHT != "none":
-        inf = float("inf")
-        lowest = tl.full((BR,), inf, label.dtype)
-        highest = -lowest
-        for begin in range(0, n, BR):
-            other = load_labels(labels, begin + tl.arange(0, BR), stride, mask, mask_stride, n, MASKED)
-            lowest = tl.minimum(lowest, tl.where(other == other, other, inf))
-            highest = tl.maximum(highest, tl.where(other == other, other, -inf))
-        tl.store(fields + GAIN * S + rows, gains_of(label, tl.min(lowest, 0), tl.max(highest, 0), WEIGHT), mask=inside)
+def rank_labels(k, labels, mask, PAIR_WEIGHT: tl.constexpr, how: tl.constexpr):
+    """RANK and GAIN of a query's documents as they lie: the labels' order in float32, whatever their dtype."""
+    BR: tl.constexpr = how.BR
+    for row in range(0, k.padded, BR):
+        rows = row + tl.arange(0, BR)
+        label = load_labels(labels, mask, k, rows)
+        rank = tl.zeros((BR,), tl.float32)
+        for begin in range(0, k.n, how.BC):
+            other = load_labels(labels, mask, k, begin + tl.arange(0, how.BC))
+            rank += tl.sum(tl.where(other[:, None] < label[None, :], 1.0, 0.0), 0)
+        tl.store(field(k, RANK) + rows, tl.where(label == label, rank, float("nan")), mask=rows < k.padded)
+        if PAIR_WEIGHT != "none":
+            inf = float("inf")
+            lowest = tl.full((BR,), inf, label.dtype)
+            highest = -lowest
+            for begin in range(0, k.n, BR):
+                other = load_labels(labels, mask, k, begin + tl.arange(0, BR))
+                lowest = tl.minimum(lowest, tl.where(other == other, other, inf))
+                highest = tl.maximum(highest, tl.where(other == other, other, -inf))
+            gain = gains_of(label, tl.min(lowest, 0), tl.max(highest, 0), PAIR_WEIGHT)
+            tl.store(field(k, GAIN) + rows, gain, mask=rows < k.padded)
 
 
 @triton.jit
-def calibrated(table, rows, n, M, MP: tl.constexpr):
+def calibrated(k, rows, MP: tl.constexpr):
+    """(BR, MP) the rows' calibrated teachers."""
     m = tl.arange(0, MP)
-    inside = (rows < n)[:, None] & (m < M)[None, :]
-    return tl.load(table + rows.to(tl.int64)[:, None] * M + m[None, :], mask=inside, other=float("nan"))
+    inside = (rows < k.end)[:, None] & (m < k.M)[None, :]
+    return tl.load(k.table + rows.to(tl.int64)[:, None] * k.M + m[None, :], mask=inside, other=float("nan"))
 
 
 @triton.jit
@@ -231,187 +239,209 @@ def tilt(t, slope, energy):
 
 
 @triton.jit
-def store_u(s, scored, rows, padded, fields, S, to, per_query, M, inv_temperature):
-    middle = tl.load(per_query + 5 * M + MIDDLE)
+def store_u(k, rows, s, scored, to, steps, how: tl.constexpr):
+    """The rows' logits in units of the temperature, for the pairs: by themselves and as e^{c − u}, or for a list alone the one
+    that its pairs take."""
+    middle = tl.load(scalar(k, MIDDLE))
     # Two pairs share a reciprocal: a document out of all pairs must not be out of range.
-    u = tl.where(scored, s * inv_temperature, middle)
-    if tl.load(per_query + 5 * M + WIDE) == 0.0:
-        u = tl.exp(middle - u)
-    tl.store(fields + (U + to) * S + rows, u, mask=rows < padded)
+    u = tl.where(scored, s * steps.inv_temperature, middle)
+    if how.ALONE:
+        if tl.load(scalar(k, WIDE)) == 0.0:
+            u = tl.exp(middle - u)
+    else:
+        tl.store(field(k, E + to) + rows, tl.exp(middle - u), mask=rows < k.padded)
+    tl.store(field(k, U + to) + rows, u, mask=rows < k.padded)
 
 
 @triton.jit
-def calibrate_rows(
-    teachers, stride_d, stride_m, mask, mask_stride, n, padded, M, rows, fields, table, S, per_query, inv_temperature,
-    MP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    inside = rows < padded
-    valid = load_valid(mask, rows, mask_stride, n, MASKED)
-    s, scored, _ = calibrate_and_start(
-        teachers, rows, valid, stride_d, stride_m, M, rows, inside, fields, table, S, per_query, MP
-    )
-    store_u(s, scored, rows, padded, fields, S, 0, per_query, M, inv_temperature)
-
-
-@triton.jit
-def calibrate_and_start(
-    teachers, slots, valid, stride_d, stride_m, M, rows, inside, fields, table, S, per_query, MP: tl.constexpr
-):  # fmt: skip
-    """Calibrate the teachers at `slots` into the table's `rows`. The mean ensemble's logits, where they are, SCORED_RANK."""
+def calibrate(k, teachers, mask, order, steps, how: tl.constexpr):
+    """The calibrated teachers, the mean ensemble and SCORED_RANK of a chunk; of a long list also how many of its documents
+    pairs count, and their gains."""
+    BR: tl.constexpr = how.BR
+    MP: tl.constexpr = how.MP
     m = tl.arange(0, MP)
-    energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    t = load_teachers(teachers, slots, valid, stride_d, stride_m, M, energy, MP)
-    t = t - of_teachers(per_query, 0, M, MP, 0.0)[None, :]
-    root_scale = of_teachers(per_query, 2, M, MP, 0.0)[None, :]
-    t = (t - of_teachers(per_query, 1, M, MP, 0.0)[None, :]) * root_scale * root_scale
-    at = rows.to(tl.int64)[:, None] * M + m[None, :]
-    tl.store(table + at, t, mask=inside[:, None] & (m < M)[None, :])
-    slope = rows * 0.0
-    s, scored, _ = tilt(t, slope, energy)
-    rank = tl.load(fields + RANK * S + rows, mask=inside, other=float("nan"))
-    rank = tl.where(scored, rank, float("nan"))
-    tl.store(fields + SCORED_RANK * S + rows, rank, mask=inside)
-    tl.store(fields + EXPONENT * S + rows, slope, mask=inside)
-    return s, scored, rank
+    energy = load_row(k, ENERGY, -float("inf"), MP)
+    number = tl.zeros((BR,), tl.float32)
+    gains = number
+    for row in range(k.begin, k.padded, BR):
+        rows = row + tl.arange(0, BR)
+        inside = rows < k.padded
+        slots, valid = slots_of(k, order, mask, rows)
+        t = load_teachers(teachers, k, slots, valid, energy, MP)
+        t = t - load_row(k, MEAN, 0.0, MP)[None, :]
+        root_scale = load_row(k, ROOT_SCALE, 0.0, MP)[None, :]
+        t = (t - load_row(k, CORRECTION, 0.0, MP)[None, :]) * root_scale * root_scale
+        at = rows.to(tl.int64)[:, None] * k.M + m[None, :]
+        tl.store(k.table + at, t, mask=inside[:, None] & (m < k.M)[None, :])
+        exponent = rows * 0.0
+        s, scored, _ = tilt(t, exponent, energy)
+        rank = tl.load(field(k, RANK) + rows, mask=inside, other=float("nan"))
+        rank = tl.where(scored, rank, float("nan"))
+        tl.store(field(k, SCORED_RANK) + rows, rank, mask=inside)
+        tl.store(field(k, EXPONENT) + rows, exponent, mask=inside)
+        store_u(k, rows, s, scored, 0, steps, how)
+        if not how.ALONE:
+            # The other copy, too: documents that no iteration moves are read from either.
+            store_u(k, rows, s, scored, 1, steps, how)
+            number += tl.where(rank == rank, 1.0, 0.0)
+            if how.WEIGHTED:
+                gains += tl.where(rank == rank, tl.load(field(k, GAIN) + rows, mask=inside, other=0.0), 0.0)
+    return tl.sum(number, 0), tl.sum(gains, 0)
 
 
 @triton.jit
-def count_rows(rows, n, padded, fields, S, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr):
-    inside = rows < n
-    ranks = fields + SCORED_RANK * S
-    gains = fields + GAIN * S
-    rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
-    above, below = pair_counts(ranks, rank, gains, gain, padded, BR, BC, WEIGHTED, False)
-    tl.store(fields + ABOVE * S + rows, above, mask=inside)
-    tl.store(fields + ROW * S + rows, below, mask=inside)
-    k = above + below
-    tl.store(fields + PER_PAIR * S + rows, tl.where(k > 0.0, 1.0 / tl.where(k > 0.0, k, 1.0), 0.0), mask=inside)
-
-
-@triton.jit
-def load_order(rows, n, ranks, gains, WEIGHTED: tl.constexpr):
-    """The rows' ranks and gains; gains are the ranks again, and unused, where no pair is weighted."""
-    rank = tl.load(ranks + rows, mask=rows < n, other=float("nan"))
-    gain = rank
-    if WEIGHTED:
-        gain = tl.load(gains + rows, mask=rows < n, other=0.0)
-    return rank, gain
-
-
-@triton.jit
-def sum_field(fields, k: tl.constexpr, S, n, BR: tl.constexpr):
-    """Of one query, summed in float64 and in one fixed order. (No float64 divisions anywhere: they are calls.)"""
+def count_pairs(k, lists, how: tl.constexpr):
+    """1 / k_i, and Σ ω over the documents above that are met directly; the sum of ω over the pairs whose higher document is the
+    chunk's."""
+    BR: tl.constexpr = how.BR
+    near = near_rows(k, lists, U_GRID, how)
+    columns = columns_of(k, near, SCORED_RANK)
+    if not how.ALONE:
+        number_below = sum_partials(k, NUMBER, near.c_first, near.c_begin)
+        number_above = sum_partials(k, NUMBER, near.c_end, near.c_last)
+        gains_below = sum_partials(k, GAINS, near.c_first, near.c_begin)
+        gains_above = sum_partials(k, GAINS, near.c_end, near.c_last)
     total = tl.zeros((BR,), tl.float64)
-    for begin in range(0, n, BR):
-        i = begin + tl.arange(0, BR)
-        total += tl.load(fields + k * S + i, mask=i < n, other=0.0).to(tl.float64)
+    for row in range(k.begin, k.end, BR):
+        rows = row + tl.arange(0, BR)
+        inside = rows < k.end
+        rank, gain = load_order(k, rows, SCORED_RANK, how)
+        above = tl.zeros((BR,), tl.float32)
+        below = above
+        if near.mixed:
+            above, below = pair_counts(columns, rank, gain, how)
+        tl.store(field(k, ABOVE) + rows, above, mask=inside)
+        if not how.ALONE:
+            if how.WEIGHTED:
+                wide_gain = gain.to(tl.float64)
+                above += (gains_above - wide_gain * number_above).to(tl.float32)
+                below += (wide_gain * number_below - gains_below).to(tl.float32)
+            else:
+                above += number_above.to(tl.float32)
+                below += number_below.to(tl.float32)
+        pairs = tl.where(rank == rank, above + below, 0.0)
+        tl.store(field(k, PER_PAIR) + rows, tl.where(pairs > 0.0, 1.0 / tl.where(pairs > 0.0, pairs, 1.0), 0.0), mask=inside)
+        total += tl.where(rank == rank, below, 0.0).to(tl.float64)
     return tl.sum(total, 0).to(tl.float32)
 
 
 @triton.jit
-def step_exponents(t, direction, rows, inside, fields, S, per_query, M, step, MP: tl.constexpr):
-    """By document: a step of the rows' exponents along λ. Their new logits, and whether any teacher scored them."""
-    exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
-    exponent += step * direction * tl.load(fields + PER_PAIR * S + rows, mask=inside, other=0.0)
-    tl.store(fields + EXPONENT * S + rows, exponent, mask=inside)
-    s, scored, _ = tilt(t, exponent, of_teachers(per_query, 3, M, MP, -float("inf")))
-    return s, scored
+def iterate(k, lists, pulls, read, steps, ENSEMBLE: tl.constexpr, how: tl.constexpr):
+    """An iteration for a chunk, from λ on: by document its exponents and logits, by query its pull on each teacher, the sum."""
+    BR: tl.constexpr = how.BR
+    MP: tl.constexpr = how.MP
+    near = near_rows(k, lists, U_GRID, how)
+    columns = columns_of(k, near, SCORED_RANK)
+    wide = tl.load(scalar(k, WIDE)) != 0.0
+    u = field(k, U + read)
+    if not how.ALONE:
+        u = field(k, tl.where(wide, U + read, E + read))
+    total = tl.zeros((MP,), tl.float64)
+    for row in range(k.begin, k.padded, BR):
+        rows = row + tl.arange(0, BR)
+        inside = rows < k.end
+        rank, gain = load_order(k, rows, SCORED_RANK, how)
+        direction = tl.zeros((BR,), tl.float32)
+        if near.mixed:
+            u_row = tl.load(u + rows, mask=inside, other=1.0)
+            direction = label_pull(
+                columns, u + near.begin, u_row, rank, gain, wide, steps.offset, ENSEMBLE.MARGIN, how
+            ) - tl.load(field(k, ABOVE) + rows, mask=inside, other=0.0)  # fmt: skip
+        if not how.DIRECT:
+            if has_others(near):
+                u_row = tl.load(field(k, U + read) + rows, mask=inside, other=0.0)
+                direction += label_field(pulls, k, lists, U_GRID, u_row, rank, gain, how)
+        t = calibrated(k, rows, MP)
+        energy = load_row(k, ENERGY, -float("inf"), MP)
+        if ENSEMBLE.BY_DOCUMENT:
+            exponent = tl.load(field(k, EXPONENT) + rows, mask=inside, other=0.0)
+            exponent += steps.step * direction * tl.load(field(k, PER_PAIR) + rows, mask=inside, other=0.0)
+            tl.store(field(k, EXPONENT) + rows, exponent, mask=inside)
+            s, scored, _ = tilt(t, exponent, energy)
+            store_u(k, rows, s, scored, 1 - read, steps, how)
+        else:
+            # λ_i / share_i, by the weight of the teachers that scored a document.
+            share = tl.sum(tl.where(t == t, load_row(k, TEACHER_WEIGHT, 0.0, MP)[None, :], 0.0), 1)
+            direction = direction / tl.maximum(share, MIN_SHARE)
+            s, _, _ = tilt(t, rows * 0.0, energy)
+            total += tl.sum(tl.where(t == t, direction[:, None] * (t - s[:, None]), 0.0), 0).to(tl.float64)
+    return total
 
 
 @triton.jit
-def direction_by_share(t, direction, per_query, M, MP: tl.constexpr):
-    """By query: λ_i / share_i, by the weight of the teachers that scored a document."""
-    share = tl.sum(tl.where(t == t, of_teachers(per_query, 4, M, MP, 0.0)[None, :], 0.0), 1)
-    return direction / tl.maximum(share, MIN_SHARE)
+def reweight(k, pull, steps, MP: tl.constexpr):
+    """By query: a step of the teachers' energies along their pulls."""
+    pairs = tl.load(scalar(k, PAIRS))
+    step = steps.step * pull.to(tl.float32) / tl.where(pairs > 0.0, pairs, 1.0)
+    store_energy(k, load_row(k, ENERGY, -float("inf"), MP) + step, MP)
 
 
 @triton.jit
-def teacher_pulls(t, direction, rows, energy):
-    """By query: what the rows, each with its λ_i / share_i, add to each teacher's energy."""
-    s, _, _ = tilt(t, rows * 0.0, energy)
-    return tl.sum(tl.where(t == t, direction[:, None] * (t - s[:, None]), 0.0), 0)
+def retilt(k, steps, how: tl.constexpr):
+    """By query: a chunk's logits in the teachers' new weights."""
+    BR: tl.constexpr = how.BR
+    energy = load_row(k, ENERGY, -float("inf"), how.MP)
+    for row in range(k.begin, k.padded, BR):
+        rows = row + tl.arange(0, BR)
+        s, scored, _ = tilt(calibrated(k, rows, how.MP), rows * 0.0, energy)
+        store_u(k, rows, s, scored, 0, steps, how)
 
 
 @triton.jit
-def iterate_rows(
-    rows, n, padded, M, fields, table, S, read, per_query, inv_temperature, offset, step,
-    BR: tl.constexpr, BC: tl.constexpr, MP: tl.constexpr, BY_DOCUMENT: tl.constexpr, WEIGHTED: tl.constexpr,
-    MARGIN: tl.constexpr, APPROX: tl.constexpr,
-):  # fmt: skip
-    """λ of the rows; by document also their new exponents and logits, by query λ_i / share_i."""
-    inside = rows < n
-    u = fields + (U + read) * S
-    ranks = fields + SCORED_RANK * S
-    gains = fields + GAIN * S
-    rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
-    u_row = tl.load(u + rows, mask=inside, other=1.0)
-    wide = tl.load(per_query + 5 * M + WIDE) != 0.0
-    pull = label_pull(u, u_row, ranks, rank, gains, gain, padded, wide, offset, BR, BC, WEIGHTED, MARGIN, APPROX, False)
-    direction = pull - tl.load(fields + ABOVE * S + rows, mask=inside, other=0.0)
-    t = calibrated(table, rows, n, M, MP)
-    if BY_DOCUMENT:
-        s, scored = step_exponents(t, direction, rows, inside, fields, S, per_query, M, step, MP)
-        store_u(s, scored, rows, padded, fields, S, 1 - read, per_query, M, inv_temperature)
-    else:
-        tl.store(fields + ROW * S + rows, direction_by_share(t, direction, per_query, M, MP), mask=inside)
+def trace_loss(k, lists, losses, read, steps, how: tl.constexpr):
+    """The ensemble's label loss, summed over the pairs in which a chunk's documents are the higher ones."""
+    BR: tl.constexpr = how.BR
+    near = near_rows(k, lists, U_GRID, how)
+    columns = columns_of(k, near, SCORED_RANK)
+    u = field(k, U + read)
+    total = tl.zeros((BR,), tl.float64)
+    for row in range(k.begin, k.end, BR):
+        rows = row + tl.arange(0, BR)
+        rank, gain = load_order(k, rows, SCORED_RANK, how)
+        u_row = tl.load(u + rows, mask=rows < k.end, other=0.0)
+        if near.mixed:
+            loss, _ = label_losses(columns, u + near.begin, u_row, rank, gain, steps.offset, how)
+            total += loss.to(tl.float64)
+        if not how.DIRECT:
+            if near.c_first < near.c_begin:
+                total += label_field(losses, k, lists, U_GRID, u_row, rank, gain, how).to(tl.float64)
+    return tl.sum(total, 0).to(tl.float32)
 
 
 @triton.jit
-def reweight_query(n, M, fields, table, S, per_query, step, BR: tl.constexpr, MP: tl.constexpr):
-    energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    pull = tl.zeros((MP,), tl.float64)
-    for begin in range(0, n, BR):
-        rows = begin + tl.arange(0, BR)
-        t = calibrated(table, rows, n, M, MP)
-        direction = tl.load(fields + ROW * S + rows, mask=rows < n, other=0.0)
-        pull += teacher_pulls(t, direction, rows, energy).to(tl.float64)
-    store_energy(pull, per_query, M, step, MP)
+def store_trace(k, trace, iteration, total):
+    """The label loss of an iteration, the mean over the pairs."""
+    pairs = tl.load(scalar(k, PAIRS))
+    loss = tl.where(pairs > 0.0, total / tl.where(pairs > 0.0, pairs, 1.0), 0.0)
+    tl.store(trace.pointer + k.q * plain(trace.query) + iteration, loss)
 
 
 @triton.jit
-def store_energy(pull, per_query, M, step, MP: tl.constexpr):
+def put_out(k, order, logits, weights, BY_DOCUMENT: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr):
+    """A chunk's logits, and by document weights, in the tensors' order. DIFFERENCES: they are all that is wanted, so what is
+    common stays off."""
+    BR: tl.constexpr = how.BR
+    MP: tl.constexpr = how.MP
     m = tl.arange(0, MP)
-    energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    pairs = tl.load(per_query + 5 * M + PAIRS)
-    energy += step * pull.to(tl.float32) / tl.where(pairs > 0.0, pairs, 1.0)
-    tl.store(per_query + 3 * M + m, energy, mask=m < M)
-    tl.store(per_query + 4 * M + m, softmax_or_zero(energy), mask=m < M)
+    energy = load_row(k, ENERGY, -float("inf"), MP)
+    for row in range(k.begin, k.end, BR):
+        rows = row + tl.arange(0, BR)
+        inside = rows < k.end
+        slots = rows
+        if order is not None:
+            slots = tl.load(order + k.first + rows, mask=inside, other=0) - k.slot
+        exponent = tl.load(field(k, EXPONENT) + rows, mask=inside, other=0.0)
+        s, scored, w = tilt(calibrated(k, rows, MP), exponent, energy)
+        if not DIFFERENCES:
+            s += tl.load(scalar(k, COMMON))
+        tl.store(logits + k.first + slots, tl.where(scored, s, float("nan")), mask=inside)
+        if BY_DOCUMENT and weights is not None:
+            at = (k.first + slots)[:, None] * k.M + m[None, :]
+            tl.store(weights + at, w, mask=inside[:, None] & (m < k.M)[None, :])
 
 
 @triton.jit
-def tilt_rows(rows, n, padded, M, fields, table, S, per_query, inv_temperature, MP: tl.constexpr):
-    energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    s, scored, _ = tilt(calibrated(table, rows, n, M, MP), rows * 0.0, energy)
-    store_u(s, scored, rows, padded, fields, S, 0, per_query, M, inv_temperature)
-
-
-@triton.jit
-def trace_rows(
-    rows, n, padded, fields, S, read, offset, BR: tl.constexpr, BC: tl.constexpr, WEIGHTED: tl.constexpr, APPROX: tl.constexpr
-):  # fmt: skip
-    u = fields + (U + read) * S
-    ranks = fields + SCORED_RANK * S
-    gains = fields + GAIN * S
-    rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
-    u_row = tl.load(u + rows, mask=rows < n, other=0.0)
-    loss, _ = label_losses(u, u_row, ranks, rank, gains, gain, padded, offset, BR, BC, WEIGHTED, APPROX, False)
-    tl.store(fields + (ROW + 1) * S + rows, loss, mask=rows < n)
-
-
-@triton.jit
-def output_rows(
-    rows, n, M, fields, table, S, per_query, logits, weights,
-    BR: tl.constexpr, MP: tl.constexpr, BY_DOCUMENT: tl.constexpr, DIFFERENCES: tl.constexpr,
-):  # fmt: skip
-    """DIFFERENCES: they are all that is wanted, so what is common stays off."""
-    inside = rows < n
+def put_out_weights(k, weights, MP: tl.constexpr):
+    """By query: the teachers' weights."""
     m = tl.arange(0, MP)
-    exponent = tl.load(fields + EXPONENT * S + rows, mask=inside, other=0.0)
-    energy = of_teachers(per_query, 3, M, MP, -float("inf"))
-    s, scored, w = tilt(calibrated(table, rows, n, M, MP), exponent, energy)
-    if not DIFFERENCES:
-        s += tl.load(per_query + 5 * M + COMMON)
-    tl.store(logits + rows, tl.where(scored, s, float("nan")), mask=inside)
-    if BY_DOCUMENT and weights is not None:
-        at = rows.to(tl.int64)[:, None] * M + m[None, :]
-        tl.store(weights + at, w, mask=inside[:, None] & (m < M)[None, :])
+    tl.store(weights + k.q * k.M + m, load_row(k, TEACHER_WEIGHT, 0.0, MP), mask=m < k.M)

@@ -23,23 +23,43 @@ the temperature) have no grid (0 cells): their queries fall back to direct sums,
 """
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from pile_fast.kernels.chunks import chunk_rows, chunks_before, query_chunks, query_of
+from pile_fast.kernels.chunks import chunks_before, open_chunk, query_chunks, query_of
+from pile_fast.kernels.layout import (
+    ENTRIES,
+    FIELD,
+    GAIN,
+    MATRICES,
+    MAX_CELLS,
+    SCALARS,
+    SPAN,
+    SUPER,
+    TEACHER_ROWS,
+    P,
+    field,
+    plain,
+    scalar,
+)  # fmt: skip
 
-P = tl.constexpr(8)  # powers
 CELL = tl.constexpr(1.5)
-MAX_CELLS = tl.constexpr(128)
-ROW = tl.constexpr(MAX_CELLS.value * P.value)  # floats of a set of moments, or of a field
-SPAN = tl.constexpr(14)  # cells further apart than this see each other saturated: 1.5 · (14 − 1) > 18, e^-18 = 1.5e-8
-ENTRIES = tl.constexpr(2 * SPAN.value + 1)
-MATRICES = tl.constexpr(ENTRIES.value * P.value * P.value)  # floats of one kernel's table
 # The kernels, v = u_j − u_i: what is below a document pulls it up, what is above pushes it down, and the pairs' losses.
-BELOW = tl.constexpr(0)  # σ(offset + v)
-ABOVE = tl.constexpr(1)  # σ(offset − v)
+UP = tl.constexpr(0)  # σ(offset + v)
+DOWN = tl.constexpr(1)  # σ(offset − v)
 LOSS = tl.constexpr(2)  # softplus(offset + v)
-SUPER = tl.constexpr(64)  # chunks whose moments are summed ahead
+COLUMNS = tl.constexpr(128)  # floats of a row of moments that a program sums at once
+TARGET_CELLS = tl.constexpr(16)  # cells whose field a program makes at once
+
+
+class Moments(NamedTuple):
+    """Of chunks; how many short queries there are up to each, or None; of SUPER chunks each; and what each target meets."""
+
+    chunks: Any
+    short: Any
+    supers: Any
+    sides: Any
 
 
 def _interpolation() -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -65,7 +85,7 @@ NODES, BASIS = map(tl.constexpr, _interpolation())
 def first_entry(offset, KERNEL: tl.constexpr):
     """The table's first entry is for a source cell this many cells above the target's; it is centred on the kernel's bend."""
     centre = tl.minimum(tl.maximum(offset / CELL, -1e6), 1e6)
-    return tl.floor((centre if KERNEL == ABOVE else -centre) + 0.5).to(tl.int32) - SPAN
+    return tl.floor((centre if KERNEL == DOWN else -centre) + 0.5).to(tl.int32) - SPAN
 
 
 @triton.jit
@@ -81,9 +101,9 @@ def matrices_kernel(tables, offset):
         node = tl.where(p == i, tl.full((), NODES[i], tl.float64), node)
     for i in tl.static_range(P * P):
         basis = tl.where(at == i, tl.full((), BASIS[i], tl.float64), basis)
-    first = tl.where(kernel == ABOVE, first_entry(offset, ABOVE), first_entry(offset, BELOW))
+    first = tl.where(kernel == DOWN, first_entry(offset, DOWN), first_entry(offset, UP))
     v = (first + e).to(tl.float64) * CELL + node[:, None] - node[None, :]
-    x = tl.where(kernel == ABOVE, -v, v) + offset
+    x = tl.where(kernel == DOWN, -v, v) + offset
     t = tl.exp(-tl.abs(x))
     if kernel == LOSS:
         value = tl.where(x > 0.0, x, 0.0) + tl.log(1.0 + t)
@@ -106,6 +126,7 @@ def store_grid(to, low, high, wanted):
 
 @triton.jit
 def load_grid(grid):
+    """Origin and number of cells."""
     return tl.load(grid), tl.load(grid + 1)
 
 
@@ -136,47 +157,59 @@ def evaluate(field, u, origin, cells, inside):
 
 
 @triton.jit
-def at_row(moments, short, q, width):
-    """Where the moments of chunk 0 would lie: those of short queries, one chunk each, take no room. `short`: how many there are
-    up to a query."""
-    if short is not None:
-        moments -= tl.load(short + q) * width
-    return moments
+def label_field(fields, k, lists, GRID: tl.constexpr, u, rank, gain, how: tl.constexpr):
+    """The field of label pairs of a chunk's block at logits u: gain_i · counts − gains, or counts alone."""
+    origin, cells = load_grid(scalar(k, GRID))
+    at = fields + tl.load(lists.chunk_block + k.c).to(tl.int64) * (2 if how.WEIGHTED else 1) * FIELD
+    value = evaluate(at, u, origin, cells, rank == rank)
+    if how.WEIGHTED:
+        value = gain * value - evaluate(at + FIELD, u, origin, cells, rank == rank)
+    return value
 
 
-@triton.jit(do_not_specialize=["Q", "N", "S", "value", "part", "grid_at", "per_query_stride"])
+@triton.jit
+def moments_of(moments, q, SETS: tl.constexpr):
+    """Where the moments of chunk 0 would lie: those of short queries, one chunk each, take no room."""
+    chunks = moments.chunks
+    if moments.short is not None:
+        chunks -= tl.load(moments.short + q) * (SETS * FIELD)
+    return chunks
+
+
+@triton.jit
+def grid_of(state, q, grid):
+    """Pointer to a grid of a query; `grid` is the scalar's number."""
+    M = plain(state.teachers)
+    return state.per_query + q * (TEACHER_ROWS * M + SCALARS) + TEACHER_ROWS * M + grid
+
+
+@triton.jit(do_not_specialize=["value", "part", "grid"])
 def deposit_kernel(
-    moments, short, fields, per_query, per_query_stride, chunk_begin, owner, cu_seqlens, Q, N, S, value, part, grid_at,
-    GAIN: tl.constexpr, VALUES: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
+    state, lists, moments, value, part, grid, VALUES: tl.constexpr, WEIGHTED: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Moments of a chunk's documents at logits fields[value], of those whose fields[part] is not NaN; with GAIN >= 0 a second
-    set, weighted by that field. VALUES == 2: a set for each of two logits, fields[value + v], on grids of their own."""
-    c = tl.program_id(0)
-    S = S.to(tl.int64)
-    at = tl.load(chunk_begin + c)
-    if at >= S:
+    """Moments of a chunk's documents at the logits of field `value`, of those whose field `part` is not NaN; WEIGHTED: a second
+    set, by their gains. VALUES == 2: a set for each of two logits, fields value + v, on grids of their own."""
+    k = open_chunk(state, lists)
+    if k.n == 0:
         return
-    q, first, n, begin, end = chunk_rows(c, at, chunk_begin, owner, cu_seqlens, Q, N, S, PACKED)
-    SETS: tl.constexpr = VALUES + (GAIN >= 0)
-    p = tl.arange(0, P)
-    rows = begin + tl.arange(0, CHUNK)
-    inside = rows < end
-    fields += first
-    takes = tl.load(fields + part * S + rows, mask=inside, other=float("nan"))
+    SETS: tl.constexpr = VALUES + WEIGHTED
+    rows = k.begin + tl.arange(0, CHUNK)
+    inside = rows < k.end
+    takes = tl.load(field(k, part) + rows, mask=inside, other=float("nan"))
     takes = inside & (takes == takes)
     for v in tl.static_range(VALUES):
-        origin, cells = load_grid(per_query + q * per_query_stride + grid_at + 2 * v)
-        u = tl.load(fields + (value + v) * S + rows, mask=takes, other=0.0)
+        origin, cells = load_grid(grid_of(state, k.q, grid + 2 * v))
+        u = tl.load(field(k, value + v) + rows, mask=takes, other=0.0)
         cell, x = locate(u, origin, cells)
         power = powers(tl.where(takes, x, 0.0))
-        to = at_row(moments, short, q, SETS * ROW) + (c.to(tl.int64) * SETS + v) * ROW + p
-        if GAIN >= 0:
-            gain = tl.load(fields + GAIN * S + rows, mask=takes, other=0.0)
-        for k in range(0, cells.to(tl.int32)):
-            here = tl.where(takes & (cell == k), 1.0, 0.0)
-            tl.store(to + k * P, tl.sum(here[:, None] * power, 0))
-            if GAIN >= 0:
-                tl.store(to + ROW + k * P, tl.sum((here * gain)[:, None] * power, 0))
+        to = moments_of(moments, k.q, SETS) + (k.c.to(tl.int64) * SETS + v) * FIELD + tl.arange(0, P)
+        if WEIGHTED:
+            gain = tl.load(field(k, GAIN) + rows, mask=takes, other=0.0)
+        for i in range(0, cells.to(tl.int32)):
+            here = tl.where(takes & (cell == i), 1.0, 0.0)
+            tl.store(to + i * P, tl.sum(here[:, None] * power, 0))
+            if WEIGHTED:
+                tl.store(to + FIELD + i * P, tl.sum((here * gain)[:, None] * power, 0))
 
 
 @triton.jit
@@ -190,109 +223,100 @@ def sum_rows(rows, a, b, width, column, inside, total):
     return total
 
 
-@triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
-def super_kernel(
-    moments, short, supers, per_query, per_query_stride, chunk_begin, counts, owner, cu_seqlens, Q, N, S, grid_at,
-    SELF: tl.constexpr, SETS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["grid"])
+def super_kernel(state, lists, moments, grid, SELF: tl.constexpr, SETS: tl.constexpr):
     """Sums of SUPER chunks' moments, one set a program; where the query ends earlier, of some, and they are used by nobody."""
     first_chunk = tl.program_id(0) * SUPER
     k = tl.program_id(1)
-    S = S.to(tl.int64)
-    at = tl.load(chunk_begin + first_chunk)
+    S = plain(lists.documents).to(tl.int64)
+    at = tl.load(lists.chunk_begin + first_chunk)
     if at >= S:
         return
-    q, first, n = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
-    _, cells = load_grid(per_query + q * per_query_stride + grid_at + (2 * k if SELF else 0))
-    last = tl.minimum(first_chunk + SUPER, chunks_before(counts, first + n))
-    moments = at_row(moments, short, q, SETS * ROW)
+    q, first, n = query_of(at, at < S, lists)
+    _, cells = load_grid(grid_of(state, q, grid + (2 * k if SELF else 0)))
+    last = tl.minimum(first_chunk + SUPER, chunks_before(lists, first + n))
+    chunks = moments_of(moments, q, SETS) + k * FIELD
     used = cells.to(tl.int32) * P
     for begin in range(0, used, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         zero = tl.zeros((COLUMNS,), tl.float64)
-        total = sum_rows(moments + k * ROW, first_chunk, last, SETS * ROW, column, column < used, zero)
-        to = supers + (tl.program_id(0).to(tl.int64) * SETS + k) * ROW + column
+        total = sum_rows(chunks, first_chunk, last, SETS * FIELD, column, column < used, zero)
+        to = moments.supers + (tl.program_id(0).to(tl.int64) * SETS + k) * FIELD + column
         tl.store(to, total.to(tl.float32), mask=column < used)
 
 
 @triton.jit
-def sum_range(moments, supers, a, b, width, column, inside, TWO_LEVELS: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_range(chunks, supers, a, b, width, column, inside, TWO_LEVELS: tl.constexpr):
     """Σ of the moments of chunks [a, b)."""
     total = tl.zeros((COLUMNS,), tl.float64)
     if TWO_LEVELS:
         up = tl.minimum((a + SUPER - 1) // SUPER * SUPER, b)
         down = tl.maximum(b // SUPER * SUPER, up)
-        total = sum_rows(moments, a, up, width, column, inside, total)
+        total = sum_rows(chunks, a, up, width, column, inside, total)
         total = sum_rows(supers, up // SUPER, down // SUPER, width, column, inside, total)
-        total = sum_rows(moments, down, b, width, column, inside, total)
+        total = sum_rows(chunks, down, b, width, column, inside, total)
     else:
-        total = sum_rows(moments, a, b, width, column, inside, total)
+        total = sum_rows(chunks, a, b, width, column, inside, total)
     return total.to(tl.float32)
 
 
 @triton.jit
-def target_chunks(
-    target, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S, SELF: tl.constexpr, PACKED: tl.constexpr
-):  # fmt: skip
+def target_chunks(lists, target, SELF: tl.constexpr):
     """Query of a target, the chunks below it, [c_first, c_begin), and above, [c_end, c_last). Targets are blocks, or with SELF
     queries, which meet all of their chunks, as if those were below. No chunks: nothing to do."""
     if SELF:
         q = target.to(tl.int64)
-        c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S, PACKED)
+        c_first, c_last, _ = query_chunks(q, lists)
         c_begin = c_last
         c_end = c_last
     else:
-        exists = target < (tl.load(counts + S - 1) >> 32)
-        c_begin = tl.load(block_chunk + target, mask=exists, other=0)
-        c_end = tl.load(block_chunk + target + 1, mask=exists, other=0)
-        at = tl.load(chunk_begin + c_begin)
-        q, first, n = query_of(at, at < S, owner, cu_seqlens, Q, N, S, PACKED)
-        c_first = tl.where(exists, chunks_before(counts, first), c_begin)
-        c_last = tl.where(exists, chunks_before(counts, first + n), c_end)
+        S = plain(lists.documents).to(tl.int64)
+        exists = target < (tl.load(lists.counts + S - 1) >> 32)
+        c_begin = tl.load(lists.block_chunk + target, mask=exists, other=0)
+        c_end = tl.load(lists.block_chunk + target + 1, mask=exists, other=0)
+        at = tl.load(lists.chunk_begin + c_begin)
+        q, first, n = query_of(at, at < S, lists)
+        c_first = tl.where(exists, chunks_before(lists, first), c_begin)
+        c_last = tl.where(exists, chunks_before(lists, first + n), c_end)
         c_end = tl.minimum(c_end, c_last)
     return q, c_first, c_begin, c_end, c_last
 
 
-@triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
+@triton.jit(do_not_specialize=["grid"])
 def collect_kernel(
-    sides, moments, short, supers, per_query, per_query_stride, chunk_begin, chunk_block, block_chunk, counts, owner,
-    cu_seqlens, Q, N, S, grid_at,
-    SELF: tl.constexpr, SETS: tl.constexpr, TWO_LEVELS: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
+    state, lists, moments, grid, SELF: tl.constexpr, SETS: tl.constexpr, TWO_LEVELS: tl.constexpr
 ):  # fmt: skip
     """sides[target][below, above][set]: the moments that a target meets, one set of one side a program. SELF: one side."""
     target = tl.program_id(0)
     k = tl.program_id(1) % SETS
-    S = S.to(tl.int64)
-    q, c_first, c_begin, c_end, c_last = target_chunks(
-        target, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S, SELF, PACKED
-    )
+    q, c_first, c_begin, c_end, c_last = target_chunks(lists, target, SELF)
     if (c_first == c_begin) & (c_end == c_last):
         return
-    _, cells = load_grid(per_query + q * per_query_stride + grid_at + (2 * k if SELF else 0))
+    _, cells = load_grid(grid_of(state, q, grid + (2 * k if SELF else 0)))
     used = cells.to(tl.int32) * P
     below = tl.program_id(1) < SETS
     first = tl.where(below, c_first, c_end)
     last = tl.where(below, c_begin, c_last)
     block = target
     if SELF:
-        block = tl.load(chunk_block + c_first)
-    to = sides + (block.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROW
-    moments = at_row(moments, short, q, SETS * ROW) + k * ROW
-    supers += k * ROW
+        block = tl.load(lists.chunk_block + c_first)
+    to = moments.sides + (block.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * FIELD
+    chunks = moments_of(moments, q, SETS) + k * FIELD
+    supers = moments.supers + k * FIELD
     for begin in range(0, used, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
-        total = sum_range(moments, supers, first, last, SETS * ROW, column, column < used, TWO_LEVELS, COLUMNS)
+        total = sum_range(chunks, supers, first, last, SETS * FIELD, column, column < used, TWO_LEVELS)
         tl.store(to + column, total, mask=column < used)
 
 
 @triton.jit
-def act(tables, source, c, cells, offset, KERNEL: tl.constexpr, TARGETS: tl.constexpr):
-    """(TARGETS, P): the field that source moments make in cells c (consecutive) under a kernel."""
+def act(tables, source, c, cells, offset, KERNEL: tl.constexpr):
+    """(TARGET_CELLS, P): the field that source moments make in cells c (consecutive) under a kernel."""
     first = first_entry(offset, KERNEL)
     p = tl.arange(0, P)
     lowest = tl.min(c, 0)
-    f = tl.zeros((TARGETS, P), tl.float32)
-    begin = tl.maximum(0, -(lowest + TARGETS - 1 + first))
+    f = tl.zeros((TARGET_CELLS, P), tl.float32)
+    begin = tl.maximum(0, -(lowest + TARGET_CELLS - 1 + first))
     end = tl.minimum(ENTRIES, cells - lowest - first)
     for e in range(begin, end):
         s = c + first + e
@@ -303,7 +327,7 @@ def act(tables, source, c, cells, offset, KERNEL: tl.constexpr, TARGETS: tl.cons
     # Saturated cells: σ is 1 or 0, softplus is its argument or 0.
     s = tl.arange(0, MAX_CELLS)
     weight = tl.load(source + s * P, mask=s < cells, other=0.0)
-    if KERNEL == ABOVE:
+    if KERNEL == DOWN:
         far = s[None, :] < (c + first)[:, None]
     else:
         far = s[None, :] >= (c + first + ENTRIES)[:, None]
@@ -319,68 +343,26 @@ def act(tables, source, c, cells, offset, KERNEL: tl.constexpr, TARGETS: tl.cons
     return f
 
 
-@triton.jit(do_not_specialize=["Q", "N", "S", "grid_at", "per_query_stride"])
-def apply_labels_kernel(
-    pulls, losses, sides, tables, per_query, per_query_stride, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S,
-    grid_at, offset,
-    SETS: tl.constexpr, PACKED: tl.constexpr, TARGETS: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["grid"])
+def apply_labels_kernel(state, lists, moments, tables, pulls, losses, grid, offset, SETS: tl.constexpr):
     """Fields of the label pairs, [block][set], one set a program: pulls, Σ_below ω σ(offset − (u − u_j)) − Σ_above
     ω σ(offset − (u_j − u)), and losses, Σ_below ω softplus(offset − (u − u_j)), whichever are wanted."""
     target = tl.program_id(0)
     k = tl.program_id(1)
-    S = S.to(tl.int64)
-    q, c_first, c_begin, c_end, c_last = target_chunks(
-        target, chunk_begin, block_chunk, counts, owner, cu_seqlens, Q, N, S, False, PACKED
-    )
+    q, c_first, c_begin, c_end, c_last = target_chunks(lists, target, False)
     if (c_first == c_begin) & (c_end == c_last):
         return
-    _, cells = load_grid(per_query + q * per_query_stride + grid_at)
+    _, cells = load_grid(grid_of(state, q, grid))
     cells = cells.to(tl.int32)
-    below = sides + (target.to(tl.int64) * 2 * SETS + k) * ROW
-    for begin in range(0, cells, TARGETS):
-        c = begin + tl.arange(0, TARGETS)
-        to = (target.to(tl.int64) * SETS + k) * ROW + c[:, None] * P + tl.arange(0, P)[None, :]
+    below = moments.sides + (target.to(tl.int64) * 2 * SETS + k) * FIELD
+    for begin in range(0, cells, TARGET_CELLS):
+        c = begin + tl.arange(0, TARGET_CELLS)
+        to = (target.to(tl.int64) * SETS + k) * FIELD + c[:, None] * P + tl.arange(0, P)[None, :]
         inside = (c < cells)[:, None]
         if pulls is not None:
-            f = act(tables, below, c, cells, offset, BELOW, TARGETS)
+            f = act(tables, below, c, cells, offset, UP)
             # Where gains give ω its sign, gain_i counts − gains, both sides add up.
-            g = act(tables, below + SETS * ROW, c, cells, offset, ABOVE, TARGETS)
+            g = act(tables, below + SETS * FIELD, c, cells, offset, DOWN)
             tl.store(pulls + to, f + g if SETS == 2 else f - g, mask=inside)
         if losses is not None:
-            tl.store(losses + to, act(tables, below, c, cells, offset, LOSS, TARGETS), mask=inside)
-
-
-@triton.jit(do_not_specialize=["N", "S", "grid_at", "per_query_stride"])
-def apply_self_kernel(
-    pulls, losses, sides, tables, per_query, per_query_stride, chunk_block, counts, cu_seqlens, N, S, grid_at,
-    PACKED: tl.constexpr, TARGETS: tl.constexpr,
-):  # fmt: skip
-    """Fields of a query's documents on each other, for the distillation pairs, at the query's first block: pulls[student,
-    target], Σ_j σ(u_j − u) − 1/2, one of them a program, and losses, Σ_j softplus(u_j − u) − (u_j − u) / 2 at z."""
-    q = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1)
-    c_first, c_last, _ = query_chunks(q, counts, cu_seqlens, N, S.to(tl.int64), PACKED)
-    _, cells = load_grid(per_query + q * per_query_stride + grid_at + 2 * k)
-    cells = cells.to(tl.int32)
-    if (c_first == c_last) | (cells == 0):
-        return
-    block = tl.load(chunk_block + c_first).to(tl.int64)
-    p = tl.arange(0, P)[None, :]
-    s = tl.arange(0, MAX_CELLS)
-    source = sides + (block * 2 + k) * ROW
-    weight = tl.load(source + s * P, mask=s < cells, other=0.0)
-    place = tl.load(source + s * P + 1, mask=s < cells, other=0.0)
-    half = tl.sum(weight, 0) / 2.0
-    for begin in range(0, cells, TARGETS):
-        c = begin + tl.arange(0, TARGETS)
-        at = c[:, None] * P + p
-        inside = (c < cells)[:, None]
-        f = act(tables, source, c, cells, 0.0, BELOW, TARGETS)
-        tl.store(pulls + (block * 2 + k) * ROW + at, f - tl.where(p == 0, half, 0.0), mask=inside)
-        if k == 0:
-            away = CELL * (s[None, :] - c[:, None]).to(tl.float32)
-            value = tl.sum(weight[None, :] * away + place[None, :], 1) / 2.0
-            f = act(tables, source, c, cells, 0.0, LOSS, TARGETS)
-            f -= tl.where(p == 0, value[:, None], tl.where(p == 1, -half, 0.0))
-            tl.store(losses + block * ROW + at, f, mask=inside)
+            tl.store(losses + to, act(tables, below, c, cells, offset, LOSS), mask=inside)

@@ -1,204 +1,231 @@
-"""The student's loss and its gradient, phase by phase: load, sum over the query, pairs, total, gradient.
+"""The student's loss and its gradient, phase by phase: load, prepare, scale, a pass for each term, total, gradient.
 
-Per query alpha · D + (1 − alpha) · R, see kernels/pairs.py for the pair sums. D needs a reciprocal per pair and two
-exponentials per column of a tile; R an exponential, a reciprocal and a logarithm. D with "mse" is O(n).
+    loss_q = alpha · (Σ losses of D / Σ weights of D) + (1 − alpha) · (Σ losses of R / Σ weights of R)
+
+A term, D of the distillation or R of the labels, gives each document its loss, slope and weight: kernels/terms. As in
+kernels/ensemble.py, a phase runs over a chunk, which may be all of a query.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from pile_fast.kernels.chunks import GAIN, RANK
-from pile_fast.kernels.ensemble import load_order, sum_field
-from pile_fast.kernels.pairs import NARROW, distillation_losses, label_losses, load_valid, pair_counts
+from pile_fast.kernels.chunks import chunks_before, slots_of, sum_partials
+from pile_fast.kernels.fields import store_grid
+from pile_fast.kernels.layout import (
+    DISTILL,
+    FACTOR,
+    LABEL,
+    LABEL_GRID,
+    LOSS_WIDE,
+    POISON,
+    RANK,
+    S_GRID,
+    S_MIDDLE,
+    S_PIVOT,
+    S_SCALED,
+    SLOPE,
+    SUM,
+    SUMS,
+    TARGETS,
+    Z_GRID,
+    Z_MIDDLE,
+    Z_PIVOT,
+    Z_SCALED,
+    Z,
+    elements,
+    field,
+    scalar,
+)  # fmt: skip
+from pile_fast.kernels.pairs import NARROW
 
-# Fields of the scratch buffer; they take the place of the ensemble's, which is done with.
-BELOW = tl.constexpr(1)  # Σ_{y_j < y_i} ω
-Z = tl.constexpr(3)
-Z_SCALED = tl.constexpr(4)  # z / τ and s / τ, from the query's lowest: divided is only what has been subtracted
-S_SCALED = tl.constexpr(5)  # NaN where the document has no target
-D_SLOPE = tl.constexpr(6)
-R_SLOPE = tl.constexpr(7)
-D_LOSS = tl.constexpr(8)
-R_LOSS = tl.constexpr(9)
 
-# Scalars of a query.
-LOSS_WIDE = tl.constexpr(3)
-Z_MIDDLE = tl.constexpr(4)
-S_MIDDLE = tl.constexpr(5)
-TARGETS = tl.constexpr(6)
-POISON = tl.constexpr(7)
-D_FACTOR = tl.constexpr(8)
-R_FACTOR = tl.constexpr(9)
-MEAN_DIFFERENCE = tl.constexpr(10)
-Z_PIVOT = tl.constexpr(18)  # the query's lowest logit, and its lowest target
-S_PIVOT = tl.constexpr(19)
+class Ranges(NamedTuple):
+    """Whether any student logit is not finite (> 0), how many documents have a target; the ranges of their logits, of their
+    targets, and of all logits. In the order of the partial sums."""
+
+    broken: Any
+    used: Any
+    z_low: Any
+    z_high: Any
+    s_low: Any
+    s_high: Any
+    low: Any
+    high: Any
 
 
 @triton.jit
-def load_logits(student, student_stride, target, target_stride, slots, valid, other, USE_D: tl.constexpr):
-    """Student logits at `slots`, `other` where there is no document, and targets, NaN = none, as infinite ones are."""
-    z = tl.load(student + slots.to(tl.int64) * student_stride, mask=valid, other=other).to(tl.float32)
-    s = z
+def load_logits(k, student, target, mask, order, how: tl.constexpr):
+    """A chunk's logits, 0 where there is no document, and targets, NaN = none, as infinite ones are; as they are, to Z and
+    S_SCALED."""
+    BR: tl.constexpr = how.BR
+    inf = float("inf")
+    broken = tl.zeros((BR,), tl.float32)
+    used = broken
+    low = tl.full((BR,), inf, tl.float32)
+    high = -low
+    z_low = low
+    z_high = high
+    s_low = low
+    s_high = high
+    for row in range(k.begin, k.padded, BR):
+        rows = row + tl.arange(0, BR)
+        slots, valid = slots_of(k, order, mask, rows)
+        z = tl.load(elements(student, k, slots), mask=valid, other=0.0).to(tl.float32)
+        tl.store(field(k, Z) + rows, z, mask=rows < k.padded)
+        broken += tl.where(tl.abs(z) < inf, 0.0, 1.0)
+        low = tl.minimum(low, tl.where(valid, z, inf))
+        high = tl.maximum(high, tl.where(valid, z, -inf))
+        if target.pointer is not None:
+            s = tl.load(elements(target, k, slots), mask=valid, other=float("nan")).to(tl.float32)
+            takes = tl.abs(s) < inf
+            tl.store(field(k, S_SCALED) + rows, tl.where(takes, s, float("nan")), mask=rows < k.padded)
+            used += tl.where(takes, 1.0, 0.0)
+            z_low = tl.minimum(z_low, tl.where(takes, z, inf))
+            z_high = tl.maximum(z_high, tl.where(takes, z, -inf))
+            s_low = tl.minimum(s_low, tl.where(takes, s, inf))
+            s_high = tl.maximum(s_high, tl.where(takes, s, -inf))
+    return Ranges(
+        tl.sum(broken, 0), tl.sum(used, 0), tl.min(z_low, 0), tl.max(z_high, 0), tl.min(s_low, 0), tl.max(s_high, 0),
+        tl.min(low, 0), tl.max(high, 0),
+    )  # fmt: skip
+
+
+@triton.jit
+def prepare(k, ranges, inv_tau, linear, USE_D: tl.constexpr):
+    """What a query's phases need to know of its logits. `linear`: whether grids are wanted, None = never."""
+    inf = float("inf")
+    broken = ranges.broken > 0.0
+    tl.store(scalar(k, POISON), tl.where(broken, float("nan"), 0.0))
+    low = tl.where(ranges.low <= ranges.high, ranges.low, 0.0)
+    high = tl.where(ranges.low <= ranges.high, ranges.high, 0.0)
+    # The sums of a broken query are not used; one cell keeps them cheap.
+    if linear is not None:
+        store_grid(scalar(k, LABEL_GRID), tl.where(broken, 0.0, low), tl.where(broken, 0.0, high), linear)
     if USE_D:
-        s = tl.load(target + slots.to(tl.int64) * target_stride, mask=valid, other=float("nan")).to(tl.float32)
-        s = tl.where(tl.abs(s) < float("inf"), s, float("nan"))
-    return z, s
+        any_target = ranges.used > 0.0
+        z_pivot = tl.where(any_target & (ranges.z_low < inf), ranges.z_low, 0.0)
+        s_pivot = tl.where(any_target, ranges.s_low, 0.0)
+        tl.store(scalar(k, Z_PIVOT), z_pivot)
+        tl.store(scalar(k, S_PIVOT), s_pivot)
+        # From here on in units of τ, from the pivots.
+        z_high = tl.where(any_target, ranges.z_high - z_pivot, 0.0) * inv_tau
+        s_high = tl.where(any_target, ranges.s_high - s_pivot, 0.0) * inv_tau
+        # Direct sums take exponentials of all z, used or not: the wide range.
+        narrow = ((high - low) * inv_tau <= NARROW) & (s_high <= NARROW)
+        tl.store(scalar(k, LOSS_WIDE), tl.where(narrow, 0.0, 1.0))
+        tl.store(scalar(k, Z_MIDDLE), z_high / 2.0)
+        tl.store(scalar(k, S_MIDDLE), s_high / 2.0)
+        tl.store(scalar(k, TARGETS), ranges.used)
+        if linear is not None:
+            store_grid(scalar(k, Z_GRID), 0.0, tl.where(broken, 0.0, z_high), linear)
+            store_grid(scalar(k, S_GRID), 0.0, tl.where(broken, 0.0, s_high), linear)
 
 
 @triton.jit
-def find_pivots(
-    student, student_stride, target, target_stride, mask, mask_stride, n, scalars,
-    BR: tl.constexpr, MASKED: tl.constexpr, OWN_TARGET: tl.constexpr,
-):  # fmt: skip
-    """The query's lowest logit and its lowest target; not OWN_TARGET: an ensemble's, which has no offset left."""
-    inf = float("inf")
-    z_low = tl.full((BR,), inf, tl.float32)
-    s_low = tl.full((BR,), inf if OWN_TARGET else 0.0, tl.float32)
-    for begin in range(0, n, BR):
-        rows = begin + tl.arange(0, BR)
-        valid = load_valid(mask, rows, mask_stride, n, MASKED)
-        z, s = load_logits(student, student_stride, target, target_stride, rows, valid, inf, OWN_TARGET)
-        z_low = tl.minimum(z_low, tl.where(tl.abs(z) < inf, z, inf))
-        if OWN_TARGET:
-            s_low = tl.minimum(s_low, tl.where(s == s, s, inf))
-    store_pivots(tl.min(z_low, 0), tl.min(s_low, 0), scalars)
+def scale(k, sums, numbers, D: tl.constexpr, R: tl.constexpr, how: tl.constexpr):
+    """z / τ and s / τ of a chunk, from the query's lowest: divided is only what has been subtracted. To `sums`, two for each
+    kind, what the terms sum over a list."""
+    BR: tl.constexpr = how.BR
+    d_first = tl.zeros((BR,), tl.float64)
+    d_second = d_first
+    r_first = d_first
+    r_second = d_first
+    for row in range(k.begin, k.padded, BR):
+        rows = row + tl.arange(0, BR)
+        inside = rows < k.padded
+        z = tl.load(field(k, Z) + rows, mask=inside, other=0.0)
+        if R is not None:
+            if R.sums is not None:
+                rank = tl.load(field(k, RANK) + rows, mask=inside, other=float("nan"))
+                first, second = R.sums(k, z, rank, numbers.label)
+                r_first += first.to(tl.float64)
+                r_second += second.to(tl.float64)
+        if D is not None:
+            s = tl.load(field(k, S_SCALED) + rows, mask=inside, other=float("nan"))
+            z = (z - tl.load(scalar(k, Z_PIVOT))) * numbers.inv_tau
+            s = (s - tl.load(scalar(k, S_PIVOT))) * numbers.inv_tau
+            tl.store(field(k, Z_SCALED) + rows, z, mask=inside)
+            tl.store(field(k, S_SCALED) + rows, s, mask=inside)
+            if D.sums is not None:
+                first, second = D.sums(k, z, s, numbers.distill)
+                d_first += first.to(tl.float64)
+                d_second += second.to(tl.float64)
+    if D is not None:
+        if D.sums is not None:
+            tl.store(sums + 2 * DISTILL, tl.sum(d_first, 0).to(tl.float32))
+            tl.store(sums + 2 * DISTILL + 1, tl.sum(d_second, 0).to(tl.float32))
+    if R is not None:
+        if R.sums is not None:
+            tl.store(sums + 2 * LABEL, tl.sum(r_first, 0).to(tl.float32))
+            tl.store(sums + 2 * LABEL + 1, tl.sum(r_second, 0).to(tl.float32))
 
 
 @triton.jit
-def store_pivots(z_low, s_low, scalars):
-    tl.store(scalars + Z_PIVOT, tl.where(z_low < float("inf"), z_low, 0.0))
-    tl.store(scalars + S_PIVOT, tl.where(s_low < float("inf"), s_low, 0.0))
+def list_sum(k, lists, AT: tl.constexpr, how: tl.constexpr):
+    """A sum over the query that a term's `sums` asked for, AT = 2 · kind, or one more for the second."""
+    if how.ALONE:
+        total = tl.load(scalar(k, SUM + AT))
+    else:
+        c_first = chunks_before(lists, k.first)
+        total = sum_partials(k, SUMS + AT, c_first, chunks_before(lists, k.first + k.n)).to(tl.float32)
+    return total
 
 
 @triton.jit
-def scale_rows(z, s, rows, inside, fields, S, scalars, inv_tau):
-    """z / τ and s / τ to the fields' `rows`, from the query's pivots."""
-    z = (z - tl.load(scalars + Z_PIVOT)) * inv_tau
-    s = (s - tl.load(scalars + S_PIVOT)) * inv_tau
-    tl.store(fields + Z_SCALED * S + rows, z, mask=inside)
-    tl.store(fields + S_SCALED * S + rows, s, mask=inside)
-    return z, s
+def load_scaled(k, rows):
+    """The rows' z / τ and s / τ; NaN: no target."""
+    z = tl.load(field(k, Z_SCALED) + rows, mask=rows < k.end, other=0.0)
+    return z, tl.load(field(k, S_SCALED) + rows, mask=rows < k.end, other=float("nan"))
 
 
 @triton.jit
-def sum_query(n, fields, S, scalars, BR: tl.constexpr, USE_D: tl.constexpr):
-    """Whether all student logits are finite; how many documents have a target, and the logits' ranges over them."""
-    inf = float("inf")
-    broken = tl.zeros((BR,), tl.int32)
-    count = tl.zeros((BR,), tl.float32)
-    z_low = tl.full((BR,), inf, tl.float32)
-    s_low = z_low
-    z_high = -z_low
-    s_high = z_high
-    difference = tl.zeros((BR,), tl.float64)
-    for begin in range(0, n, BR):
-        i = begin + tl.arange(0, BR)
-        z = tl.load(fields + Z * S + i, mask=i < n, other=0.0)
-        broken += tl.where(tl.abs(z) < inf, 0, 1)
+def half_of_others(k, s):
+    """The rows' shares of the number of pairs of documents with a target."""
+    return tl.where(s == s, (tl.load(scalar(k, TARGETS)) - 1.0) / 2.0, 0.0)
+
+
+@triton.jit
+def pass_of_term(k, lists, pulls, losses, numbers, TERM: tl.constexpr, KIND: tl.constexpr, how: tl.constexpr):
+    """The slopes of a chunk's documents under a term, and the sums of their losses and weights."""
+    state = TERM.enter(k, lists, how)
+    loss_sum = tl.zeros((), tl.float64)
+    weight_sum = loss_sum
+    for row in range(k.begin, k.end, how.BR):
+        rows = row + tl.arange(0, how.BR)
+        loss, slope, weight = TERM.rows(k, lists, rows, state, pulls, losses, numbers, how)
+        tl.store(field(k, SLOPE + KIND) + rows, slope, mask=rows < k.end)
+        loss_sum += tl.sum(loss.to(tl.float64), 0)
+        weight_sum += tl.sum(weight.to(tl.float64), 0)
+    return loss_sum.to(tl.float32), weight_sum.to(tl.float32)
+
+
+@triton.jit
+def store_total(k, d_loss, d_weight, r_loss, r_weight, numbers, losses, has_pairs):
+    """A query's loss and the factors of its slopes, from the terms' sums; a weight is 0 where there is no pair, or no term."""
+    d_factor = tl.where(d_weight > 0.0, numbers.alpha / tl.where(d_weight > 0.0, d_weight, 1.0), 0.0)
+    r_factor = tl.where(r_weight > 0.0, (1.0 - numbers.alpha) / tl.where(r_weight > 0.0, r_weight, 1.0), 0.0)
+    tl.store(scalar(k, FACTOR + DISTILL), d_factor * numbers.inv_tau)
+    tl.store(scalar(k, FACTOR + LABEL), r_factor)
+    tl.store(losses + k.q, tl.load(scalar(k, POISON)) + d_factor * d_loss + r_factor * r_loss)
+    tl.store(has_pairs + k.q, tl.where((d_weight > 0.0) | (r_weight > 0.0), 1, 0))
+
+
+@triton.jit
+def gradient_of(k, gradient, mask, order, USE_D: tl.constexpr, USE_R: tl.constexpr, how: tl.constexpr):
+    """The gradient of a chunk's logits, in the tensors' order."""
+    for row in range(k.begin, k.end, how.BR):
+        rows = row + tl.arange(0, how.BR)
+        inside = rows < k.end
+        slots, valid = slots_of(k, order, mask, rows)
+        value = tl.load(scalar(k, POISON)) + rows * 0.0
         if USE_D:
-            z = tl.load(fields + Z_SCALED * S + i, mask=i < n, other=0.0)
-            s = tl.load(fields + S_SCALED * S + i, mask=i < n, other=float("nan"))
-            used = s == s
-            count += tl.where(used, 1.0, 0.0)
-            difference += tl.where(used, z - s, 0.0).to(tl.float64)
-            # Of all rows, used or not: their exponentials are taken.
-            z_low = tl.minimum(z_low, tl.where(i < n, z, inf))
-            z_high = tl.maximum(z_high, tl.where(i < n, z, -inf))
-            s_low = tl.minimum(s_low, tl.where(used, s, inf))
-            s_high = tl.maximum(s_high, tl.where(used, s, -inf))
-    tl.store(scalars + POISON, tl.where(tl.sum(broken, 0) > 0, float("nan"), 0.0))
-    if USE_D:
-        count = tl.sum(count, 0)
-        z_bottom = tl.min(z_low, 0)
-        s_bottom = tl.min(s_low, 0)
-        z_top = tl.max(z_high, 0)
-        s_top = tl.max(s_high, 0)
-        narrow = (z_top - z_bottom <= NARROW) & (s_top - s_bottom <= NARROW)
-        tl.store(scalars + LOSS_WIDE, tl.where(narrow, 0.0, 1.0))
-        tl.store(scalars + Z_MIDDLE, (z_bottom + z_top) / 2.0)
-        tl.store(scalars + S_MIDDLE, (s_bottom + s_top) / 2.0)
-        tl.store(scalars + TARGETS, count)
-        mean = tl.sum(difference, 0).to(tl.float32) / tl.maximum(count, 1.0)
-        tl.store(scalars + MEAN_DIFFERENCE, mean)
-
-
-@triton.jit
-def pair_rows(
-    rows, n, padded, fields, S, scalars,
-    BR: tl.constexpr, BC: tl.constexpr, USE_D: tl.constexpr, MSE: tl.constexpr, USE_R: tl.constexpr,
-    WEIGHTED: tl.constexpr, APPROX: tl.constexpr,
-):  # fmt: skip
-    inside = rows < n
-    if USE_D:
-        z = tl.load(fields + Z_SCALED * S + rows, mask=inside, other=0.0)
-        s = tl.load(fields + S_SCALED * S + rows, mask=inside, other=float("nan"))
-        if MSE:
-            # Σ_{i<j} (d_i − d_j)² = n Σ (d_i − mean)²
-            d = tl.where(s == s, z - s - tl.load(scalars + MEAN_DIFFERENCE), 0.0)
-            count = tl.load(scalars + TARGETS)
-            loss = count * d * d
-            slope = 2.0 * count * d
-        else:
-            loss, slope = distillation_losses(
-                fields + Z_SCALED * S, z, fields + S_SCALED * S, s, rows, padded, tl.load(scalars + LOSS_WIDE) != 0.0,
-                tl.load(scalars + Z_MIDDLE), tl.load(scalars + S_MIDDLE), BR, BC, APPROX, False,
-            )  # fmt: skip
-        tl.store(fields + D_LOSS * S + rows, loss, mask=inside)
-        tl.store(fields + D_SLOPE * S + rows, slope, mask=inside)
-    if USE_R:
-        ranks = fields + RANK * S
-        gains = fields + GAIN * S
-        rank, gain = load_order(rows, n, ranks, gains, WEIGHTED)
-        z = tl.load(fields + Z * S + rows, mask=inside, other=0.0)
-        loss, slope = label_losses(fields + Z * S, z, ranks, rank, gains, gain, padded, 0.0, BR, BC, WEIGHTED, APPROX, False)
-        _, below = pair_counts(ranks, rank, gains, gain, padded, BR, BC, WEIGHTED, False)
-        tl.store(fields + R_LOSS * S + rows, loss, mask=inside)
-        tl.store(fields + R_SLOPE * S + rows, -slope, mask=inside)
-        tl.store(fields + BELOW * S + rows, below, mask=inside)
-
-
-@triton.jit
-def total_query(
-    n, fields, S, scalars, alpha, inv_tau, loss, has_pairs,
-    BR: tl.constexpr, USE_D: tl.constexpr, USE_R: tl.constexpr,
-):  # fmt: skip
-    d_loss = sum_field(fields, D_LOSS, S, n, BR) if USE_D else 0.0
-    r_loss = sum_field(fields, R_LOSS, S, n, BR) if USE_R else 0.0
-    r_weight = sum_field(fields, BELOW, S, n, BR) if USE_R else 0.0
-    store_total(d_loss, r_loss, r_weight, scalars, alpha, inv_tau, loss, has_pairs, USE_D, USE_R)
-
-
-@triton.jit
-def store_total(
-    d_loss, r_loss, r_weight, scalars, alpha, inv_tau, loss, has_pairs, USE_D: tl.constexpr, USE_R: tl.constexpr
-):  # fmt: skip
-    """A query's loss from the sums over its pairs, and the gradient's factors."""
-    total = tl.load(scalars + POISON)
-    has = 0
-    if USE_D:
-        count = tl.load(scalars + TARGETS)
-        pairs = count * (count - 1.0) / 2.0
-        factor = tl.where(pairs > 0.0, alpha / tl.maximum(pairs, 1.0), 0.0)
-        total += factor * d_loss
-        # The mse runs on logits as they are, so its inv_tau is 1.
-        tl.store(scalars + D_FACTOR, factor * inv_tau)
-        has = tl.where(pairs > 0.0, 1, has)
-    if USE_R:
-        factor = tl.where(r_weight > 0.0, (1.0 - alpha) / tl.where(r_weight > 0.0, r_weight, 1.0), 0.0)
-        total += factor * r_loss
-        tl.store(scalars + R_FACTOR, factor)
-        has = tl.where(r_weight > 0.0, 1, has)
-    tl.store(loss, total)
-    tl.store(has_pairs, has)
-
-
-@triton.jit
-def gradient_rows(rows, slots, valid, inside, fields, S, scalars, gradient, USE_D: tl.constexpr, USE_R: tl.constexpr):
-    value = tl.load(scalars + POISON) + rows * 0.0
-    if USE_D:
-        value += tl.load(scalars + D_FACTOR) * tl.load(fields + D_SLOPE * S + rows, mask=inside, other=0.0)
-    if USE_R:
-        value += tl.load(scalars + R_FACTOR) * tl.load(fields + R_SLOPE * S + rows, mask=inside, other=0.0)
-    tl.store(gradient + slots, tl.where(valid, value, 0.0).to(gradient.dtype.element_ty), mask=inside)
+            slope = tl.load(field(k, SLOPE + DISTILL) + rows, mask=inside, other=0.0)
+            value += tl.load(scalar(k, FACTOR + DISTILL)) * slope
+        if USE_R:
+            value += tl.load(scalar(k, FACTOR + LABEL)) * tl.load(field(k, SLOPE + LABEL) + rows, mask=inside, other=0.0)
+        value = tl.where(valid, value, 0.0).to(gradient.dtype.element_ty)
+        tl.store(gradient + k.first + slots, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["Q", "S"])

@@ -40,11 +40,12 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__.removesuffix("_kernel")
+        term = self.arguments.get("TERM")
+        return term.key if term else self.kernel.fn.__name__.removesuffix("_kernel")
 
     @property
     def key(self) -> tuple:
-        return self.name, tuple(self.signature().items()), tuple(self.options.items())
+        return self.name, str(self.signature()), tuple(self.options.items())
 
     def signature(self) -> dict:
         constants = {p.name for p in self.kernel.params if p.is_constexpr}
@@ -52,22 +53,39 @@ class Launch(NamedTuple):
 
     def compile(self, target: str):
         arguments = self.arguments
-        if target.startswith("gfx") and "APPROX" in arguments:  # an instruction of NVIDIA's
-            arguments = arguments | dict(APPROX=False)
+        if target.startswith("gfx") and "how" in arguments:  # an instruction of NVIDIA's
+            arguments = arguments | dict(how=arguments["how"]._replace(APPROX=False))
         signature, constants, attributes = {}, {}, {}
         for number, parameter in enumerate(self.kernel.params):
             value = arguments[parameter.name]
-            if parameter.is_constexpr or value is None:
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(number,)] = "constexpr", value
                 continue
             signature[parameter.name] = _type(value)
-            if isinstance(value, torch.Tensor):
-                attributes[(number,)] = [["tt.divisibility", 16]]
+            for path, leaf in _leaves((number,), value):
+                if leaf is None:
+                    constants[path] = None
+                elif isinstance(leaf, torch.Tensor):
+                    attributes[path] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         return triton.compile(source, target=TARGETS[target], options=self.options)
 
 
-def _type(value) -> str:
+def _leaves(path: tuple[int, ...], value):
+    """What a value consists of, and where."""
+    if not isinstance(value, tuple):
+        yield path, value
+        return
+    for number, part in enumerate(value):
+        yield from _leaves((*path, number), part)
+
+
+def _type(value):
+    if isinstance(value, tuple):
+        parts = map(_type, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if value is None:
+        return "constexpr"
     if isinstance(value, torch.Tensor):
         names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
         return "*" + names.get(value.dtype, str(value.dtype).removeprefix("torch.").replace("uint", "u").replace("int", "i"))

@@ -19,6 +19,7 @@ import re
 import torch
 from torch import Tensor
 
+from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -72,7 +73,9 @@ def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOpt
         return "computes in float32, got float64 logits; use backend='auto' or 'torch', or cast them"
     if batch.num_teachers > MAX_TEACHERS:
         return f"takes at most {MAX_TEACHERS} teachers, got {batch.num_teachers}; use backend='auto' or 'torch'"
-    return ""
+    from pile_fast.kernels import terms
+
+    return missing_term(terms.FILES, loss)
 
 
 def ensemble(
@@ -157,8 +160,8 @@ def _run(
 ) -> None:
     """Launch everything from the inputs to the outputs given, but for the reduction over queries."""
     from pile_fast.backends import triton_long
-    from pile_fast.kernels.ensemble import FIELDS, SCALARS
-    from pile_fast.kernels.pile import pile_kernel
+    from pile_fast.kernels import pile
+    from pile_fast.kernels.layout import FIELDS, Ensemble, How, LossNumbers, Steps, query_floats
 
     some = batch.teacher_logits if batch.student_logits is None else batch.student_logits
     queries, slots = batch.num_queries, batch.slots
@@ -174,46 +177,47 @@ def _run(
     config = _config(slots, M)
     # One pair weight and one pair sum serve both: the functions take one.
     weight, pairwise = (options or loss).pair_weight, (options or loss).pairwise
-    approx = not _INTERPRET and torch.version.hip is None
     split = pairwise == "chebyshev" or (pairwise == "auto" and _in_linear_time(batch))
     split = split and slots >= triton_long.WINDOW  # else there is nothing but direct sums
+    alone = not split and _alone(batch, config["BR"])
+    approx = not _INTERPRET and torch.version.hip is None
+    how = How(config["BR"], config["BC"], config["MP"], alone, not split, weight != "none", approx)
+    steps = constants = numbers = d = r = None
+    if options is not None:
+        steps = Steps(1 / options.temperature, options.margin / options.temperature, float(options.step_size))
+        constants = Ensemble(options.granularity == "document", options.normalize, options.margin != 0)
+    if loss is not None:
+        d, r = triton_long.used_terms(loss)
+        inv_tau = 1 / getattr(loss.distillation, "temperature", 1.0)
+        numbers = LossNumbers(float(loss.alpha), inv_tau, tuple(loss.distillation.numbers), tuple(loss.label_loss.numbers))
     with _on(some):
-        if split or not _alone(batch, config["BR"]):
-            labelled = options is not None or loss.alpha < 1
-            lists = triton_long.LongLists(batch, config, split, weight, labelled, approx)
+        if not alone:
+            labelled = options is not None or r is not None
+            lists = triton_long.LongLists(batch, how, config["num_warps"], weight, labelled, 0 if options is None else M)
             if options is not None:
-                lists.ensemble(options, logits, weights, trace, differences=loss is not None)
+                lists.ensemble(options, steps, constants, logits, weights, trace, differences=loss is not None)
             if loss is not None:
-                lists.loss(loss, target, losses, has_pairs, gradient)
+                lists.loss(d, r, numbers, target, losses, has_pairs, gradient)
             return
 
         # Lists begin and end with a whole tile of columns.
         tile = 2 * config["BC"]
         rows = documents + (queries + 1) * tile if batch.packed else queries * -(-slots // tile) * tile
-        scratch_size = rows * (FIELDS.value + M) + queries * (5 * M + SCALARS.value)
-        use_d, use_r = loss is not None and loss.alpha > 0, loss is not None and loss.alpha < 1
-        mse = use_d and loss.distillation.name == "mse"
-        mask = None if batch.mask is None else batch.mask.view(torch.uint8)
+        scratch = some.new_empty(rows * (FIELDS.value + M) + queries * query_floats(M), dtype=torch.float32)
+        strided = triton_long.strided
         labels = batch.labels
         if labels is not None and labels.dtype is torch.bool:
             labels = labels.view(torch.uint8)
-        pile_kernel[(queries,)](
-            *_strided(batch.student_logits), *_strided(batch.teacher_logits if options is not None else None, 3),
-            *_strided(target), *_strided(labels), *_strided(mask),
-            batch.cu_seqlens, *_strided(batch.prior if options is not None else None),
-            logits, weights, trace, 0 if trace is None else trace.shape[1], losses, has_pairs, gradient,
-            some.new_empty(scratch_size, dtype=torch.float32),
-            queries, slots, documents, M, options.iterations if options is not None else 0,
-            float(options.step_size) if options is not None else 0.0,
-            1 / options.temperature if options is not None else 1.0,
-            options.margin / options.temperature if options is not None else 0.0,
-            loss.alpha if loss is not None else 0.0,
-            1 / loss.distillation.temperature if use_d and not mse else 1.0,
-            ENSEMBLE=options is not None, LOSS=loss is not None,
-            BY_DOCUMENT=options is None or options.granularity == "document",
-            NORMALIZE=options.normalize if options is not None else "none", WEIGHT=weight,
-            MARGIN=options is not None and options.margin != 0, TRACE=trace is not None, USE_D=use_d, MSE=mse, USE_R=use_r,
-            WITH_GRADIENT=gradient is not None, MASKED=mask is not None, PACKED=batch.packed, APPROX=approx, **config,
+        mask = None if batch.mask is None else batch.mask.view(torch.uint8)
+        inputs = pile.Inputs(
+            strided(batch.student_logits), strided(batch.teacher_logits, 3), strided(target if d else None), strided(labels),
+            strided(mask), triton_long.strided_prior(batch.prior), batch.cu_seqlens,
+        )  # fmt: skip
+        outputs = pile.Outputs(logits, weights, strided(trace), losses, has_pairs, gradient, scratch)
+        pile.pile_kernel[(queries,)](
+            inputs, outputs, queries, slots, M, 0 if options is None else options.iterations, steps, numbers,
+            ENSEMBLE=constants, D=d, R=r, PAIR_WEIGHT=weight, how=how,
+            num_warps=config["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -238,7 +242,7 @@ def _alone(batch: RankingBatch, block: int) -> bool:
     return length <= block or (length <= LONGEST_ALONE and lists >= ENOUGH_QUERIES)
 
 
-def _config(slots: int, teachers: int) -> dict:
+def _config(slots: int, teachers: int) -> dict[str, int]:
     """Block sizes by rule: the power of two that holds a list, at most 128 documents and about 2048
     logits. All lengths share a handful of compiled kernels."""
     MP = max(2, 1 << (teachers - 1).bit_length())
@@ -249,14 +253,7 @@ def _config(slots: int, teachers: int) -> dict:
         BR //= 2
     # Two rows per thread, or more threads where the teachers take the registers.
     num_warps = max(1, BR // 64) if MP < 16 else 4
-    return {"MP": MP, "BR": BR, "BC": 4, "num_warps": num_warps, "enable_fp_fusion": True}
-
-
-def _strided(tensor: Tensor | None, rank: int = 2) -> tuple:
-    """The tensor with its strides, those of the packed layout without a query's."""
-    if tensor is None:
-        return (None,) + (0,) * rank
-    return (tensor, *(0,) * (rank - tensor.dim()), *tensor.stride())
+    return {"MP": MP, "BR": BR, "BC": 4, "num_warps": num_warps}
 
 
 def _on(tensor: Tensor):

@@ -1,0 +1,69 @@
+"""RankNet: Σ ω softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j (kernels/pairs.py, kernels/fields.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import triton
+import triton.language as tl
+from pile_fast.kernels.chunks import has_others, near_rows, sum_partials
+from pile_fast.kernels.fields import label_field
+from pile_fast.kernels.layout import GAINS, LABEL_GRID, NUMBER, RANK, Z, field
+from pile_fast.kernels.pairs import columns_of, label_losses, load_order, pair_counts
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pile_fast.backends.triton_long import LongLists
+
+
+def fields(lists: LongLists) -> tuple[Tensor, Tensor]:
+    """What each block hears from the others: pulls and losses."""
+    lists.prepare_fields(0.0, True)
+    return lists.label_fields(Z.value, RANK.value, LABEL_GRID.value, 0.0, True, True)
+
+
+class State(NamedTuple):
+    """Which rows are met directly, and how many documents lie below them, with their gains."""
+
+    near: Any
+    number_below: Any
+    gains_below: Any
+
+
+@triton.jit
+def enter(k, lists, how: tl.constexpr):
+    """The chunk's surroundings."""
+    near = near_rows(k, lists, LABEL_GRID, how)
+    number_below = tl.zeros((), tl.float64)
+    gains_below = number_below
+    if not how.ALONE:
+        number_below = sum_partials(k, NUMBER, near.c_first, near.c_begin)
+        gains_below = sum_partials(k, GAINS, near.c_first, near.c_begin)
+    return State(near, number_below, gains_below)
+
+
+@triton.jit
+def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
+    """Losses and Σ ω of the pairs in which a document is the higher one; slopes over all of its pairs."""
+    BR: tl.constexpr = how.BR
+    near = state.near
+    columns = columns_of(k, near, RANK)
+    rank, gain = load_order(k, rows, RANK, how)
+    z = tl.load(field(k, Z) + rows, mask=rows < k.end, other=0.0)
+    loss = tl.zeros((BR,), tl.float32)
+    slope = loss
+    below = loss
+    if near.mixed:
+        loss, slope = label_losses(columns, field(k, Z) + near.begin, z, rank, gain, 0.0, how)
+        _, below = pair_counts(columns, rank, gain, how)
+    weight = below.to(tl.float64)
+    if not how.ALONE:
+        more = state.number_below
+        if how.WEIGHTED:
+            more = gain.to(tl.float64) * state.number_below - state.gains_below
+        weight += tl.where(rank == rank, more, 0.0)
+    if not how.DIRECT:
+        if has_others(near):
+            slope += label_field(pulls, k, lists, LABEL_GRID, z, rank, gain, how)
+            loss += label_field(losses, k, lists, LABEL_GRID, z, rank, gain, how)
+    return loss, -slope, weight
