@@ -32,7 +32,7 @@ except ImportError as error:
     else:
         _unavailable = f"the compiled library did not load ({error}); reinstall pile_fast on this machine"
 
-DEVICES = ("cpu",)
+DEVICES: tuple[str, ...] = ("cpu",)
 
 
 def threads() -> int:

@@ -24,7 +24,7 @@ from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
 
 _EMULATION = os.environ.get("PILE_FAST_CUDA_EMULATION")
-DEVICES = ("cuda", "cpu") if _EMULATION else ("cuda",)
+DEVICES: tuple[str, ...] = ("cuda", "cpu") if _EMULATION else ("cuda",)
 _BUILT = bool(_EMULATION) or importlib.util.find_spec("pile_fast._cuda") is not None  # without loading it
 
 

@@ -27,7 +27,7 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None  # without importing it
 # The `gpu` extra's bound in pyproject.toml. PyTorch 2.6 and 2.7 bring an older one along.
 OLDEST = (3, 4)
-DEVICES = ("cuda", "cpu") if _INTERPRET else ("cuda",)
+DEVICES: tuple[str, ...] = ("cuda", "cpu") if _INTERPRET else ("cuda",)
 
 MAX_TEACHERS = 128
 # Up to this many documents per list one program walks through a list alone, if there are lists enough to keep a GPU busy.
