@@ -25,6 +25,8 @@ LIBRARIES = {"core": {"torch", "typing_extensions"}, "kernels": {"triton"}}  # t
 # What may not be, and why it is.
 EXCEPTIONS = {
     ("kernels", "extras"),  # without Triton its import names the extra that brings it
+    ("kernels", "torch"),  # a term's file also holds its launches over long lists, which take tensors
+    ("kernels", "backends"),  # and the type of what launches them, for type checkers alone
     ("backends", "triton"),  # asks for its version
 }
 MODULES = {
