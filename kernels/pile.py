@@ -16,32 +16,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from pile_fast.kernels.ensemble import (
-    calibrate,
-    count_pairs,
-    iterate,
-    lift,
-    prior_energy,
-    put_out,
-    put_out_weights,
-    rank_labels,
-    retilt,
-    reweight,
-    statistics,
-    store_statistics,
-    store_trace,
-    trace_loss,
+    calibrate, count_pairs, iterate, lift, prior_energy, put_out, put_out_weights, rank_labels, retilt, reweight,
+    statistics, store_statistics, store_trace, trace_loss,
 )  # fmt: skip
 from pile_fast.kernels.layout import (
-    DISTILL,
-    FIELDS,
-    LABEL,
-    PAIRS,
-    SCALARS,
-    SUM,
-    TEACHER_ROWS,
-    Chunk,
-    Strided,
-    scalar,
+    DISTILL, FIELDS, LABEL, PAIRS, SCALARS, SUM, TEACHER_ROWS, Chunk, Strided, scalar,
 )  # fmt: skip
 from pile_fast.kernels.loss import gradient_of, load_logits, pass_of_term, prepare, scale, store_total
 
