@@ -21,19 +21,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from pile_fast.kernels.layout import (
-    FIELDS,
-    GAIN,
-    RANK,
-    SCALARS,
-    TEACHER_ROWS,
-    TILE,
-    Chunk,
-    Query,
-    elements,
-    field,
-    partials_of,
-    plain,
-    scalar,
+    FIELDS, GAIN, RANK, SCALARS, TEACHER_ROWS, TILE, Chunk, Query, elements, field, partials_of, plain, scalar,
 )  # fmt: skip
 
 

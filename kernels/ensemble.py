@@ -14,42 +14,10 @@ import triton.language as tl
 from pile_fast.kernels.chunks import gains_of, has_others, near_rows, slots_of, sum_partials
 from pile_fast.kernels.fields import label_field, store_grid
 from pile_fast.kernels.layout import (
-    ABOVE,
-    COMMON,
-    CORRECTION,
-    ENERGY,
-    EXPONENT,
-    GAIN,
-    GAINS,
-    MEAN,
-    MIDDLE,
-    NUMBER,
-    PAIRS,
-    PER_PAIR,
-    RANK,
-    ROOT_SCALE,
-    SCORED_RANK,
-    TEACHER_WEIGHT,
-    U_GRID,
-    WIDE,
-    E,
-    U,
-    elements,
-    field,
-    load_row,
-    plain,
-    scalar,
-    teacher_row,
+    ABOVE, COMMON, CORRECTION, ENERGY, EXPONENT, GAIN, GAINS, MEAN, MIDDLE, NUMBER, PAIRS, PER_PAIR, RANK, ROOT_SCALE,
+    SCORED_RANK, TEACHER_WEIGHT, U_GRID, WIDE, E, U, elements, field, load_row, plain, scalar, teacher_row,
 )  # fmt: skip
-from pile_fast.kernels.pairs import (
-    NARROW,
-    columns_of,
-    label_losses,
-    label_pull,
-    load_labels,
-    load_order,
-    pair_counts,
-)  # fmt: skip
+from pile_fast.kernels.pairs import NARROW, columns_of, label_losses, label_pull, load_labels, load_order, pair_counts
 
 MIN_SHARE = tl.constexpr(2.0**-10)  # see pile_fast/reference.py
 

@@ -29,19 +29,7 @@ import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import chunks_before, open_chunk, query_chunks, query_of
 from pile_fast.kernels.layout import (
-    ENTRIES,
-    FIELD,
-    GAIN,
-    MATRICES,
-    MAX_CELLS,
-    SCALARS,
-    SPAN,
-    SUPER,
-    TEACHER_ROWS,
-    P,
-    field,
-    plain,
-    scalar,
+    ENTRIES, FIELD, GAIN, MATRICES, MAX_CELLS, SCALARS, SPAN, SUPER, TEACHER_ROWS, P, field, plain, scalar,
 )  # fmt: skip
 
 CELL = tl.constexpr(1.5)

@@ -5,8 +5,9 @@ A list that one program takes alone and the chunks of longer lists run the same 
 `Chunk`, which a program makes for itself: `chunks.open_chunk` one of a long list, `pile.open_list` all of a short one.
 
 Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16, also inside a tuple, where
-`do_not_specialize` does not reach. So integers in tuples are `unspecialized`, odd and above 1, and `plain` reads them. A bound of
-a loop in the one-launch kernel is no such number: the compiler would know its range, and take more registers for wider counters.
+`do_not_specialize` does not reach. So integers in tuples are `unspecialized`, odd and above 1, and `plain` reads them. The
+one-launch kernel's loop bounds stay out of tuples: `plain` tells the compiler their range, and it takes more registers for
+wider counters.
 """
 
 from typing import Any, NamedTuple

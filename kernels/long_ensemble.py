@@ -18,40 +18,12 @@ import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import open_chunk, open_query, sum_partials
 from pile_fast.kernels.ensemble import (
-    calibrate,
-    count_pairs,
-    iterate,
-    lift,
-    prior_energy,
-    put_out,
-    put_out_weights,
-    retilt,
-    reweight,
-    statistics,
-    store_statistics,
-    store_trace,
-    trace_loss,
+    calibrate, count_pairs, iterate, lift, prior_energy, put_out, put_out_weights, retilt, reweight, statistics,
+    store_statistics, store_trace, trace_loss,
 )  # fmt: skip
 from pile_fast.kernels.layout import (
-    COUNT,
-    GAINS,
-    HIGH,
-    LOW,
-    NUMBER,
-    OFF,
-    PAIR_SUM,
-    PAIRS,
-    PARTIALS,
-    PIVOT,
-    PULL,
-    RANK,
-    SQUARE,
-    TRACE,
-    field,
-    partial,
-    partials_of,
-    scalar,
-    teacher_partial,
+    COUNT, GAINS, HIGH, LOW, NUMBER, OFF, PAIR_SUM, PAIRS, PARTIALS, PIVOT, PULL, RANK, SQUARE, TRACE, field, partial,
+    partials_of, scalar, teacher_partial,
 )  # fmt: skip
 
 

@@ -9,21 +9,7 @@ import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import open_chunk, open_query, sum_partials
 from pile_fast.kernels.layout import (
-    BROKEN,
-    DISTILL,
-    GAINS,
-    LABEL,
-    LOSSES,
-    NUMBER,
-    RANGE,
-    RANK,
-    S_RANGE,
-    SUMS,
-    TILE,
-    USED,
-    WEIGHTS,
-    Z_RANGE,
-    partial,
+    BROKEN, DISTILL, GAINS, LABEL, LOSSES, NUMBER, RANGE, RANK, S_RANGE, SUMS, TILE, USED, WEIGHTS, Z_RANGE, partial,
     partials_of,
 )  # fmt: skip
 from pile_fast.kernels.loss import Ranges, gradient_of, load_logits, pass_of_term, prepare, scale, store_total

@@ -13,29 +13,8 @@ import triton.language as tl
 from pile_fast.kernels.chunks import chunks_before, slots_of, sum_partials
 from pile_fast.kernels.fields import store_grid
 from pile_fast.kernels.layout import (
-    DISTILL,
-    FACTOR,
-    LABEL,
-    LABEL_GRID,
-    LOSS_WIDE,
-    POISON,
-    RANK,
-    S_GRID,
-    S_MIDDLE,
-    S_PIVOT,
-    S_SCALED,
-    SLOPE,
-    SUM,
-    SUMS,
-    TARGETS,
-    Z_GRID,
-    Z_MIDDLE,
-    Z_PIVOT,
-    Z_SCALED,
-    Z,
-    elements,
-    field,
-    scalar,
+    DISTILL, FACTOR, LABEL, LABEL_GRID, LOSS_WIDE, POISON, RANK, S_GRID, S_MIDDLE, S_PIVOT, S_SCALED, SLOPE, SUM, SUMS,
+    TARGETS, Z_GRID, Z_MIDDLE, Z_PIVOT, Z_SCALED, Z, elements, field, scalar,
 )  # fmt: skip
 from pile_fast.kernels.pairs import NARROW
 

@@ -16,32 +16,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from pile_fast.kernels.ensemble import (
-    calibrate,
-    count_pairs,
-    iterate,
-    lift,
-    prior_energy,
-    put_out,
-    put_out_weights,
-    rank_labels,
-    retilt,
-    reweight,
-    statistics,
-    store_statistics,
-    store_trace,
-    trace_loss,
+    calibrate, count_pairs, iterate, lift, prior_energy, put_out, put_out_weights, rank_labels, retilt, reweight,
+    statistics, store_statistics, store_trace, trace_loss,
 )  # fmt: skip
 from pile_fast.kernels.layout import (
-    DISTILL,
-    FIELDS,
-    LABEL,
-    PAIRS,
-    SCALARS,
-    SUM,
-    TEACHER_ROWS,
-    Chunk,
-    Strided,
-    scalar,
+    DISTILL, FIELDS, LABEL, PAIRS, SCALARS, SUM, TEACHER_ROWS, Chunk, Strided, scalar,
 )  # fmt: skip
 from pile_fast.kernels.loss import gradient_of, load_logits, pass_of_term, prepare, scale, store_total
 
@@ -106,8 +85,8 @@ def pile_kernel(
     inputs, outputs, Q, N, M, iterations, steps, numbers,
     ENSEMBLE: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PAIR_WEIGHT: tl.constexpr, how: tl.constexpr,
 ):  # fmt: skip
-    """See the module. Q queries, N slots (padded: of a query, packed: of all), M teachers. ENSEMBLE: options of the ensemble; D and
-    R: the loss's terms; None where there is none."""
+    """See the module. Q queries, N slots (padded: of a query, packed: of all), M teachers. ENSEMBLE: options of the ensemble;
+    D and R: the loss's terms; None where there is none."""
     k = open_list(inputs, outputs.scratch, Q, N, M, how)
     if ENSEMBLE is not None or R is not None:
         rank_labels(k, inputs.labels, inputs.mask, PAIR_WEIGHT, how)
@@ -124,15 +103,16 @@ def ensemble(
 ):  # fmt: skip
     """The ensemble of a query, from its teachers to logits, weights and trace."""
     TRACE: tl.constexpr = outputs.trace.pointer is not None
+    NORMALIZE: tl.constexpr = ENSEMBLE.NORMALIZE
     MP: tl.constexpr = how.MP
     count, mean, off, square, low, high = statistics(
-        k, inputs.teachers, inputs.mask, None, inputs.prior, ENSEMBLE.NORMALIZE != "none", how
+        k, inputs.teachers, inputs.mask, None, inputs.prior, NORMALIZE != "none", how
     )  # fmt: skip
     off = off / tl.maximum(count, 1.0)
     variance = square / tl.maximum(count, 1.0) - off * off
     energy = prior_energy(inputs.prior, k, MP)
     store_statistics(
-        k, count, mean, off / lift(low, high), variance, low, high, energy, steps, None, ENSEMBLE.NORMALIZE, TRACE, MP
+        k, count, mean, off / lift(low, high), variance, low, high, energy, steps, None, NORMALIZE, TRACE, MP
     )  # fmt: skip
     tl.debug_barrier()
     calibrate(k, inputs.teachers, inputs.mask, None, steps, how)

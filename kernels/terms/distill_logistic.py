@@ -18,18 +18,7 @@ import triton.language as tl
 from pile_fast.kernels.chunks import chunks_before, query_chunks
 from pile_fast.kernels.fields import CELL, LOSS, TARGET_CELLS, UP, act, evaluate, grid_of, load_grid
 from pile_fast.kernels.layout import (
-    FIELD,
-    LOSS_WIDE,
-    MAX_CELLS,
-    S_GRID,
-    S_MIDDLE,
-    S_SCALED,
-    Z_GRID,
-    Z_MIDDLE,
-    Z_SCALED,
-    P,
-    field,
-    scalar,
+    FIELD, LOSS_WIDE, MAX_CELLS, S_GRID, S_MIDDLE, S_SCALED, Z_GRID, Z_MIDDLE, Z_SCALED, P, field, scalar,
 )  # fmt: skip
 from pile_fast.kernels.loss import half_of_others, load_scaled
 from pile_fast.kernels.pairs import column, reciprocal

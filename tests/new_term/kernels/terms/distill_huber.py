@@ -16,10 +16,11 @@ def enter(k, lists, how: tl.constexpr):
 @triton.jit
 def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
     """Half the losses of a document's pairs, their slopes, and half of the pairs."""
+    BR: tl.constexpr = how.BR
     TAIL: tl.constexpr = not how.ALONE
     z, s = load_scaled(k, rows)
     delta = numbers[0]
-    loss = tl.zeros((how.BR,), tl.float32)
+    loss = tl.zeros((BR,), tl.float32)
     slope = loss
     n = k.padded if how.ALONE else k.n
     for begin in range(0, n, how.BC):
