@@ -16,12 +16,9 @@ PILE_DEVICE float read(const Float16* data, int64_t at) { return Float16{__ldg(&
 template <class Use>
 PILE_DEVICE void with_logits(const View& view, Use use) {
   switch (view.dtype) {
-    case DType::bf16:
-      return use(static_cast<const BFloat16*>(view.data));
-    case DType::f16:
-      return use(static_cast<const Float16*>(view.data));
-    default:
-      return use(static_cast<const float*>(view.data));
+    case DType::bf16: return use(static_cast<const BFloat16*>(view.data));
+    case DType::f16: return use(static_cast<const Float16*>(view.data));
+    default: return use(static_cast<const float*>(view.data));
   }
 }
 
@@ -37,21 +34,14 @@ PILE_DEVICE float load_score(const View& view, int64_t at) { return finite_or_na
 
 PILE_DEVICE double load_label(const View& view, int64_t at) {
   switch (view.dtype) {
-    case DType::f64:
-      return read(static_cast<const double*>(view.data), at);
-    case DType::i64:
-      return double(read(static_cast<const int64_t*>(view.data), at));
-    case DType::i32:
-      return read(static_cast<const int32_t*>(view.data), at);
-    case DType::i16:
-      return read(static_cast<const int16_t*>(view.data), at);
-    case DType::i8:
-      return read(static_cast<const int8_t*>(view.data), at);
+    case DType::f64: return read(static_cast<const double*>(view.data), at);
+    case DType::i64: return double(read(static_cast<const int64_t*>(view.data), at));
+    case DType::i32: return read(static_cast<const int32_t*>(view.data), at);
+    case DType::i16: return read(static_cast<const int16_t*>(view.data), at);
+    case DType::i8: return read(static_cast<const int8_t*>(view.data), at);
     case DType::u8:
-    case DType::boolean:
-      return read(static_cast<const uint8_t*>(view.data), at);
-    default:
-      return load_logit(view, at);
+    case DType::boolean: return read(static_cast<const uint8_t*>(view.data), at);
+    default: return load_logit(view, at);
   }
 }
 
@@ -68,14 +58,9 @@ PILE_DEVICE bool holds_document(const Call& call, const Query& query, int64_t i)
 // In the student's dtype; in float32 where the reduction still has to scale it.
 PILE_DEVICE void store_gradient(const Call& call, int64_t document, float value) {
   switch (call.scaled ? DType::f32 : call.batch.student.dtype) {
-    case DType::bf16:
-      static_cast<BFloat16*>(call.out.gradient)[document] = BFloat16::of(value);
-      return;
-    case DType::f16:
-      static_cast<Float16*>(call.out.gradient)[document] = Float16::of(value);
-      return;
-    default:
-      static_cast<float*>(call.out.gradient)[document] = value;
+    case DType::bf16: static_cast<BFloat16*>(call.out.gradient)[document] = BFloat16::of(value); return;
+    case DType::f16: static_cast<Float16*>(call.out.gradient)[document] = Float16::of(value); return;
+    default: static_cast<float*>(call.out.gradient)[document] = value;
   }
 }
 
