@@ -111,14 +111,17 @@ class QueryLoss {
               int end, int* counts) const {
     const int* slot = order.slot;
     const auto read_to = [&](const View& view, T* to) {
+      bool finite = true;
       with_logits(view, [&](const auto* data) {
         const int64_t at = q * view.query + batch.first(q) * view.document;
-        for (int k = begin; k < end; ++k) to[k] = T(read(data, at + slot[k] * view.document));
+        for (int k = begin; k < end; ++k) {
+          to[k] = T(read(data, at + slot[k] * view.document));
+          finite &= is_finite(to[k]);
+        }
       });
+      return finite;
     };
-    read_to(batch.student, z_);
-    bool finite = true;
-    for (int k = begin; k < end; ++k) finite &= is_finite(z_[k]);
+    const bool finite = read_to(batch.student, z_);
     int to = begin;
     if (options.alpha > 0) {
       if (!targets) read_to(batch.target, distill_s_);

@@ -132,13 +132,22 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
     const Ints<T> column = iota<T>() + typename Simd<T>::integer(j);
     const Ints<T> inside = column < typename Simd<T>::integer(end);
     Vec<T> sums = {};
-    Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[0]));
+    if (uniform) {
+      const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[0]));
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      if (!uniform) mask = inside & (column >= typename Simd<T>::integer(first[r]));
-      const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-      acc[r] += value;
-      sums += value;
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += value;
+        sums += value;
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[r]));
+        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += value;
+        sums += value;
+      }
     }
     // Only the columns from `begin` on: a neighbour in the same vector may be another thread's.
     const Vec<T> total = load(out.columns + j) + sums;

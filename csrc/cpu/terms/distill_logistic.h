@@ -87,6 +87,10 @@ struct DistillSide {
     store(unit + k, own);
     near.set(k, own);
   }
+  PILE_INLINE void set(int begin, int end, const T* logits, double per_unit) const {
+    const double from = middle;
+    for (int k = begin; k < end; ++k) u[k] = (double(logits[k]) - from) * per_unit;
+  }
   void deposit(const Member& m) {
     for (int c = m.rank; c < fields.chunks; c += m.size) {
       m.poll();
@@ -155,10 +159,8 @@ class Loss<T, DistillLogistic> : public DistillTerm {
 
   void run_fields(const Member& m, const DistillList<T>& list, double per_unit, T* slope) {
     each_piece(m, list.n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) {
-        z_.u[k] = (double(list.z[k]) - z_.middle) * per_unit;
-        s_.u[k] = (double(list.s[k]) - s_.middle) * per_unit;
-      }
+      z_.set(begin, end, list.z, per_unit);
+      s_.set(begin, end, list.s, per_unit);
     });
     m.sync();
     const auto& table = *field_table<double, kPowers<T>>(0, *m.arena);
@@ -169,9 +171,10 @@ class Loss<T, DistillLogistic> : public DistillTerm {
     if (m.rank == m.size - 1) s_.solve(table);
     m.sync();
     // log 2cosh(dz/2) − (σ(ds) − 1/2) dz per pair; the second term sums to −Σ_i z_i Σ_j κ(s_j − s_i), z about its middle.
-    each_piece(m, list.n, [&](int p, int begin, int end) {
+    for (int p = m.rank; p < pieces(list.n); p += m.size) {
+      const int end = smaller(list.n, (p + 1) * kPiece);
       double cross = 0;
-      for (int k = begin; k < end; k += kLanes<double>) {
+      for (int k = p * kPiece; k < end; k += kLanes<double>) {
         const Vec<double> of_z = z_.fields.evaluate(0, load(z_.u + k), k), of_s = s_.fields.evaluate(0, load(s_.u + k), k);
         for (int l = 0; l < smaller(kLanes<double>, end - k); ++l) {
           slope[k + l] = T(of_s[l] - of_z[l]);
@@ -179,7 +182,7 @@ class Loss<T, DistillLogistic> : public DistillTerm {
         }
       }
       totals_[p] = cross;
-    });
+    }
     m.sync();
     if (!m.leads()) return;
     result_ = z_.fields.psi_of_self(table);
