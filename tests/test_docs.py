@@ -127,15 +127,9 @@ def test_the_loss_that_the_page_for_contributors_adds():
         target = 3 * torch.randn(3, 7)
         loss = lambda z: pile_fast.distillation_loss(z, target, kind="huber:delta=2")
         assert torch.autograd.gradcheck(loss, student)
-        if pile_fast.available_backends()["cpp"].available:
-            try:
-                pile_fast.distillation_loss(student, target, kind="huber", backend="cpp")
-            except RuntimeError as error:
-                print(error)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert not done.stdout or "'huber'" in done.stdout
 
 
 def test_the_drawing_of_the_floors_is_that_which_a_test_holds():
