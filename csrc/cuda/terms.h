@@ -31,6 +31,7 @@ struct TermList {
   // visit(k), by a thread each.
   template <class Visit>
   PILE_DEVICE void each(Visit visit) const {
+#pragma unroll 1  // unrolled, CUDA 13.0's compiler crashes for sm_100
     for (int k = begin + team.rank; k < end; k += team.size) visit(k);
   }
   // By one thread; scaled.
