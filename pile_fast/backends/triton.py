@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,21 +101,23 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def pile_loss(
-    batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    if loss_options.alpha == 0:
-        return _loss(batch, None, loss_options, with_gradient, None)
+    if of_loss.alpha == 0:
+        return _loss(batch, None, of_loss, with_gradient, None)
     target = batch.student_logits.new_empty(batch.student_logits.shape, dtype=torch.float32)
-    return _loss(batch, ensemble_options, loss_options, with_gradient, target)
+    return _loss(batch, of_ensemble, of_loss, with_gradient, target)
 
 
-def _documents(batch: RankingBatch, like: Tensor, shape, dtype: torch.dtype, fill: float) -> Tensor:
+def _documents(batch: RankingBatch, like: Tensor, shape: torch.Size, dtype: torch.dtype, fill: float) -> Tensor:
     if batch.packed:
         return like.new_full(shape, fill, dtype=dtype)
     return like.new_empty(shape, dtype=dtype)
 
 
-def _loss(batch, ensemble_options, options, with_gradient, target) -> tuple[Tensor, Tensor]:
+def _loss(
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, options: LossOptions, with_gradient: bool, target: Tensor | None
+) -> tuple[Tensor, Tensor]:
     from pile_fast.kernels.loss import reduce_kernel
 
     student = batch.student_logits
@@ -127,7 +130,7 @@ def _loss(batch, ensemble_options, options, with_gradient, target) -> tuple[Tens
         # The mean's gradient waits in float32 for the number of queries that count.
         gradient = _documents(batch, student, student.shape, torch.float32 if mean else student.dtype, 0.0)
     _run(
-        batch, ensemble_options, options, target=target, logits=target, losses=losses, has_pairs=has_pairs,
+        batch, of_ensemble, options, target=target, logits=target, losses=losses, has_pairs=has_pairs,
         gradient=gradient if with_gradient else None,
     )  # fmt: skip
     if options.reduction == "none":
@@ -176,7 +179,9 @@ def _run(
     M = batch.num_teachers if options is not None else 1
     config = _config(slots, M)
     # One pair weight and one pair sum serve both: the functions take one.
-    weight, pairwise = (options or loss).pair_weight, (options or loss).pairwise
+    both = options or loss
+    assert both is not None
+    weight, pairwise = both.pair_weight, both.pairwise
     split = pairwise == "chebyshev" or (pairwise == "auto" and _in_linear_time(batch))
     split = split and slots >= triton_long.WINDOW  # else there is nothing but direct sums
     alone = not split and _alone(batch, config["BR"])
@@ -194,9 +199,9 @@ def _run(
         if not alone:
             labelled = options is not None or r is not None
             lists = triton_long.LongLists(batch, how, config["num_warps"], weight, labelled, 0 if options is None else M)
-            if options is not None:
+            if steps is not None and constants is not None and options is not None:
                 lists.ensemble(options, steps, constants, logits, weights, trace, differences=loss is not None)
-            if loss is not None:
+            if numbers is not None:
                 lists.loss(d, r, numbers, target, losses, has_pairs, gradient)
             return
 
@@ -256,6 +261,6 @@ def _config(slots: int, teachers: int) -> dict[str, int]:
     return {"MP": MP, "BR": BR, "BC": 4, "num_warps": num_warps}
 
 
-def _on(tensor: Tensor):
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, so make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
