@@ -159,12 +159,11 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Option]) -> No
 
 
 def _ensemble(given: Mapping[str, Any]) -> EnsembleOptions:
-    values = [row.check(name, given.get(name, row.default)) for name, row in _ENSEMBLE.items() if name != "step_size"]
-    step_size = given.get("step_size")
-    if step_size is None:
-        step_size = DEFAULT_STEP_SIZE[values[1]]
-    values.insert(1, _ENSEMBLE["step_size"].check("step_size", step_size))
-    return EnsembleOptions(*values)
+    granularity = _ENSEMBLE["granularity"]
+    if given.get("step_size") is None:
+        by = granularity.check("granularity", given.get("granularity", granularity.default))
+        given = {**given, "step_size": DEFAULT_STEP_SIZE[by]}
+    return EnsembleOptions(*[row.check(name, given.get(name, row.default)) for name, row in _ENSEMBLE.items()])
 
 
 def _loss(given: Mapping[str, Any]) -> LossOptions:
