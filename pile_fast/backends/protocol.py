@@ -45,9 +45,10 @@ class Backend(Protocol):
 
 def missing_term(keys: Container[str], loss: LossOptions | None) -> str:
     """A `refusal` if a term in use is not among a backend's `keys`, else ""."""
-    if loss is not None:
-        for term in loss.terms:
-            if term.key not in keys:
-                what = "distillation" if term.kind == "distill" else "label loss"
-                return f"does not compute the {what} {term.name!r}; use backend='auto' or 'torch'"
+    if loss is None:
+        return ""
+    if loss.alpha > 0 and loss.distillation.key not in keys:
+        return f"does not compute the distillation {loss.distillation.name!r}; use backend='auto' or 'torch'"
+    if loss.alpha < 1 and loss.label_loss.key not in keys:
+        return f"does not compute the label loss {loss.label_loss.name!r}; use backend='auto' or 'torch'"
     return ""
