@@ -27,7 +27,7 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None  # without importing it
 # The `gpu` extra's bound in pyproject.toml. PyTorch 2.6 and 2.7 bring an older one along.
 OLDEST = (3, 4)
-DEVICES = ("cuda", "cpu") if _INTERPRET else ("cuda",)
+DEVICES: tuple[str, ...] = ("cuda", "cpu") if _INTERPRET else ("cuda",)
 
 MAX_TEACHERS = 128
 # Up to this many documents per list one program walks through a list alone, if there are lists enough to keep a GPU busy.
@@ -100,21 +100,28 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def pile_loss(
-    batch: RankingBatch, ensemble_options: EnsembleOptions, loss_options: LossOptions, with_gradient: bool
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    if loss_options.alpha == 0:
-        return _loss(batch, None, loss_options, with_gradient, None)
+    if of_loss.alpha == 0:
+        return _loss(batch, None, of_loss, with_gradient, None)
     target = batch.student_logits.new_empty(batch.student_logits.shape, dtype=torch.float32)
-    return _loss(batch, ensemble_options, loss_options, with_gradient, target)
+    return _loss(batch, of_ensemble, of_loss, with_gradient, target)
 
 
-def _documents(batch: RankingBatch, like: Tensor, shape, dtype: torch.dtype, fill: float) -> Tensor:
+def _documents(batch: RankingBatch, like: Tensor, shape: torch.Size, dtype: torch.dtype, fill: float) -> Tensor:
+    """An output. Documents of no query, as packed lists may have, keep `fill`."""
     if batch.packed:
         return like.new_full(shape, fill, dtype=dtype)
     return like.new_empty(shape, dtype=dtype)
 
 
-def _loss(batch, ensemble_options, options, with_gradient, target) -> tuple[Tensor, Tensor]:
+def _loss(
+    batch: RankingBatch,
+    ensemble_options: EnsembleOptions | None,
+    options: LossOptions,
+    with_gradient: bool,
+    target: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     from pile_fast.kernels.loss import reduce_kernel
 
     student = batch.student_logits
@@ -176,7 +183,9 @@ def _run(
     M = batch.num_teachers if options is not None else 1
     config = _config(slots, M)
     # One pair weight and one pair sum serve both: the functions take one.
-    weight, pairwise = (options or loss).pair_weight, (options or loss).pairwise
+    given = options or loss
+    assert given is not None
+    weight, pairwise = given.pair_weight, given.pairwise
     split = pairwise == "chebyshev" or (pairwise == "auto" and _in_linear_time(batch))
     split = split and slots >= triton_long.WINDOW  # else there is nothing but direct sums
     alone = not split and _alone(batch, config["BR"])
@@ -210,7 +219,8 @@ def _run(
             labels = labels.view(torch.uint8)
         mask = None if batch.mask is None else batch.mask.view(torch.uint8)
         inputs = pile.Inputs(
-            strided(batch.student_logits), strided(batch.teacher_logits, 3), strided(target if d else None), strided(labels),
+            strided(batch.student_logits), strided(None if options is None else batch.teacher_logits, 3),
+            strided(target if d else None), strided(labels),
             strided(mask), triton_long.strided_prior(batch.prior), batch.cu_seqlens,
         )  # fmt: skip
         outputs = pile.Outputs(logits, weights, strided(trace), losses, has_pairs, gradient, scratch)
@@ -264,6 +274,6 @@ def _registers(room: int, options: EnsembleOptions | None) -> dict[str, int]:
     return {"maxnreg": 80 if room <= 4 and (options is None or options.granularity == "document") else 128}
 
 
-def _on(tensor: Tensor):
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, so make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -54,7 +54,7 @@ class LongLists:
         self.two_levels = rows > 2 * layout.SUPER.value
 
         labels = order = owner = self.short = None
-        if packed:
+        if batch.cu_seqlens is not None:
             if split:
                 lengths = batch.cu_seqlens.diff()
                 self.short = ((lengths > 0) & (lengths < WINDOW)).cumsum(0)
@@ -107,12 +107,13 @@ class LongLists:
         per_query = self.floats(self.queries, layout.query_floats(teachers))
         partials = self.floats(self.count, layout.chunk_floats(teachers))
         self.state = layout.State(self.fields, per_query, partials, unspecialized(teachers))
-        self.pulls = self.losses = None
+        self.pulls: Tensor | None = None
+        self.losses: Tensor | None = None
 
     # -- the ensemble
 
     def ensemble(
-        self, options: EnsembleOptions, steps: Steps, constants: Ensemble, logits: Tensor, weights: Tensor | None,
+        self, options: EnsembleOptions, steps: Steps, constants: Ensemble, logits: Tensor | None, weights: Tensor | None,
         trace: Tensor | None, differences: bool,
     ) -> None:  # fmt: skip
         """All of the ensemble's phases. `differences`: nothing else of the logits is wanted."""
@@ -157,8 +158,8 @@ class LongLists:
     # -- the student's loss
 
     def loss(
-        self, d: Functions | None, r: Functions | None, numbers: LossNumbers, target: Tensor | None, losses: Tensor,
-        has_pairs: Tensor, gradient: Tensor | None,
+        self, d: Functions | None, r: Functions | None, numbers: LossNumbers, target: Tensor | None,
+        losses: Tensor | None, has_pairs: Tensor | None, gradient: Tensor | None,
     ) -> None:  # fmt: skip
         """All of the loss's phases, with the terms d of the distillation and r of the labels."""
         self._begin(1)
@@ -167,7 +168,7 @@ class LongLists:
         student, of_d = strided(self.batch.student_logits), strided(target if d else None)
         launch(long_loss.load_kernel, each, student, of_d, self.mask, LABELLED=r is not None, how=how)
         launch(long_loss.prepare_kernel, query, numbers.inv_tau, USE_D=d is not None, WINDOW=WINDOW)
-        if d or r.sums:
+        if d or (r and r.sums):
             launch(long_loss.scale_kernel, each, numbers, D=d, R=r, how=how)
         for kind, (term, values) in enumerate(((d, numbers.distill), (r, numbers.label))):
             if term:
