@@ -55,6 +55,7 @@ class Launch(NamedTuple):
         arguments = self.arguments
         if target.startswith("gfx") and "how" in arguments:  # an instruction of NVIDIA's
             arguments = arguments | dict(how=arguments["how"]._replace(APPROX=False))
+        options = {k: v for k, v in self.options.items() if k != "maxnreg" or target.startswith("sm")}
         signature, constants, attributes = {}, {}, {}
         for number, parameter in enumerate(self.kernel.params):
             value = arguments[parameter.name]
@@ -68,7 +69,7 @@ class Launch(NamedTuple):
                 elif isinstance(leaf, torch.Tensor):
                     attributes[path] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        return triton.compile(source, target=TARGETS[target], options=self.options)
+        return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def _leaves(path: tuple[int, ...], value):
@@ -98,7 +99,7 @@ def launches(call: Callable) -> list[Launch]:
 
     def record(kernel, grid):
         def run(*arguments, **named):
-            options = {k: named.pop(k) for k in ("num_warps", "enable_fp_fusion") if k in named}
+            options = {k: named.pop(k) for k in ("num_warps", "enable_fp_fusion", "maxnreg") if k in named}
             names = [p.name for p in kernel.params]
             launch = Launch(kernel, dict(zip(names, arguments, strict=False)) | named, options)
             assert set(launch.arguments) == set(names), set(launch.arguments) ^ set(names)

@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +109,7 @@ def pile_loss(
 
 
 def _documents(batch: RankingBatch, like: Tensor, shape: torch.Size, dtype: torch.dtype, fill: float) -> Tensor:
+    """An output. Documents of no query, as packed lists may have, keep `fill`."""
     if batch.packed:
         return like.new_full(shape, fill, dtype=dtype)
     return like.new_empty(shape, dtype=dtype)
@@ -215,14 +215,15 @@ def _run(
             labels = labels.view(torch.uint8)
         mask = None if batch.mask is None else batch.mask.view(torch.uint8)
         inputs = pile.Inputs(
-            strided(batch.student_logits), strided(batch.teacher_logits, 3), strided(target if d else None), strided(labels),
+            strided(batch.student_logits), strided(None if options is None else batch.teacher_logits, 3),
+            strided(target if d else None), strided(labels),
             strided(mask), triton_long.strided_prior(batch.prior), batch.cu_seqlens,
         )  # fmt: skip
         outputs = pile.Outputs(logits, weights, strided(trace), losses, has_pairs, gradient, scratch)
         pile.pile_kernel[(queries,)](
             inputs, outputs, queries, slots, M, 0 if options is None else options.iterations, steps, numbers,
             ENSEMBLE=constants, D=d, R=r, PAIR_WEIGHT=weight, how=how,
-            num_warps=config["num_warps"], enable_fp_fusion=True,
+            num_warps=config["num_warps"], enable_fp_fusion=True, **_registers(config["MP"], options),
         )  # fmt: skip
 
 
@@ -261,6 +262,14 @@ def _config(slots: int, teachers: int) -> dict[str, int]:
     return {"MP": MP, "BR": BR, "BC": 4, "num_warps": num_warps}
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def _registers(room: int, options: EnsembleOptions | None) -> dict[str, int]:
+    """Registers per thread of the one launch, which the assembler left alone would double for nothing: what it then spills is
+    none, or a pointer (docs/triton.md)."""
+    if room > 8:
+        return {}
+    return {"maxnreg": 80 if room <= 4 and (options is None or options.granularity == "document") else 128}
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device, so make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
