@@ -30,8 +30,8 @@ FOLDER = ROOT / "build/oldest"
 EXTRAS = ("train", "ensembles", "ray", "sentence-transformers")  # not gpu: Triton is PyTorch's affair
 # They test the build, or need what the extras above do not bring.
 LEFT_OUT = (
-    "test_benchmarks.py", "test_benchmarks_peers.py", "test_cuda.py", "test_integrations_lightning_ir.py", "test_quality.py",
-    "test_triton.py", "test_wheel.py",
+    "test_benchmarks.py", "test_benchmarks_peers.py", "test_cuda.py", "test_integrations_lightning_ir.py",
+    "test_new_term.py", "test_quality.py", "test_triton.py", "test_wheel.py",
 )  # fmt: skip
 # pyarrow 21 keeps 62 MiB between two sizes of file, where the test takes 50.
 SKIP = "not test_memory_does_not_grow_with_the_file"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,13 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="0/1", help="which of how many parts of the tests to run: processes side by side")
 
 
-@functools.cache
-def chosen(name: str) -> Target:
-    return TARGETS[name]()
-
-
 def target_of(config: pytest.Config) -> Target:
-    return chosen(config.getoption("target", "cpu"))  # not registered where pytest is given no path
+    return TARGETS[config.getoption("target", "cpu")]  # not registered where pytest is given no path
 
 
 def pytest_configure(config: pytest.Config) -> None:

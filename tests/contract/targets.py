@@ -58,29 +58,29 @@ class Target:
         return not self.host
 
     @property
-    def twice(self) -> bool:
-        """Whether it can afford what costs much and says little of a kernel."""
+    def fast(self) -> bool:
+        """It can afford what costs much and says little of a kernel."""
         return self.iterations >= 50
 
 
+# -- the CPU
+
 # Around the vector widths (4, 8, 16), the smallest block of the linear sum (96) and past the crossover.
-CPU_LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 95, 97, 130, 200, 333)
+_CPU_LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 95, 97, 130, 200, 333)
 
 
-def _cpu() -> Target:
-    ways = [Way("torch", "torch", "auto", CPU_LENGTHS, 17)]
-    if not cpp.unavailable():
-        ways += [Way(f"cpp-{sums}", "cpp", sums, CPU_LENGTHS, 60) for sums in ("direct", "chebyshev", "auto")]
-    return Target(
-        ways=tuple(ways[:3]),
-        numerics=tuple(ways),
-        linear=Way("linear", "cpp", "chebyshev", (300,)) if len(ways) > 1 else None,
-        long_lengths=(2500, 5000, 9001),  # shared by threads; longer than one block of direct sums
-        scale_lengths=(2, 7, 40, 300),
-        float64=True,
-        host=True,
-    )
-
+_CPU_WAYS = [Way("torch", "torch", "auto", _CPU_LENGTHS, 17)]
+if not cpp.unavailable():
+    _CPU_WAYS += [Way(f"cpp-{sums}", "cpp", sums, _CPU_LENGTHS, 60) for sums in ("direct", "chebyshev", "auto")]
+CPU = Target(
+    ways=tuple(_CPU_WAYS[:3]),
+    numerics=tuple(_CPU_WAYS),
+    linear=None if cpp.unavailable() else Way("linear", "cpp", "chebyshev", (300,)),
+    long_lengths=(2500, 5000, 9001),  # shared by threads; longer than one block of direct sums
+    scale_lengths=(2, 7, 40, 300),
+    float64=True,
+    host=True,
+)
 
 # -- Triton
 
@@ -124,7 +124,7 @@ TRITON_INTERPRETER = Target(
     documents=40,
     iterations=3,
     repeats=False,
-)  # fmt: skip
+)
 
 # -- CUDA
 
@@ -151,10 +151,10 @@ def _gpu(backend: str, samples: int) -> Target:
     return Target(ways, ways, linear, (1024, 1025, 9001), (7, 40, 1100), device="cuda")
 
 
-TARGETS: dict[str, Callable[[], Target]] = {
-    "cpu": _cpu,
-    "triton-interpreter": lambda: TRITON_INTERPRETER,
-    "cuda-emulation": lambda: CUDA_EMULATION,
-    "triton": lambda: _gpu("triton", 40),
-    "cuda": lambda: _gpu("cuda", 100),
+TARGETS = {
+    "cpu": CPU,
+    "triton-interpreter": TRITON_INTERPRETER,
+    "cuda-emulation": CUDA_EMULATION,
+    "triton": _gpu("triton", 40),
+    "cuda": _gpu("cuda", 100),
 }

@@ -107,7 +107,7 @@ def test_float64_at_its_ends(how, t):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.needs("twice")
+@pytest.mark.needs("fast")
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 100.0])
 def test_ensembles_at_any_temperature(how, lengths, temperature):
     for n in lengths:
@@ -142,7 +142,7 @@ def test_labels_of_any_size(how, lengths, pair_weight, shift):
         check_labels(how, n, pair_weight, shift)
 
 
-@pytest.mark.needs("twice")
+@pytest.mark.needs("fast")
 @pytest.mark.parametrize("scale", [1e-30, 1e30, 8e37])
 def test_label_gaps_of_any_size(how, scale):
     check_labels(how, 20, "label_gap", -scale, scale)
