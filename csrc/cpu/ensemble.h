@@ -1,13 +1,13 @@
 // The ensemble of one query: calibrate the teachers, then T exponentiated-gradient steps on their weights.
 //
 // The state is one exponent per document (or per teacher), never a weight per document and teacher: the ensemble logit is the
-// tilted mean s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so that
-// every exponent is <= 0 and differences of close teachers are exact.
+// tilted mean s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so
+// that every exponent is <= 0 and differences of close teachers are exact.
 //
-// One iteration reads the calibrated teachers once: update, tilt (M exponentials per document) and deposit in one pass; then the
-// pair sums. Bytes per document and iteration: 4 M + 28 (float32). Operations per iteration and vector of documents: 13 M for the
-// exponentials, 50 to deposit into 4 cells, 20 to locate and evaluate; for direct sums 6 n (AVX-512). What limits it is instruction
-// issue while a query's teachers fit L2, the memory behind L2 from there on.
+// One iteration reads the calibrated teachers once: update, tilt (M exponentials per document) and deposit in one pass; then
+// the pair sums. Bytes per document and iteration: 4 M + 28 (float32). Operations per iteration and vector of documents: 13 M
+// for the exponentials, 50 to deposit into 4 cells, 20 to locate and evaluate; for direct sums 6 n (AVX-512). What limits it is
+// instruction issue while a query's teachers fit L2, the memory behind L2 from there on.
 //
 // All members of a team call the same methods on one shared object; the leader plans, all compute.
 #pragma once

@@ -7,14 +7,14 @@
 //              tabulated P x P matrices: the field, a polynomial per cell;
 //   evaluate   each document reads its block's field at its own x by Horner's rule.
 //
-// A block is one label group, or a run of groups too small to be worth a field each; pairs inside such a run are summed directly. So
-// the cost is O(n (P + block) + blocks · (cells · P)²) for any number of distinct labels, graded or all different. The weights
-// ω_ij = gain_i − gain_j need no G x G matrix either: they split into a field of counts and one of gains.
+// A block is one label group, or a run of groups too small to be worth a field each; pairs inside such a run are summed
+// directly. So the cost is O(n (P + block) + blocks · (cells · P)²) for any number of distinct labels, graded or all different.
+// The weights ω_ij = gain_i − gain_j need no G x G matrix either: they split into a field of counts and one of gains.
 //
-// Instructions: deposit about 12 per document (its P powers are one vector), or with AVX-512 and few cells 15 + (P + 1) cells per
-// vector of documents (moments.h); evaluate 2 P per vector while the cells' coefficients fit two registers (a register
-// shuffle looks them up), else P loads for each document. Only cells in which documents lie are solved for. Sums are taken chunk by
-// chunk, the chunks cut by n alone, and added in order: the bits do not depend on the number of threads.
+// Instructions: deposit about 12 per document (its P powers are one vector), or with AVX-512 and few cells 15 + (P + 1) cells
+// per vector of documents (moments.h); evaluate 2 P per vector while the cells' coefficients fit two registers (a register
+// shuffle looks them up), else P loads for each document. Only cells in which documents lie are solved for. Sums are taken
+// chunk by chunk, the chunks cut by n alone, and added in order: the bits do not depend on the number of threads.
 #pragma once
 
 #include "field_table.h"

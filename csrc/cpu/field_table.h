@@ -12,8 +12,8 @@ template <class T, int P>
 struct FieldTable : FieldReach<P> {
   using FieldReach<P>::kEntries;
 
-  // [source power][entry + 1][target power]: the rows of neighbouring entries are neighbours, so that one vector serves two target
-  // cells. An entry of zeros at either end stands for cells that do not see each other.
+  // [source power][entry + 1][target power]: the rows of neighbouring entries are neighbours, so that one vector serves two
+  // target cells. An entry of zeros at either end stands for cells that do not see each other.
   using Matrices = T[P][kEntries + 2][P];
 
   double offset;

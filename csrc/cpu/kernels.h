@@ -1,9 +1,9 @@
 // The CPU backend for one instruction set: every query of a batch, by a team of threads.
 //
-// A query is worked on in one arena, its documents gathered into plain arrays by falling label, whatever the layout, strides and
-// dtypes it came in; so the kernels below know nothing of them. Queries go to one thread each, handed out by a counter; long ones
-// that would leave threads idle are worked on by the whole team, one after the other. Either way a query's arithmetic is the same, to
-// the bit.
+// A query is worked on in one arena, its documents gathered into plain arrays by falling label, whatever the layout, strides
+// and dtypes it came in; so the kernels below know nothing of them. Queries go to one thread each, handed out by a counter;
+// long ones that would leave threads idle are worked on by the whole team, one after the other. Either way a query's arithmetic
+// is the same, to the bit.
 #pragma once
 
 #include "ensemble.h"
@@ -78,9 +78,9 @@ class Run {
   int64_t documents() const { return batch_.packed() ? batch_.slots : batch_.queries * batch_.slots; }
   int64_t covered() const { return batch_.queries ? batch_.begin(batch_.queries - 1) + batch_.length(batch_.queries - 1) : 0; }
 
-  // Not where whole queries, each taken by the next free member, keep all of them about as busy: that needs no barriers, and nobody
-  // waits for what one member does alone (to sort labels that are no grades, say). Huge lists are shared in any case, so that there
-  // is one in memory at a time.
+  // Not where whole queries, each taken by the next free member, keep all of them about as busy: that needs no barriers, and
+  // nobody waits for what one member does alone (to sort labels that are no grades, say). Huge lists are shared in any case, so
+  // that there is one in memory at a time.
   bool share_long_queries(const Member& m) const {
     int64_t count = 0, total = 0, longest = 0;
     for (int64_t q = 0; q < batch_.queries; ++q) {

@@ -54,8 +54,8 @@ PairWeights<T> pair_weights(const Order& order, PairWeight kind, Arena& arena) {
   return w;
 }
 
-// How the label pairs are summed at logits in [low, high]: directly, or by fields of type F, with direct sums inside blocks of several
-// labels.
+// How the label pairs are summed at logits in [low, high]: directly, or by fields of type F, with direct sums inside blocks of
+// several labels.
 template <class T, class F>
 struct LabelSums {
   using Fields = FieldSums<F, kPowers<T>>;

@@ -49,7 +49,7 @@ PILE_INLINE float read(const BFloat16* data, int64_t index) { return data[index]
 PILE_INLINE float read(const Float16* data, int64_t index) { return data[index]; }
 
 #if defined(__AVX512F__)
-// Columns [first, first + count), count <= 8, of the first so many of 16 rows: column c to out[c * stride], out[c * stride + 1], ...
+// Columns [first, first + count), count <= 8, of the first so many of 16 rows: column c from out[c * stride] on.
 PILE_INLINE void transpose(const float* const (&row)[16], int rows, int first, int count, float* out, int64_t stride) {
   const __mmask8 columns = __mmask8((1 << count) - 1);
   __m512 a[8];  // rows i and i + 8

@@ -18,9 +18,9 @@ struct Losses<T, OneOf<Terms...>> : Loss<T, Terms>... {};
 template <class T>
 class QueryLoss {
  public:
-  // The documents are those of `order`, which has labels if alpha < 1. `targets`: by slot; nullptr: the batch's. `counts`: room for two
-  // numbers per piece. The gradient goes to `gradient` by slot, unless that is nullptr. To the leader: the loss, and whether a term
-  // applies.
+  // The documents are those of `order`, which has labels if alpha < 1. `targets`: by slot; nullptr: the batch's. `counts`: room
+  // for two numbers per piece. The gradient goes to `gradient` by slot, unless that is nullptr. To the leader: the loss, and
+  // whether a term applies.
   void run(const Member& m, const Batch& batch, const LossOptions& options, int64_t q, const Order& order, const T* targets,
            int* counts, T* gradient, double* loss, uint8_t* applies) {
     if (m.leads()) {

@@ -1,5 +1,5 @@
-// What the documents of each cell are to other cells: their moments Σ w · (1, x, …, x^{P−1}), x from the cell's centre, w = 1 and the
-// documents' gains.
+// What the documents of each cell are to other cells: their moments Σ w · (1, x, …, x^{P−1}), x from the cell's centre, w = 1
+// and the documents' gains.
 #pragma once
 
 #include "grid.h"
@@ -23,8 +23,9 @@ struct Depositor {
   Grid<T> grid;
   const T* gain = nullptr;
 
-  // Documents [begin, end) at logits u[]; returns the cells that may have got something. Neighbouring documents mostly lie in the same
-  // few cells, and each sum would wait for the last one's store: they go by turns to kCopies copies of the rows, `stride` apart (0: one).
+  // Documents [begin, end) at logits u[]; returns the cells that may have got something. Neighbouring documents mostly lie in
+  // the same few cells, and each sum would wait for the last one's store: they go by turns to kCopies copies of the rows,
+  // `stride` apart (0: one).
   static constexpr int kCopies = 4;
   CellRange add(Row* rows, int stride, int begin, int end, const T* u) const {
     if (by_cell()) return add_by_cell(rows, begin, end, u);
@@ -49,8 +50,9 @@ struct Depositor {
   CellRange none() const { return {grid.cells, -1}; }
 
 #if defined(__AVX512F__)
-  // While the cells are few, document by document is not the way: a vector of documents is added to the P sums of every cell, under
-  // the mask of those that lie in it. The sums of kAtOnce cells stay in registers, and none waits for the store of the last one.
+  // While the cells are few, document by document is not the way: a vector of documents is added to the P sums of every cell,
+  // under the mask of those that lie in it. The sums of kAtOnce cells stay in registers, and none waits for the store of the
+  // last one.
   static constexpr int kAtOnce = 24 / P, kByCell = 12;
   bool by_cell() const { return grid.cells * P <= kByCell * kLanes<T>; }
 
@@ -78,7 +80,8 @@ struct Depositor {
         store(x + k, at);
         std::memcpy(cell + k, &own, sizeof own);
       }
-      // Documents of one label are mostly near each other: the cells between the outermost two that are not empty, in equal steps.
+      // Documents of one label are mostly near each other: the cells between the outermost two that are not empty, in equal
+      // steps.
       const int first = least<T>(low), count = greatest<T>(high) + 1 - first;
       filled.include({first, first + count - 1});
       const int steps = (count + kAtOnce - 1) / kAtOnce, at_once = (count + steps - 1) / steps;

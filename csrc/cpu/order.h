@@ -16,7 +16,8 @@
 
 namespace pile::PILE_ISA {
 
-// A whole number of vectors: only the last piece ends within a vector, and there the arrays, all of an arena, have room to its end.
+// A whole number of vectors: only the last piece ends within a vector, and there the arrays, all of an arena, have room to its
+// end.
 constexpr int kPiece = 4096;
 PILE_INLINE int pieces(int n) { return (n + kPiece - 1) / kPiece; }
 // visit(piece, its first position, its end) for this member's pieces of [0, n).
@@ -34,8 +35,8 @@ PILE_INLINE void each_vector(const Member& m, int n, Visit visit) {
 
 constexpr int kTile = 512;
 
-// From how many documents on a list asks whether the call is to end (Member::poll): once, and in each iteration. Shorter lists are
-// soon over, and the question would cost them too much.
+// From how many documents on a list asks whether the call is to end (Member::poll): once, and in each iteration. Shorter lists
+// are soon over, and the question would cost them too much.
 constexpr int kPollQuery = 64, kPollIteration = 512;
 
 // Positions [begin, end).
@@ -49,8 +50,8 @@ struct Order {
   int* slot = nullptr;      // slot within the query, by position
   double* label = nullptr;  // by position, < labelled; of each label's first and last position only
   int* below = nullptr;     // by position, < labelled: first position with a smaller label
-  // The same documents as spans that were neighbours before they were sorted, `spans` for each window of kPiece slots, some empty: to
-  // read a long list window by window, not all of it again for each label. No windows: as good as one.
+  // The same documents as spans that were neighbours before they were sorted, `spans` for each window of kPiece slots, some
+  // empty: to read a long list window by window, not all of it again for each label. No windows: as good as one.
   int windows = 0, spans = 0;
   const Span* span = nullptr;
   bool has_pairs() const { return labelled > 0 && below[0] < labelled; }
@@ -76,8 +77,8 @@ struct Grades {
   }
 };
 
-// Which grade each label is, and how many are of each. False if there are too many grades. Grades are unpredictable: no branch on
-// them where masks serve.
+// Which grade each label is, and how many are of each. False if there are too many grades. Grades are unpredictable: no branch
+// on them where masks serve.
 inline bool find_grades(const double* label, int n, Grades& grades, uint8_t* grade) {
 #if defined(__AVX512F__)
   for (int k = 0; k < n; k += 8) {
@@ -192,8 +193,8 @@ inline void sort_any(const double* label, const int* slot, int n, Order& order, 
 // The order of a query's documents, by a team: counting sort, each piece of the slots counted and placed by one member.
 class LabelSort {
  public:
-  // Orders the documents whose `include` byte is set (nullptr: all `slots`); without labels every document counts as unlabelled.
-  // All members call it; the leader's arena holds the result.
+  // Orders the documents whose `include` byte is set (nullptr: all `slots`); without labels every document counts as
+  // unlabelled. All members call it; the leader's arena holds the result.
   void run(const Member& m, const View& labels, int64_t offset, int slots, const uint8_t* include, Order& order) {
     if (m.leads()) plan(labels, slots, include, order, *m.arena);
     m.sync();

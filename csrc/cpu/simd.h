@@ -233,8 +233,8 @@ PILE_INLINE Vec<double> pick(Vec<double> a, Ints<double> lanes, Vec<double> b) {
   return reinterpret_cast<Vec<double>>(
       _mm512_permutex2var_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512d>(b)));
 }
-// The sums of the lanes of v[0], ..., v[N - 1], one after the other from v[0] on. Each vector holds `Groups` sums in progress: every
-// step adds the halves of each and leaves half as many vectors.
+// The sums of the lanes of v[0], ..., v[N - 1], one after the other from v[0] on. Each vector holds `Groups` sums in progress:
+// every step adds the halves of each and leaves half as many vectors.
 template <class T, int N, int Groups = 1>
 PILE_INLINE void lane_sums(Vec<T>* v) {
   constexpr int half = kLanes<T> / Groups / 2;
@@ -298,7 +298,8 @@ PILE_INLINE Vec<float> vexp<float>(Vec<float> x) {
 }
 #endif
 
-// 2^y of y <= 0 for a sum of such terms: y's rounding counts in the result by |y| 2^-24, which the result's own smallness makes up for.
+// 2^y of y <= 0 for a sum of such terms: y's rounding counts in the result by |y| 2^-24, which the result's own smallness makes
+// up for.
 template <class T>
 PILE_INLINE Vec<T> falling_exp2(Vec<T> y) {
   return vexp<T>(y * T(0.69314718055994530942));

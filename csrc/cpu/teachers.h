@@ -17,7 +17,8 @@ class Teachers {
   T* energy = nullptr;  // by teacher: log prior weights, the largest 0; -inf: takes no part. The ensemble goes on from there.
   double common = 0;    // what came off all scores and goes back onto the logits
 
-  // The leader calls this; `order` holds the documents that some teacher scored. `some_missing`: some score among them is missing.
+  // The leader calls this; `order` holds the documents that some teacher scored. `some_missing`: some score among them is
+  // missing.
   void plan(const Batch& batch, Normalize normalize, int64_t q, const Order& order, bool some_missing, Arena& arena) {
     batch_ = &batch;
     normalize_ = normalize;
@@ -110,7 +111,8 @@ class Teachers {
     });
   }
 
-  // A teacher's mean, and the unit in which squares of its logits neither overflow nor vanish: 1 but for doubles of extreme size.
+  // A teacher's mean, and the unit in which squares of its logits neither overflow nor vanish: 1 but for doubles of extreme
+  // size.
   void calibrate_by_sums(int t) {
     Stats& all = total_[t];
     mean_[t] = 0;
@@ -131,8 +133,8 @@ class Teachers {
     mean_[t] = all.sum / all.count;
   }
 
-  // Logits as they are: the middle of them all, where it is large beside their range. Ensembles and pairs are differences, which
-  // have more digits without it, and off and on again it rounds nothing.
+  // Logits as they are: the middle of them all, where it is large beside their range. Ensembles and pairs are differences,
+  // which have more digits without it, and off and on again it rounds nothing.
   void take_off_what_is_common() {
     double low = __builtin_inf(), high = -low;
     for (int t = 0; t < count; ++t) {

@@ -1,9 +1,9 @@
 // Threads and memory: a team runs one function on several threads, which meet at barriers and own an arena each.
 //
-// The threads are PyTorch's: those of the OpenMP runtime that it has loaded, found at run time, so that this extension needs neither
-// OpenMP nor PyTorch to build. Threads of our own would have to wake beside PyTorch's, which spin for milliseconds after each of
-// its operations, and OMP_* settings would not reach them. docs/cpu.md has the figures.
-// Results never depend on the team's size: work is cut by the problem, not by the number of threads.
+// The threads are PyTorch's: those of the OpenMP runtime that it has loaded, found at run time, so that this extension needs
+// neither OpenMP nor PyTorch to build. Threads of our own would have to wake beside PyTorch's, which spin for milliseconds
+// after each of its operations, and OMP_* settings would not reach them. docs/cpu.md has the figures. Results never depend on
+// the team's size: work is cut by the problem, not by the number of threads.
 #pragma once
 
 #include <atomic>
@@ -67,8 +67,8 @@ struct Member {
   bool calls;  // the thread that run_team was called on
 
   PILE_SHARED bool leads() const { return rank == 0; }
-  // Between pieces of work of a few milliseconds at most, at no fixed place: throws if the call is to end, because another member
-  // failed or the caller was interrupted.
+  // Between pieces of work of a few milliseconds at most, at no fixed place: throws if the call is to end, because another
+  // member failed or the caller was interrupted.
   void poll() const;
   // The first of the next `count` queries that nobody has taken yet.
   int64_t take_queries(int64_t count) const;
@@ -85,8 +85,8 @@ struct Member {
 bool has_threads();
 
 // Run `function(member, context)` on at most `threads` threads, the caller among them; returns when all are done.
-// The caller works alone where there are no others, or another call has them. Throws std::bad_alloc, and what `interrupt` throws,
-// which the caller's own thread, member 0, asks some times a second (nullptr: never).
+// The caller works alone where there are no others, or another call has them. Throws std::bad_alloc, and what `interrupt`
+// throws, which the caller's own thread, member 0, asks some times a second (nullptr: never).
 void run_team(int threads, void (*function)(const Member&, void*), void* context, void (*interrupt)());
 
 }  // namespace pile

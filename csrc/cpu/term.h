@@ -18,8 +18,8 @@ struct LabelList {
   const T* z;
 };
 
-// What run() finds in a query: the term is sum / size, its derivative by the list's logit k is slope[k] / (size · unit); of a label term
-// the slope is λ, which way and how strongly the document must move, so its derivative is minus that.
+// What run() finds in a query: the term is sum / size, its derivative by the list's logit k is slope[k] / (size · unit); of a
+// label term the slope is λ, which way and how strongly the document must move, so its derivative is minus that.
 struct Found {
   double sum, size, unit = 1;
 };
@@ -28,8 +28,8 @@ struct Found {
 //
 //   Found run(const Member& m, const Term& term, const LossOptions& options, const List<T>& list, T* slope);
 //
-// All members of a team call it on one shared object where the term applies() and the student's logits are finite, and every member
-// gets what is found. What the leader takes from m.arena is given back afterwards. Every slope of the list is written.
+// All members of a team call it on one shared object where the term applies() and the student's logits are finite, and every
+// member gets what is found. What the leader takes from m.arena is given back afterwards. Every slope of the list is written.
 template <class T, class Term>
 struct Loss {
   static constexpr bool kHere = false;

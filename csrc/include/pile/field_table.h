@@ -3,12 +3,12 @@
 // The logits' range is cut into cells of width h = 1.5. Within a cell a logit is u = centre + x with |x| <= h/2. For two cells
 // δ apart the kernel k(offset + hδ + x_j − x_i) is a smooth function of x_i and x_j: its poles are π away, so the polynomial
 // that interpolates it at P x P Chebyshev nodes errs by about 8.5^-P (measured, worst pair: P = 8 8e-8, P = 16 2e-13; h = 2:
-// 7e-7 for P = 8). Written in powers of x_i and x_j it is a P x P matrix, here entry [source power][target power]. Powers are as
-// well conditioned as Chebyshev polynomials here, because the kernel's Taylor series itself converges on the cell (radius
-// π > h/2), and they make moments and evaluation cheapest.
+// 7e-7 for P = 8). Written in powers of x_i and x_j it is a P x P matrix, here entry [source power][target power]. Powers are
+// as well conditioned as Chebyshev polynomials here, because the kernel's Taylor series itself converges on the cell (radius π
+// > h/2), and they make moments and evaluation cheapest.
 //
-// Two kernels: κ(v) = σ(v) − 1/2, and ψ(v) = log(2 cosh(v/2)) = softplus(v) − v/2. Beyond `reach` they are ±1/2 and |v|/2 to the
-// last bit that matters.
+// Two kernels: κ(v) = σ(v) − 1/2, and ψ(v) = log(2 cosh(v/2)) = softplus(v) − v/2. Beyond `reach` they are ±1/2 and |v|/2 to
+// the last bit that matters.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,6 @@
-// What every shared header needs: functions for host and device, and always inline. A header is compiled for several instruction
-// sets, and of an inline function that is not inlined the linker keeps one copy, which may hold instructions of the best set.
+// What every shared header needs: functions for host and device, and always inline. A header is compiled for several
+// instruction sets, and of an inline function that is not inlined the linker keeps one copy, which may hold instructions of the
+// best set.
 #pragma once
 
 #if defined(__CUDACC__)
