@@ -104,11 +104,6 @@ class LossOptions(NamedTuple):
     ]
     pairwise: Annotated[str, _PAIRWISE]
 
-    @property
-    def terms(self) -> list[Term]:
-        """Those in use."""
-        return [self.distillation] * (self.alpha > 0) + [self.label_loss] * (self.alpha < 1)
-
 
 # What type checkers and editors know of the keywords; tests/test_options.py holds these against the table.
 class EnsembleKeywords(TypedDict, total=False):
