@@ -99,26 +99,25 @@ class RankingBatch:
                 self._refuse_tangents(student_logits=student_logits, teacher_logits=teacher_logits, target_logits=target_logits)
 
         # The student, else the teachers, fix shape and device; the others are held against them.
-        teachers_shape = None
         wide = False
         self.num_teachers = 0
-        if teacher_logits is not None:
-            teacher_logits, teachers_shape, dtype = self._check_logits("teacher_logits", teacher_logits, 2 if packed else 3)
-            wide = dtype is torch.float64
-            if teacher_logits.requires_grad:
-                self._refuse_grad("teacher_logits")
-            self.num_teachers = teachers_shape[-1]
-            if self.num_teachers == 0:
-                raise ValueError(f"teacher_logits: expected at least one teacher, got {tuple(teachers_shape)}")
+        shape: torch.Size | None = None
         if student_logits is not None:
             student_logits, shape, dtype = self._check_logits("student_logits", student_logits, 1 if packed else 2)
-            device, first, wide = student_logits.device, "student_logits", wide or dtype is torch.float64
-            if teacher_logits is not None and teachers_shape is not None:
-                if teachers_shape[:-1] != shape or teacher_logits.device != device:
-                    self._mismatch("teacher_logits", teacher_logits, shape, device, first)
-        elif teacher_logits is not None and teachers_shape is not None:
-            shape, device, first = teachers_shape[:-1], teacher_logits.device, "teacher_logits"
-        else:
+            device, first, wide = student_logits.device, "student_logits", dtype is torch.float64
+        if teacher_logits is not None:
+            teacher_logits, own, dtype = self._check_logits("teacher_logits", teacher_logits, 2 if packed else 3)
+            wide = wide or dtype is torch.float64
+            if teacher_logits.requires_grad:
+                self._refuse_grad("teacher_logits")
+            self.num_teachers = own[-1]
+            if self.num_teachers == 0:
+                raise ValueError(f"teacher_logits: expected at least one teacher, got {tuple(own)}")
+            if shape is None:
+                shape, device, first = own[:-1], teacher_logits.device, "teacher_logits"
+            elif own[:-1] != shape or teacher_logits.device != device:
+                self._mismatch("teacher_logits", teacher_logits, shape, device, first)
+        if shape is None:
             raise TypeError("student_logits: expected a torch.Tensor, got None")
         if target_logits is not None:
             target_logits, own, dtype = self._check_logits("target_logits", target_logits, 1 if packed else 2)

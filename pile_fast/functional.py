@@ -19,6 +19,7 @@ from pile_fast.options import (
     EnsembleOptions,
     LossOptions,
     PILEKeywords,
+    cached,
     documented,
     ensemble_options,
     loss_options,
@@ -138,8 +139,7 @@ def distillation_loss(
     >>> pile_fast.distillation_loss(student, torch.tensor([[3.0, 1.0]]), kind="mse").item()
     9.0
     """
-    term = terms.find("distill", "kind", kind)
-    options = loss_options(alpha=1.0, distillation=term, reduction=reduction, pairwise=pairwise)
+    options = _distillation_options(kind, reduction, pairwise)
     if student_logits is None or target_logits is None:
         raise _missing(student_logits=student_logits, target_logits=target_logits)
     batch = RankingBatch(student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens)
@@ -183,8 +183,7 @@ def ranking_loss(
     >>> round(loss.item(), 4)  # log 2
     0.6931
     """
-    term = terms.find("label", "kind", kind)
-    options = loss_options(alpha=0.0, label_loss=term, pair_weight=pair_weight, reduction=reduction, pairwise=pairwise)
+    options = _ranking_options(kind, pair_weight, reduction, pairwise)
     if student_logits is None or labels is None:
         raise _missing(student_logits=student_logits, labels=labels)
     batch = RankingBatch(student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
@@ -241,6 +240,18 @@ def pile_loss(
         prior=prior,
     )  # fmt: skip
     return autograd.pile_loss(batch, of_ensemble, of_loss, select(backend, batch, of_ensemble, of_loss))
+
+
+@cached
+def _distillation_options(kind: str | Term, reduction: str, pairwise: str) -> LossOptions:
+    term = terms.find("distill", "kind", kind)
+    return loss_options(alpha=1.0, distillation=term, reduction=reduction, pairwise=pairwise)
+
+
+@cached
+def _ranking_options(kind: str | Term, pair_weight: str | None, reduction: str, pairwise: str) -> LossOptions:
+    term = terms.find("label", "kind", kind)
+    return loss_options(alpha=0.0, label_loss=term, pair_weight=pair_weight, reduction=reduction, pairwise=pairwise)
 
 
 def _missing(**tensors: Any) -> TypeError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -34,11 +36,14 @@ class PILELoss(torch.nn.Module):
         super().__init__()
         pile_options(**options)
         self.register_buffer("prior", prior)
-        self.options = {
-            **{name: row.default for name, row in table(LossOptions, EnsembleOptions).items()},
-            **options,
-            "backend": check_name(backend),
-        }
+        self._given = options
+        self._backend = check_name(backend)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """A copy of all options, given or not."""
+        defaults = {name: row.default for name, row in table(LossOptions, EnsembleOptions).items()}
+        return {**defaults, **self._given, "backend": self._backend}
 
     def forward(
         self,
@@ -63,7 +68,7 @@ class PILELoss(torch.nn.Module):
             )
         return pile_loss(
             student_logits, teacher_logits, labels,  # type: ignore[arg-type]  # None: it says what is missing
-            mask=mask, cu_seqlens=cu_seqlens, prior=self.prior, **self.options,
+            mask=mask, cu_seqlens=cu_seqlens, prior=self.prior, backend=self._backend, **self._given,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

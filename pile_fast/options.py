@@ -27,6 +27,7 @@ from pile_fast.terms import Term
 DEFAULT_STEP_SIZE = {"document": 3.0, "query": 1.0}
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,45 +166,63 @@ def _loss(given: Mapping[str, Any]) -> LossOptions:
     return LossOptions(*[row.check(name, given.get(name, row.default)) for name, row in _LOSS.items()])
 
 
-def _cached(builder: F) -> F:
+def cached(builder: Callable[..., T]) -> Callable[..., T]:
     """Cache a builder by its arguments; an unhashable argument goes to the builder itself, whose check names it."""
-    cached = functools.lru_cache(maxsize=256, typed=True)(builder)
+    kept = functools.lru_cache(maxsize=256, typed=True)(builder)
 
     @functools.wraps(builder)
-    def build(**given: Any) -> Any:
+    def build(*arguments: Any) -> T:
         if torch.compiler.is_compiling():  # tracers cannot look into the cache
-            return builder(**given)
+            return builder(*arguments)
         try:
-            return cached(**given)
+            return kept(*arguments)
         except TypeError:
-            return builder(**given)
+            return builder(*arguments)
 
-    return typing.cast(F, build)
+    return build
 
 
-@_cached
+def _by_name(names_and_values: tuple[Any, ...], known: Mapping[str, Option]) -> dict[str, Any]:
+    """What was given, from the names and, behind them, the values."""
+    half = len(names_and_values) // 2
+    given = dict(zip(names_and_values[:half], names_and_values[half:], strict=True))
+    _refuse_unknown(given, known)
+    return given
+
+
+@cached
+def _ensemble_options(*names_and_values: Any) -> EnsembleOptions:
+    return _ensemble(_by_name(names_and_values, _ENSEMBLE))
+
+
+@cached
+def _loss_options(*names_and_values: Any) -> LossOptions:
+    return _loss(_by_name(names_and_values, _LOSS))
+
+
+@cached
+def _pile_options(*names_and_values: Any) -> tuple[EnsembleOptions, LossOptions]:
+    given = _by_name(names_and_values, _BOTH)
+    return _ensemble(given), _loss(given)
+
+
 def ensemble_options(**given: Any) -> EnsembleOptions:
     """The ensemble's options, from keywords; those not given take their defaults.
 
     Raises:
         TypeError, ValueError: a value does not fit, or there is no such option; the message names it.
     """
-    _refuse_unknown(given, _ENSEMBLE)
-    return _ensemble(given)
+    return _ensemble_options(*given, *given.values())
 
 
-@_cached
 def loss_options(**given: Any) -> LossOptions:
     """The loss's options, see `ensemble_options`."""
-    _refuse_unknown(given, _LOSS)
-    return _loss(given)
+    return _loss_options(*given, *given.values())
 
 
-@_cached
 def pile_options(**given: Any) -> tuple[EnsembleOptions, LossOptions]:
     """Both sets from one set of keywords, see `ensemble_options`; what they share goes to both."""
-    _refuse_unknown(given, _BOTH)
-    return _ensemble(given), _loss(given)
+    return _pile_options(*given, *given.values())
 
 
 def documented(*sets: Options, without: tuple[str, ...] = ()) -> Callable[[F], F]:

@@ -5,7 +5,6 @@ The order of everything here is that of csrc/bindings/arguments.h; options go by
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -44,9 +43,21 @@ def views(batch: RankingBatch) -> tuple[tuple[int, int, tuple[int, ...]] | None,
     )
 
 
-@functools.lru_cache(maxsize=256)
+# By the options' identity: they are built once, and hashing all of their fields takes longer than the look-up.
+_STRUCTS: dict[int, tuple[Any, Any, Any]] = {}
+
+
 def struct(module: Any, options: EnsembleOptions | LossOptions) -> Any:
     """The options as `module`'s struct of that name, filled by name; a term is its key and its numbers."""
+    kept = _STRUCTS.get(id(options))
+    if kept is None or kept[0] is not options or kept[1] is not module:
+        if len(_STRUCTS) >= 256:
+            _STRUCTS.clear()
+        kept = _STRUCTS[id(options)] = (options, module, _filled(module, options))
+    return kept[2]
+
+
+def _filled(module: Any, options: EnsembleOptions | LossOptions) -> Any:
     filled = getattr(module, type(options).__name__)()
     for name, value in options._asdict().items():
         if isinstance(value, Term):
