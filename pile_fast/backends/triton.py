@@ -263,8 +263,8 @@ def _config(slots: int, teachers: int) -> dict[str, int]:
 
 
 def _registers(room: int, options: EnsembleOptions | None) -> dict[str, int]:
-    """Registers per thread of the one launch, which the assembler left alone would double for nothing: what it then spills is
-    none, or a pointer (docs/triton.md)."""
+    """How many registers a thread of the one launch may take, with room for so many teachers. Left alone, the assembler takes
+    half as many again to spill no less, and fewer programs fit on a GPU (docs/triton.md)."""
     if room > 8:
         return {}
     return {"maxnreg": 80 if room <= 4 and (options is None or options.granularity == "document") else 128}
