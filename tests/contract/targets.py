@@ -112,12 +112,12 @@ def short_blocks(patch: pytest.MonkeyPatch) -> None:
 
 # An operation in the interpreter takes 50 microseconds. Lengths around one and two column tiles, one block, several.
 _TRITON_LENGTHS = (1, 2, 7, 17, 33, 40)
-_TRITON_LINEAR = Way("linear", "triton", "chebyshev", (66, 90, 100, 150), 16, short_blocks)
+_TRITON_LINEAR = Way("linear", "triton", "chebyshev", (66, 90, 130), 6, short_blocks)
 TRITON_INTERPRETER = Target(
     ways=(Way("triton", "triton", "direct", prepare=wide_tiles),),
     numerics=(
-        Way("one launch", "triton", "direct", _TRITON_LENGTHS, 30),
-        Way("a launch per phase", "triton", "direct", _TRITON_LENGTHS, 30, a_launch_per_phase),
+        Way("one launch", "triton", "direct", _TRITON_LENGTHS, 20),
+        Way("a launch per phase", "triton", "direct", _TRITON_LENGTHS, 20, a_launch_per_phase),
         _TRITON_LINEAR,
     ),
     linear=_TRITON_LINEAR,

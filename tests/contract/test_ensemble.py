@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from contract.problems import batch, run, same, terms_of
+from contract.problems import batch, run, same
 
 import pile_fast
+from pile_fast import terms
 
 
 def zscore(t):
@@ -178,11 +179,12 @@ def test_fused_loss_equals_ensemble_then_loss(how, target):
     t[torch.rand(t.shape) < 0.5] = torch.nan  # some documents have no teacher at all
     iterations = min(10, target.iterations)
     logits = pile_fast.pile_ensemble(t, y, iterations=iterations, **how).logits
-    for distillation in terms_of("distill"):
-        for label_loss in terms_of("label"):
-            options = dict(distillation=distillation, label_loss=label_loss, iterations=iterations)
-            fused = run(pile_fast.pile_loss, z, t, y, alpha=0.3, **options, **how)
-            first = run(lambda z, t, y: pile_fast.distillation_loss(z, logits, kind=distillation, **how), z, t, y)  # noqa: B023
-            second = run(lambda z, t, y: pile_fast.ranking_loss(z, y, kind=label_loss, **how), z, t, y)  # noqa: B023
-            for whole, a, b in zip(fused, first, second, strict=True):
-                same(whole, 0.3 * a + 0.7 * b)
+    pairs = [(term, "logistic") for term in terms.names("distill")]
+    pairs += [("logistic", term) for term in terms.names("label") if term != "logistic"]
+    for distillation, label_loss in pairs:
+        both = dict(alpha=0.3, distillation=distillation, label_loss=label_loss, iterations=iterations)
+        fused = run(pile_fast.pile_loss, z, t, y, **both, **how)
+        first = run(lambda z, t, y: pile_fast.distillation_loss(z, logits, kind=distillation, **how), z, t, y)  # noqa: B023
+        second = run(lambda z, t, y: pile_fast.ranking_loss(z, y, kind=label_loss, **how), z, t, y)  # noqa: B023
+        for whole, a, b in zip(fused, first, second, strict=True):
+            same(whole, 0.3 * a + 0.7 * b)
