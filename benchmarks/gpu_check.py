@@ -79,7 +79,7 @@ def build_extension() -> dict:
 
 BUILT = build_extension()  # before pile_fast looks for it
 
-from contract.problems import make, run  # noqa: E402
+from contract.problems import capture, make, run  # noqa: E402
 
 import pile_fast  # noqa: E402
 from pile_fast import reference, terms  # noqa: E402
@@ -138,25 +138,6 @@ def contract(how: dict, deadline: float) -> dict:
 def gradient_of(z, t, y, options):
     (gradient,) = torch.autograd.grad(pile_fast.pile_loss(z, t, y, **options), z)
     return gradient
-
-
-def capture(run):
-    """A function that replays `run` as a CUDA graph and returns what it returned."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    cuda_graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(cuda_graph):
-        out = run()
-
-    def replay():
-        cuda_graph.replay()
-        return out
-
-    return replay
 
 
 def sanitizer(how: dict, deadline: float) -> dict:

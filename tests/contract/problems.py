@@ -191,3 +191,22 @@ def check_loss(
     relative = {torch.float64: 1e-8, torch.float32: 1e-5}.get(z.dtype, 2 * torch.finfo(z.dtype).eps)
     # Not below float32's normal numbers: e^-87 stands for anything smaller.
     close(gradient, own_gradient, want_gradient, relative * largest(want_gradient) + 1e-37)
+
+
+def capture(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that replays `call` as a CUDA graph and returns what it returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract.problems import largest, make, run
+from contract.problems import capture, largest, make, run
 
 import pile_fast
 from pile_fast import pile_loss
@@ -50,18 +50,10 @@ def lists(shape, packed, seed=0):
 def test_a_graph_replays_with_other_inputs(how, shape, packed):
     z, t, y, where = lists(shape, packed)
     step = lambda: run(pile_loss, z, t, y, **where, **how)  # noqa: E731
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
+    replay = capture(step)
     t.copy_(t.flip(0))
     z.mul_(0.5)
-    graph.replay()
+    got = replay()
     torch.cuda.synchronize()
     assert equal(got, step())
 
