@@ -213,7 +213,7 @@ def sum_rows(rows, a, b, width, column, inside, total):
 
 @triton.jit(do_not_specialize=["grid"])
 def super_kernel(state, lists, moments, grid, SELF: tl.constexpr, SETS: tl.constexpr):
-    """Sums of SUPER chunks' moments, one set a program; where the query ends earlier, of some, and they are used by nobody."""
+    """Sums of SUPER chunks' moments, one set a program; where the query ends earlier, of fewer, which nothing reads."""
     first_chunk = tl.program_id(0) * SUPER
     k = tl.program_id(1)
     S = plain(lists.documents).to(tl.int64)

@@ -28,7 +28,7 @@ PILE_DEVICE Query locate(const Call& call, int64_t q) {
 // A query's state: a few numbers per document, its calibrated teachers, a few numbers per teacher. In shared memory where a
 // query fits, else in the scratch buffer. "By position" is the order of falling labels, "by slot" the caller's.
 struct Workspace {
-  // Fields of 4 bytes per document. Some lend their memory to a neighbour's earlier or later life.
+  // Fields of 4 bytes per document. Some share memory: they are used at different times.
   enum Field {
     kU0 = 0,
     kU1,    // by position: e^{c − u} (u where wide), u = s / temperature; iterations read one, write the other
