@@ -17,6 +17,7 @@ def run(
     ensemble: EnsembleOptions | None,
     loss: LossOptions | None,
     outputs: tuple[int, ...],
+    exponents: int,
     float64: bool,
     threads: int,
     /,

@@ -11,13 +11,13 @@ the upstream gradient.
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pile_fast import backends, terms
+from pile_fast import backends, shared, terms
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions, Options
 from pile_fast.terms import Term
@@ -55,7 +55,7 @@ class _Op:
         """Tensors that hold values go to the backend directly, past the dispatcher. What stands in for others (in tracers, fake
         modes, subclasses) must go through the op, which knows what to do with each of them."""
         if batch.concrete:
-            return getattr(backends.load(backend), self.name)(batch, *options, *flags)
+            return self._on(backend, batch, options, flags)
         arguments = [getattr(batch, name) for name in self.tensors]
         for options_set in options:
             arguments += flat(options_set)
@@ -72,8 +72,14 @@ class _Op:
         return [backend, RankingBatch(**tensors), *options, *left]
 
     def _compute(self, *arguments: Any) -> Any:
-        backend, *rest = self._read(arguments)
-        return getattr(backends.load(backend), self.name)(*rest)
+        backend, batch, *rest = self._read(arguments)
+        return self._on(backend, batch, rest[: len(self.options)], rest[len(self.options) :])
+
+    def _on(self, backend: str, batch: RankingBatch, options: Sequence[Any], flags: Sequence[bool]) -> Any:
+        module = backends.load(backend)
+        if getattr(options[0], "granularity", "") == "shared":
+            return getattr(shared, self.name)(module, batch, *options, *flags)
+        return getattr(module, self.name)(batch, *options, *flags)
 
 
 def _schema(options: Options, prefix: str) -> list[str]:
@@ -105,14 +111,11 @@ def _fake_ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     teachers = batch.teacher_logits
-    weights: tuple[int, ...]
-    if not return_weights:
-        weights = (0,)
-    elif options.granularity == "document":
-        weights = teachers.shape
-    else:
-        weights = (batch.num_queries, batch.num_teachers)
-    trace = (batch.num_queries, options.iterations + 1 if return_trace else 0)
+    of_weights = {"document": teachers.shape, "query": (batch.num_queries, batch.num_teachers), "shared": (batch.num_teachers,)}
+    weights = of_weights[options.granularity] if return_weights else (0,)
+    trace: tuple[int, ...] = (options.iterations + 1 if return_trace else 0,)
+    if options.granularity != "shared":
+        trace = (batch.num_queries, *trace)
     return (
         teachers.new_empty(teachers.shape[:-1], dtype=batch.dtype),
         teachers.new_empty(weights, dtype=batch.dtype),
@@ -120,11 +123,17 @@ def _fake_ensemble(
     )
 
 
-def _fake_loss(batch: RankingBatch, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, options, with_gradient = rest
+def _fake_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
     student = batch.student_logits
     loss = student.new_empty((batch.num_queries,) if options.reduction == "none" else (), dtype=batch.dtype)
     return loss, student.new_empty(student.shape if with_gradient else (0,))
+
+
+def _fake_pile_loss(
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    pulls = (batch.num_queries, batch.num_teachers) if with_pulls else (0,)
+    return *_fake_loss(batch, of_loss, with_gradient), batch.teacher_logits.new_empty(pulls, dtype=batch.dtype)
 
 
 _ensemble = _Op(
@@ -143,7 +152,7 @@ _pile_loss = _Op(
         "student_logits": "Tensor", "teacher_logits": "Tensor", "labels": "Tensor", "mask": "Tensor?", "cu_seqlens": "Tensor?",
         "prior": "Tensor?",
     },
-    [EnsembleOptions, LossOptions], ["with_gradient"], 2, _fake_loss,
+    [EnsembleOptions, LossOptions], ["with_gradient", "with_pulls"], 3, _fake_pile_loss,
 )  # fmt: skip
 
 
@@ -157,20 +166,24 @@ def ensemble(
 
 def pair_loss(batch: RankingBatch, options: LossOptions, backend: str) -> Tensor:
     """The student's loss against `batch.target_logits` and `batch.labels`."""
-    return _loss(_pair_loss, batch, (options,), backend)
+    return _loss(_pair_loss, batch, (options,), (), backend)[0]
 
 
-def pile_loss(batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, backend: str) -> Tensor:
-    """The student's loss against the PILE ensemble of `batch.teacher_logits`."""
-    return _loss(_pile_loss, batch, (of_ensemble, of_loss), backend)
+def pile_loss(
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, backend: str, with_pulls: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The student's loss against the PILE ensemble of `batch.teacher_logits`, and the queries' pulls if asked for."""
+    outputs = _loss(_pile_loss, batch, (of_ensemble, of_loss), (with_pulls,), backend)
+    return outputs[0], outputs[1] if with_pulls else None
 
 
-def _loss(op: _Op, batch: RankingBatch, options: tuple[Any, ...], backend: str) -> Tensor:
+def _loss(op: _Op, batch: RankingBatch, options: tuple[Any, ...], flags: tuple[bool, ...], backend: str) -> tuple[Tensor, ...]:
+    """The loss, and behind it what the flags ask for."""
     if batch.student_logits.requires_grad and torch.is_grad_enabled():
-        loss: Tensor = _Loss.apply(batch.student_logits, op, batch, options, backend)  # type: ignore[no-untyped-call]
-    else:
-        loss, _ = op(batch, options, (False,), backend)
-    return loss
+        outputs: tuple[Tensor, ...] = _Loss.apply(batch.student_logits, op, batch, options, flags, backend)  # type: ignore[no-untyped-call]
+        return outputs
+    loss, _, *others = op(batch, options, (False, *flags), backend)
+    return loss, *others
 
 
 class _Loss(torch.autograd.Function):
@@ -178,15 +191,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, op: _Op, batch: RankingBatch, options: tuple[Any, ...], backend: str
-    ) -> Tensor:
-        outputs: tuple[Tensor, Tensor] = op(batch, options, (True,), backend)
-        loss, gradient = outputs
+        ctx: Any, student_logits: Tensor, op: _Op, batch: RankingBatch, options: tuple[Any, ...], flags: tuple[bool, ...],
+        backend: str,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        loss, gradient, *others = op(batch, options, (True, *flags), backend)
         ctx.save_for_backward(gradient, student_logits, batch.cu_seqlens)
-        return loss
+        if not any(flags):
+            return (loss,)
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         gradient, student_logits, cu_seqlens = ctx.saved_tensors
         if upstream.dim() == 1:  # one loss per query
             upstream = upstream.unsqueeze(1) if cu_seqlens is None else _per_document(upstream, cu_seqlens, gradient)
@@ -195,7 +211,7 @@ class _Loss(torch.autograd.Function):
             gradient = gradient.to(student_logits.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _OnceDifferentiable.apply(gradient, student_logits)  # type: ignore[no-untyped-call]
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -15,6 +15,8 @@ belong to no query: they get no ensemble logit and a zero gradient.
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import NoReturn, overload
 
 import torch
@@ -176,6 +178,12 @@ class RankingBatch:
         self.cu_seqlens = cu_seqlens
         self.prior = prior
 
+    def with_prior(self, prior: Tensor) -> RankingBatch:
+        """The same batch with other weights, which are not checked again."""
+        other = copy.copy(self)
+        other.prior = prior
+        return other
+
     def _check_dense(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, with the sign that a lazy negation keeps beside its memory; kernels read memory alone."""
         if not isinstance(tensor, Tensor):
@@ -260,11 +268,12 @@ class RankingBatch:
             raise ValueError(f"prior: expected device {device} like {first}, got {prior.device}")
         # Reading values of a device tensor would stall the stream, so there a weight that is not a number >= 0 counts as 0.
         if device.type == "cpu" and self.concrete and prior.numel():
-            low, high = prior.aminmax()
-            if not (low >= 0 and high < torch.inf):
-                raise ValueError("prior: expected finite weights >= 0, got a negative, NaN or infinite entry")
-            if not (prior.amax(-1) > 0).all():
-                raise ValueError("prior: expected a weight > 0 for some teacher (of each query), got zeros alone")
+            # As numbers: for a few weights tensors' operations would take longer than the rest of a short call.
+            for weights in [prior.tolist()] if rank == 1 else prior.tolist():
+                if not all(0 <= weight < math.inf for weight in weights):
+                    raise ValueError("prior: expected finite weights >= 0, got a negative, NaN or infinite entry")
+                if not any(weights):
+                    raise ValueError("prior: expected a weight > 0 for some teacher (of each query), got zeros alone")
         return prior
 
 

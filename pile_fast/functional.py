@@ -6,6 +6,7 @@ layouts and docs/inputs.md for the whole contract.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,10 +35,12 @@ class PILEEnsemble(NamedTuple):
     Attributes:
         logits: (Q, N) or (D,), float32 (float64 for float64 teachers); NaN where no teacher scored the document and in
             slots without a document.
-        weights: the teachers' weights, each row on the simplex: (Q, N, M) or (D, M) for granularity "document", (Q, M) for
-            "query"; 0 for missing teachers. None unless asked for.
-        trace: (Q, iterations + 1), the pairwise label loss before each iteration and after the last; 0 for a query without
-            pairs. None unless asked for.
+        weights: the teachers' weights, each row on the simplex: (M,) for granularity "shared", before they are rescaled to
+            the teachers of a document; (Q, M) for "query", (Q, N, M) or (D, M) for "document", there 0 for missing teachers.
+            None unless asked for.
+        trace: (iterations + 1,) for granularity "shared", else (Q, iterations + 1): the pairwise label loss before each
+            iteration and after the last, 0 for a query without pairs; "shared" has the mean over the queries with one. None
+            unless asked for.
     """
 
     logits: Tensor
@@ -66,15 +69,19 @@ def pile_ensemble(
     .. math:: \frac{1}{\sum_P \omega_{ij}} \sum_{(i,j) \in P} \omega_{ij}
               \operatorname{softplus}\left(\frac{\text{margin} - (s_i - s_j)}{\text{temperature}}\right)
 
-    over convex combinations of the teachers, starting from equal weights (or `prior`). After PILE, Cai et al., EMNLP 2022
-    Industry, arXiv:2211.06059; the update rule is this package's own definition (docs/algorithm.md).
+    over convex combinations of the teachers, starting from equal weights (or `prior`). By default all queries share one weight
+    per teacher, which the labels of all of them decide, with a pull to the mean (`shrinkage`): fit it on many queries at once,
+    or with `pile_fast.PILELoss.fit`, not on single small batches. Given weights are used as they are by ``prior=weights,
+    iterations=0``. After PILE, Cai et al., EMNLP 2022 Industry, arXiv:2211.06059; the update rule is this package's own
+    definition (docs/algorithm.md).
 
     Args:
         teacher_logits: (Q, N, M) or (D, M); NaN or ±inf = this teacher did not score this document.
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled (in no pair).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        prior: (M,) or (Q, M) finite weights >= 0 to start from, need not sum to 1; a teacher with prior 0 counts as missing.
+        prior: (M,) finite weights >= 0 to start from, need not sum to 1; a teacher with prior 0 counts as missing. With
+            granularity "query" or "document" also (Q, M).
         return_weights: also return the weights.
         return_trace: also return the label loss per iteration.
         backend: "auto" or a name from `pile_fast.available_backends()`.
@@ -91,13 +98,14 @@ def pile_ensemble(
     >>> teachers = torch.tensor([[[2.0, 0.0], [1.0, 2.0], [0.0, 1.0]]])  # one query, three documents, two teachers
     >>> labels = torch.tensor([[2, 1, 0]])  # the first teacher is right
     >>> out = pile_fast.pile_ensemble(teachers, labels, return_weights=True)
-    >>> out.logits.argsort(descending=True).tolist(), out.weights[0, 0].argmax().item()
+    >>> out.logits.argsort(descending=True).tolist(), out.weights.argmax().item()
     ([[0, 1, 2]], 0)
     """
     chosen = ensemble_options(**options)
     if teacher_logits is None or labels is None:
         raise _missing(teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior)
+    _check_fits(batch, chosen)
     by = select(backend, batch, chosen, None)
     logits, weights, trace = autograd.ensemble(batch, chosen, return_weights, return_trace, by)
     return PILEEnsemble(logits, weights if return_weights else None, trace if return_trace else None)
@@ -213,7 +221,7 @@ def pile_loss(
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled (distilled, but in no label pair).
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        prior: (M,) or (Q, M) weights of the ensemble to start from, see `pile_ensemble`.
+        prior: weights of the ensemble to start from, see `pile_ensemble`.
         backend: "auto" or a name from `pile_fast.available_backends()`.
         {options}
 
@@ -232,6 +240,30 @@ def pile_loss(
     >>> student.grad.shape
     torch.Size([8, 40])
     """
+    batch, of_ensemble, of_loss, by = _of_pile(
+        student_logits, teacher_logits, labels, mask, cu_seqlens, prior, backend, options
+    )
+    return autograd.pile_loss(batch, of_ensemble, of_loss, by)[0]
+
+
+def pile_loss_and_pulls(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+    prior: Tensor, backend: str, options: PILEKeywords,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`pile_loss` with the weights in `prior`, and each query's pull on them (`Backend.pulls`), in one pass."""
+    batch, of_ensemble, of_loss, by = _of_pile(
+        student_logits, teacher_logits, labels, mask, cu_seqlens, prior, backend, options
+    )
+    loss, pulls = autograd.pile_loss(batch, of_ensemble, of_loss, by, with_pulls=True)
+    assert pulls is not None
+    return loss, pulls
+
+
+def _of_pile(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+    prior: Tensor | None, backend: str, options: PILEKeywords,
+) -> tuple[RankingBatch, EnsembleOptions, LossOptions, str]:  # fmt: skip
+    """The checked call: batch, options, and the backend that serves it."""
     of_ensemble, of_loss = pile_options(**options)
     if student_logits is None or teacher_logits is None or labels is None:
         raise _missing(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
@@ -239,7 +271,21 @@ def pile_loss(
         student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
         prior=prior,
     )  # fmt: skip
-    return autograd.pile_loss(batch, of_ensemble, of_loss, select(backend, batch, of_ensemble, of_loss))
+    _check_fits(batch, of_ensemble)
+    return batch, of_ensemble, of_loss, select(backend, batch, of_ensemble, of_loss)
+
+
+def _check_fits(batch: RankingBatch, options: EnsembleOptions) -> None:
+    """What options say of tensors."""
+    if batch.prior is not None and batch.prior.dim() == 2 and options.granularity == "shared":
+        raise ValueError(
+            f"prior: expected (M,) = ({batch.num_teachers},) for weights that all queries share, got "
+            f"{tuple(batch.prior.shape)}; granularity='query' or 'document' takes one for each query"
+        )
+    if options.normalize == "logit" and batch.concrete and batch.device.type == "cpu":
+        given = batch.teacher_logits
+        if ((given < 0) | ((given > 1) & (given < math.inf))).any():
+            raise ValueError("teacher_logits: expected probabilities in [0, 1] for normalize='logit', got others")
 
 
 @cached

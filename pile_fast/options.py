@@ -24,7 +24,8 @@ import torch
 from pile_fast import checks, terms
 from pile_fast.terms import Term
 
-DEFAULT_STEP_SIZE = {"document": 3.0, "query": 1.0}
+DEFAULT_ITERATIONS = {"shared": 40, "document": 10, "query": 10}
+DEFAULT_STEP_SIZE = {"shared": 3.0, "document": 3.0, "query": 1.0}
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -78,13 +79,31 @@ _PAIRWISE = _choice(
 class EnsembleOptions(NamedTuple):
     """Options of the iterative reweighting, validated. `pair_weight` is "none" where the user gave None."""
 
-    iterations: Annotated[int, Option(10, checks.count, "number of updates T; 0 gives the mean ensemble", type=int)]
-    step_size: Annotated[float, _number(None, 'η of an update; None = 3 for "document", 1 for "query"', low=0.0)]
+    iterations: Annotated[
+        int,
+        Option(
+            None, checks.count, 'number of updates T; 0 keeps the mean, or `prior`; None = 40 for "shared", 10 for the others',
+            type=int,
+        ),
+    ]  # fmt: skip
+    step_size: Annotated[float, _number(None, 'η of an update; None = 3 for "shared" and "document", 1 for "query"', low=0.0)]
     granularity: Annotated[
-        str, _choice(("document", "query"), 'weights per document, or one weight vector per query: "document" or "query"')
+        str,
+        _choice(
+            ("shared", "document", "query"),
+            'whose the teachers\' weights are: "shared" by all queries, each "query"\'s, or each "document"\'s',
+        ),
+    ]
+    shrinkage: Annotated[
+        float, _number(1.0, 'κ, pulls "shared" weights to the mean, the more the fewer queries have labels; 0 = not', low=0.0)
     ]
     normalize: Annotated[
-        str, _choice(("zscore", "center", "none"), 'calibration per query and teacher: "zscore", "center" or "none"')
+        str,
+        _choice(
+            ("zscore", "center", "none", "minmax", "logit"),
+            'calibration per query and teacher: "zscore", "center", "none", "minmax" to [0, 1], or "logit" of probabilities, '
+            "z-scored",
+        ),
     ]
     temperature: Annotated[float, _number(1.0, "unit of differences of ensemble logits, > 0", low=0.0, open_low=True)]
     margin: Annotated[float, _number(0.0, "difference that a pair of the ensemble should reach")]
@@ -110,10 +129,11 @@ class LossOptions(NamedTuple):
 class EnsembleKeywords(TypedDict, total=False):
     """Keywords of `EnsembleOptions`."""
 
-    iterations: int
+    iterations: int | None
     step_size: float | None
-    granularity: Literal["document", "query"]
-    normalize: Literal["zscore", "center", "none"]
+    granularity: Literal["shared", "document", "query"]
+    shrinkage: float
+    normalize: Literal["zscore", "center", "none", "minmax", "logit"]
     temperature: float
     margin: float
     pair_weight: Literal["label_gap", "gain_gap"] | None
@@ -156,9 +176,11 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Option]) -> No
 
 def _ensemble(given: Mapping[str, Any]) -> EnsembleOptions:
     granularity = _ENSEMBLE["granularity"]
-    if given.get("step_size") is None:
-        by = granularity.check("granularity", given.get("granularity", granularity.default))
-        given = {**given, "step_size": DEFAULT_STEP_SIZE[by]}
+    by = granularity.check("granularity", given.get("granularity", granularity.default))
+    given = {**given}
+    for name, defaults in (("iterations", DEFAULT_ITERATIONS), ("step_size", DEFAULT_STEP_SIZE)):
+        if given.get(name) is None:
+            given[name] = defaults[by]
     return EnsembleOptions(*[row.check(name, given.get(name, row.default)) for name, row in _ENSEMBLE.items()])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pile_fast import terms
 from pile_fast.options import EnsembleOptions, LossOptions
 
-# Query granularity with missing scores divides by the share of the weight that a document's teachers hold; bounded below,
+# With missing scores a pull on the teachers' weights divides by the share of the weight that a document's teachers hold; bounded below,
 # or one document scored by an abandoned teacher alone would outvote its query.
 MIN_SHARE = 2.0**-10
 
@@ -39,7 +39,8 @@ def calibrate(teacher_logits: Tensor, present: Tensor, normalize: str) -> Tensor
     Args:
         teacher_logits: (Q, N, M), float.
         present: (Q, N, M) bool, see `present_teachers`.
-        normalize: "zscore" (mean 0, population standard deviation 1; a constant teacher becomes 0), "center" or "none".
+        normalize: "zscore" (mean 0, population standard deviation 1), "center", "none", "minmax" (lowest 0, highest 1) or
+            "logit" (`probability_logit`, then "zscore"). A constant teacher becomes 0 where a scale is divided out.
 
     Returns:
         (Q, N, M); 0 where a teacher is not present.
@@ -47,19 +48,31 @@ def calibrate(teacher_logits: Tensor, present: Tensor, normalize: str) -> Tensor
     t = torch.where(present, teacher_logits, 0.0)
     if normalize == "none" or t.shape[1] == 0:
         return t
+    if normalize == "logit":
+        t = torch.where(present, probability_logit(t), 0.0)
     # In float64 and in the teacher's own unit, a power of two: whatever its offset and scale, no digit is lost.
     wide = t.to(widest_dtype(t.device))
     unit = _power_of_two_near(wide.detach().abs().amax(1, keepdim=True))
     wide = wide / unit
-    count = present.sum(1, keepdim=True).clamp(min=1)
-    centered = torch.where(present, wide - wide.sum(1, keepdim=True) / count, 0.0)
+    lowest = torch.where(present, wide, torch.inf).amin(1, keepdim=True)
+    highest = torch.where(present, wide, -torch.inf).amax(1, keepdim=True)
+    if normalize == "minmax":
+        zero, scale = lowest, highest - lowest
+    else:
+        count = present.sum(1, keepdim=True).clamp(min=1)
+        zero = wide.sum(1, keepdim=True) / count
+        scale = (torch.where(present, wide - zero, 0.0).square().sum(1, keepdim=True) / count).sqrt()
+    centered = torch.where(present, wide - zero, 0.0)
     if normalize == "center":
         return (centered * unit).to(t.dtype)
-    deviation = (centered.square().sum(1, keepdim=True) / count).sqrt()
-    # By its extremes, not by its deviation: the rounding of a constant's mean must not be blown up to unit scale.
-    highest = torch.where(present, t, -torch.inf).amax(1, keepdim=True)
-    lowest = torch.where(present, t, torch.inf).amin(1, keepdim=True)
-    return torch.where(highest > lowest, centered / torch.where(highest > lowest, deviation, 1.0), 0.0).to(t.dtype)
+    # Constant by its extremes, not by its deviation: the rounding of its mean must not be blown up to unit scale.
+    return torch.where(highest > lowest, centered / torch.where(highest > lowest, scale, 1.0), 0.0).to(t.dtype)
+
+
+def probability_logit(p: Tensor) -> Tensor:
+    """log p − log(1 − p), of p kept between ε and 1 − ε, ε that of its dtype; the result has its dtype."""
+    wide, epsilon = p.to(widest_dtype(p.device)), torch.finfo(p.dtype).eps
+    return torch.logit(wide.clamp(epsilon, 1 - epsilon)).to(p.dtype)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
@@ -110,8 +123,9 @@ def preference_pairs(labels: Tensor, labelled: Tensor, pair_weight: str, dtype: 
 
 class Ensemble(NamedTuple):
     logits: Tensor  # (Q, N), NaN where no teacher scored the document
-    weights: Tensor  # (Q, N, M) or (Q, M)
-    trace: Tensor  # (Q, iterations + 1)
+    weights: Tensor  # (Q, N, M), (Q, M) or, shared by all queries, (M,)
+    trace: Tensor  # (Q, iterations + 1), or (iterations + 1,)
+    pulls: Tensor  # (Q, M), see `ensemble`
 
 
 def ensemble(
@@ -131,61 +145,96 @@ def ensemble(
         options: see `pile_fast.options.EnsembleOptions`.
         prior: (M,) or (Q, M) weights to start from; None = uniform.
         return_trace: also the pairwise label loss before each iteration and after the last; else an empty trace.
+
+    Returns:
+        Logits, weights, trace, and each query's pull g_q on weights that its documents share, at the end: the slope of its
+        label loss, downwards. NaN where there is none: in a query without a pair, and for a teacher that scored nothing of it.
     """
     dtype = teacher_logits.dtype
     present = present_teachers(teacher_logits, valid, prior)
     t = calibrate(teacher_logits, present, options.normalize)
     offset = common_offset(t, present)
     t = torch.where(present, t - offset, 0.0)
-    scored = present.any(-1)
+    scored, here = present.any(-1), present.any(1)
     labelled = scored & labels.isfinite()
     omega = preference_pairs(labels, labelled, options.pair_weight, dtype)
     k = omega.sum(2) + omega.sum(1)
     total = omega.sum((1, 2))
+    has_pairs = total > 0
+    total = torch.where(has_pairs, total, 1.0)
+    pulled = has_pairs.unsqueeze(-1) & here  # (Q, M)
     trace = []
 
     log_prior = t.new_zeros(1) if prior is None else prior.to(dtype).clamp(min=0).log()
-    by_document = options.granularity == "document"
-    # The exponents add up over the iterations: one number a_i per document, or one b_m per teacher.
-    exponent = t.new_zeros(t.shape[:2] if by_document else (t.shape[0], t.shape[2]))
+    by_document, shared = options.granularity == "document", options.granularity == "shared"
+    # The exponents add up over the iterations: one number per document, per teacher and query, or per teacher.
+    queries, documents, teachers = t.shape
+    exponent = t.new_zeros((queries, documents) if by_document else (1 if shared else queries, teachers))
 
     def document_weights() -> Tensor:
         energy = log_prior.unsqueeze(-2) + (exponent.unsqueeze(-1) * t if by_document else exponent.unsqueeze(1))
         return softmax_or_zero(energy, present)
 
     def query_weights() -> Tensor:
-        return softmax_or_zero(log_prior + exponent, present.any(1))
+        return softmax_or_zero(log_prior + exponent, here)
 
     def label_loss(s: Tensor) -> Tensor:
         difference = s.unsqueeze(2) - s.unsqueeze(1)
-        loss = omega * F.softplus((options.margin - difference) / options.temperature)
-        return loss.sum((1, 2)) / torch.where(total > 0, total, 1.0)
+        loss = (omega * F.softplus((options.margin - difference) / options.temperature)).sum((1, 2)) / total
+        return loss.sum() / has_pairs.sum().clamp(min=1) if shared else loss
+
+    def direction(s: Tensor) -> Tensor:  # λ
+        difference = s.unsqueeze(2) - s.unsqueeze(1)
+        p = omega * torch.sigmoid((options.margin - difference) / options.temperature)
+        return p.sum(2) - p.sum(1)
+
+    def pull(s: Tensor) -> Tensor:
+        # ds_i/dw_m = (t_im − s_i) / share_i, share_i what the teachers present at i hold of the query's weight. Without
+        # missing scores this is Σ_i λ_i t_im up to a constant that the normalisation removes.
+        share = torch.where(present, query_weights().unsqueeze(1), 0.0).sum(-1).clamp(min=MIN_SHARE)
+        force = (direction(s) / share).unsqueeze(-1)
+        return torch.where(present, force * (t - s.unsqueeze(-1)), 0.0).sum(1) / total.unsqueeze(-1)
 
     for _ in range(options.iterations):
         s = (document_weights() * t).sum(-1)
         if return_trace:
             trace.append(label_loss(s))
-        difference = s.unsqueeze(2) - s.unsqueeze(1)
-        p = omega * torch.sigmoid((options.margin - difference) / options.temperature)
-        direction = p.sum(2) - p.sum(1)  # λ
         if by_document:
-            exponent = exponent + options.step_size * direction / torch.where(k > 0, k, 1.0)
+            exponent = exponent + options.step_size * direction(s) / torch.where(k > 0, k, 1.0)
+        elif shared:
+            mean = torch.where(pulled, pull(s), 0.0).sum(0) / pulled.sum(0).clamp(min=1)
+            exponent = shared_step(exponent, mean, has_pairs.sum(), options)
         else:
-            # ds_i/dw_m = (t_im − s_i) / share_i, share_i what the teachers present at i hold of the query's weight. Without
-            # missing scores this is Σ_i λ_i t_im up to a constant that the normalisation removes.
-            share = torch.where(present, query_weights().unsqueeze(1), 0.0).sum(-1).clamp(min=MIN_SHARE)
-            pull = torch.where(present, (direction / share).unsqueeze(-1) * (t - s.unsqueeze(-1)), 0.0).sum(1)
-            exponent = exponent + options.step_size * pull / torch.where(total > 0, total, 1.0).unsqueeze(-1)
+            exponent = exponent + options.step_size * pull(s)
 
     weights = document_weights()
     s = (weights * t).sum(-1)
     if return_trace:
         trace.append(label_loss(s))
+    if shared:
+        weights = (log_prior + exponent).expand(1, teachers).softmax(-1).squeeze(0)
+    elif not by_document:
+        weights = query_weights()
     return Ensemble(
         torch.where(scored, s + offset.squeeze(-1), torch.nan),
-        weights if by_document else query_weights(),
-        torch.stack(trace, 1) if trace else t.new_zeros((t.shape[0], 0)),
+        weights,
+        torch.stack(trace, -1) if trace else t.new_zeros((0,) if shared else (queries, 0)),
+        t.new_zeros((0, teachers)) if by_document else torch.where(pulled, pull(s), torch.nan),
     )
+
+
+def shared_step(exponent: Tensor, pull: Tensor, queries: Tensor | float, options: EnsembleOptions) -> Tensor:
+    """The next exponents (..., M) of weights that all queries share: a proximal step on the mean label loss plus
+    shrinkage / (2 queries) |a|². With few labelled queries the weights stay near the mean ensemble's.
+
+    Args:
+        exponent: (..., M), the present ones.
+        pull: (M,), the mean pull of the labelled queries.
+        queries: how many those are, in all of the data.
+        options: `step_size` and `shrinkage`.
+    """
+    moved = exponent - exponent.mean(-1, keepdim=True) + options.step_size * pull
+    return torch.where(queries > 0, moved / (1 + options.step_size * options.shrinkage / queries), exponent)
 
 
 def softmax_or_zero(energy: Tensor, present: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ inline Batch read_batch(PyObject* sizes, PyObject* views) {
 }
 
 inline Outputs read_outputs(PyObject* addresses) {
-  if (PyTuple_GET_SIZE(addresses) != 5) throw py::type_error("malformed call");
-  return {address(addresses, 0), address(addresses, 1), address(addresses, 2), address(addresses, 3), address(addresses, 4)};
+  if (PyTuple_GET_SIZE(addresses) != 6) throw py::type_error("malformed call");
+  return {address(addresses, 0), address(addresses, 1), address(addresses, 2),
+          address(addresses, 3), address(addresses, 4), address(addresses, 5)};
 }
 
 inline void check_inputs(const Batch& batch, const EnsembleOptions* ensemble, const LossOptions* loss) {

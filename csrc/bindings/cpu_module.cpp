@@ -29,10 +29,11 @@ bool offsets_fit(const pile::Batch& batch) {
 }
 
 int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss,
-            py::tuple outputs, bool float64, int threads) {
+            py::tuple outputs, uintptr_t exponents, bool float64, int threads) {
   pile::Job job;
   job.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   job.out = pile::bindings::read_outputs(outputs.ptr());
+  job.exponents = reinterpret_cast<double*>(exponents);
   job.ensemble = ensemble;
   job.loss = loss;
   job.float64 = float64;

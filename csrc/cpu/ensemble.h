@@ -4,6 +4,8 @@
 // tilted mean s_i = Σ_m e^{a_i t_im} t_im / Σ_m e^{a_i t_im}, taken relative to the highest (a_i >= 0) or lowest teacher, so
 // that every exponent is <= 0 and differences of close teachers are exact.
 //
+// Weights that all queries share come from outside, iteration by iteration (Run::fit); here is each query's pull on them.
+//
 // One iteration reads the calibrated teachers once: update, tilt (M exponentials per document) and deposit in one pass; then
 // the pair sums. Bytes per document and iteration: 4 M + 28 (float32). Operations per iteration and vector of documents: 13 M
 // for the exponentials, 50 to deposit into 4 cells, 20 to locate and evaluate; for direct sums 6 n (AVX-512). What limits it is
@@ -27,9 +29,9 @@ class EnsembleQuery {
   using Table = FieldTable<T, kPowers<T>>;
 
   // The leader calls this; `order` holds the documents that some teacher scored. `missing`: some score among them is missing.
-  // `tables` are those of ±margin / temperature.
-  void plan(const Batch& batch, const EnsembleOptions& options, int64_t q, const Order& order, bool missing, const Table* plus,
-            const Table* minus, Arena& arena) {
+  // `tables` are those of ±margin / temperature. `by_pairs`: there will be iterations, pulls or a trace.
+  void plan(const Batch& batch, const EnsembleOptions& options, int64_t q, const Order& order, bool missing, bool by_pairs,
+            const Table* plus, const Table* minus, Arena& arena) {
     options_ = &options;
     order_ = &order;
     plus_ = plus;
@@ -37,33 +39,58 @@ class EnsembleQuery {
     n_ = order.n;
     by_document_ = options.granularity == Granularity::document;
     has_prior_ = batch.prior.data != nullptr;
-    active_ = order.has_pairs();
+    active_ = by_pairs && order.has_pairs();
     teachers_.plan(batch, options.normalize, q, order, missing, arena);
     a_ = arena.take<T>(n_);
     u_ = arena.take<T>(n_);
     weight_ = arena.take<T>(teachers_.count);
+    g_ = arena.take<double>(teachers_.count);
     if (active_) weights_ = pair_weights<T>(order, options.pair_weight, arena);
   }
 
-  // Calibrate, iterate; then logit() and weights() are ready. `trace`: T + 1 losses, or nullptr.
-  void run(const Member& m, T* trace) {
+  // Calibrate the teachers, make the sums ready.
+  void prepare(const Member& m, bool trace) {
     each_vector<T>(m, n_, [&](int k) { store(a_ + k, Vec<T>{}); });
     teachers_.calibrate(m);
-    if (!by_document_) {
-      if (m.leads()) refresh_query_weights();
-      m.sync();
+    if (m.leads()) {
+      if (!by_document_) refresh_query_weights();
+      if (active_) prepare_sums(*m.arena, trace);
     }
-    if (active_) {
-      if (m.leads()) prepare_sums(*m.arena, trace != nullptr);
-      m.sync();
-      for (int64_t it = 0; it < options_->iterations; ++it) {
-        if (n_ >= kPollIteration || it % 256 == 255) m.poll();
-        if (pairs_.direct)
-          iterate_direct(m, trace, it);
-        else
-          iterate_fields(m, trace, it);
+    m.sync();
+  }
+
+  // After prepare(): the pulls at weights from outside, given also as their logarithms, the largest 0; and the label loss there,
+  // to `loss` unless it is nullptr.
+  void pull_at(const Member& m, const T* weights, const T* energies, T* loss) {
+    if (m.leads()) {
+      bool all = true;
+      for (int t = 0; t < teachers_.count; ++t) {
+        teachers_.energy[t] = energies[t];
+        weight_[t] = weights[t];
+        all &= teachers_.scored(t);
+      }
+      if (!all) refresh_query_weights();
+    }
+    m.sync();
+    pull(m, loss);
+  }
+
+  // Iterate after prepare(); then logits() and weights are ready. `trace`: T + 1 losses, or nullptr. `with_pulls`: also pulls().
+  void run(const Member& m, T* trace, bool with_pulls) {
+    for (int64_t it = 0; active_ && it < options_->iterations; ++it) {
+      if (n_ >= kPollIteration || it % 256 == 255) m.poll();
+      if (by_document_) {
+        sweep(m, trace ? trace + it : nullptr, it);
+      } else {
+        pull(m, trace ? trace + it : nullptr);
+        if (m.leads()) {
+          for (int t = 0; t < teachers_.count; ++t) teachers_.energy[t] += T(options_->step_size * g_[t]);
+          refresh_query_weights();
+        }
+        m.sync();
       }
     }
+    if (with_pulls && active_) pull(m, nullptr);
     each_vector<T>(m, n_, [&](int k) { store(u_ + k, tilt(k)); });
     m.sync();
     if (trace) {
@@ -77,7 +104,10 @@ class EnsembleQuery {
   // Ensemble logits by position, after run(); `common()` below those of the teachers.
   const T* logits() const { return u_; }
   double common() const { return teachers_.common; }
-  // Granularity "query": the teachers' weights.
+  // The slope of the label loss, downwards, along a teacher's weight, of weights that all documents share; NaN if it has none.
+  double pull(int t) const { return active_ && teachers_.scored(t) ? g_[t] : __builtin_nan(""); }
+  bool active() const { return active_; }
+  // Weights that all documents of the query share.
   const T* query_weights() const { return weight_; }
   // Granularity "document": those of position k, to out[0, M).
   void document_weights(int k, T* out) const {
@@ -130,7 +160,7 @@ class EnsembleQuery {
     return above > high ? high : above;
   }
 
-  // Granularity "query": what the teachers present at the documents from k on hold of the query's weight.
+  // Weights that documents share: what the teachers present at the documents from k on hold of the query's weight.
   PILE_INLINE Vec<T> share(int k) const {
     if (!teachers_.missing) return splat<T>(1);
     Vec<T> held = {};
@@ -157,7 +187,28 @@ class EnsembleQuery {
     }
   }
 
-  void iterate_direct(const Member& m, T* trace, int64_t it) {
+  // The pair sums of an iteration, and from them the exponents of granularity "document", or pull_. `loss`: where the label loss
+  // goes, or nullptr.
+  void sweep(const Member& m, T* loss, int64_t it) {
+    if (pairs_.direct)
+      sweep_direct(m, loss);
+    else
+      sweep_fields(m, loss, it);
+    m.sync();
+  }
+
+  void pull(const Member& m, T* loss) {
+    sweep(m, loss, 0);
+    if (!m.leads()) return;
+    for (int t = 0; t < teachers_.count; ++t) {
+      double total = 0;
+      for (int p = 0; p < pull_parts_; ++p)
+        total += double(sum<T>(load(pull_ + (int64_t(p) * teachers_.count + t) * kLanes<T>)));
+      g_[t] = total / weights_.total;
+    }
+  }
+
+  void sweep_direct(const Member& m, T* loss) {
     const int n = order_->labelled;
     const T per_unit = T(1 / options_->temperature);
     // Two loops over the same positions: together their chains of dependent instructions are too long to overlap.
@@ -167,13 +218,12 @@ class EnsembleQuery {
       pairs_.sums.clear(k);
     });
     m.sync();
-    if (trace) trace_loss(m, trace + it, 1);
+    if (loss) trace_loss(m, loss, 1);
     pairs_.template with_pairs<false>(u_, [&](auto pairs) { all_pairs<T>(m, pairs, n, pairs_.sums, nullptr); });
     for (int p = m.rank; p < pieces(n); p += m.size) update(p, p * kPiece, smaller(n, (p + 1) * kPiece), -1);
-    finish_update(m);
   }
 
-  void iterate_fields(const Member& m, T* trace, int64_t it) {
+  void sweep_fields(const Member& m, T* loss, int64_t it) {
     const T per_unit = T(1 / options_->temperature);
     for (int c = m.rank; c < pairs_.fields.chunks; c += m.size) {
       m.poll();
@@ -187,7 +237,7 @@ class EnsembleQuery {
       }
     }
     m.sync();
-    if (trace) trace_loss(m, trace + it, 1);
+    if (loss) trace_loss(m, loss, 1);
     if (m.leads()) pairs_.fields.collect();
     m.sync();
     for (int b = m.rank; b < pairs_.fields.blocks; b += m.size) {
@@ -205,7 +255,6 @@ class EnsembleQuery {
     if (by_document_ && it + 1 < options_->iterations) return;
     for (int c = m.rank; c < pairs_.fields.chunks; c += m.size)
       update(c, pairs_.fields.chunk[c].begin, pairs_.fields.chunk[c].end, pairs_.fields.chunk[c].block);
-    finish_update(m);
   }
 
   // λ of the documents from k on: of the block's field (block >= 0), of direct sums (`add`), or both.
@@ -229,7 +278,7 @@ class EnsembleQuery {
     }
   }
 
-  // Granularity "query": Σ λ (t − s) / share of every teacher, lane by lane.
+  // Weights that documents share: Σ λ (t − s) / share of every teacher, lane by lane.
   void pull_teachers(int piece, int begin, int end, int block, bool add) {
     T* pull = pull_ + int64_t(piece) * teachers_.count * kLanes<T>;
     for (int t = 0; t < teachers_.count; ++t) store(pull + t * kLanes<T>, Vec<T>{});
@@ -259,21 +308,6 @@ class EnsembleQuery {
       }
     }
     for (int i = 0; i < N; ++i) store(pull + (t + i) * kLanes<T>, sums[i]);
-  }
-
-  void finish_update(const Member& m) {
-    m.sync();
-    if (by_document_) return;
-    if (m.leads()) {
-      for (int t = 0; t < teachers_.count; ++t) {
-        double total = 0;
-        for (int p = 0; p < pull_parts_; ++p)
-          total += double(sum<T>(load(pull_ + (int64_t(p) * teachers_.count + t) * kLanes<T>)));
-        teachers_.energy[t] += T(options_->step_size * total / weights_.total);
-      }
-      refresh_query_weights();
-    }
-    m.sync();
   }
 
   // Softmax of the energies over the teachers that scored some document of the query.
@@ -309,7 +343,8 @@ class EnsembleQuery {
   LabelSums<T, T> pairs_;
   T *a_ = nullptr, *u_ = nullptr, *traced_ = nullptr;  // exponents; logits / temperature
   T* weight_ = nullptr;                                // by teacher
-  T* pull_ = nullptr;
+  T* pull_ = nullptr;                                  // by part of the documents and teacher, a vector each
+  double* g_ = nullptr;                                // by teacher: the last pull
   LabelPairLoss<T> label_loss_;
 };
 

@@ -8,12 +8,14 @@
 
 namespace pile {
 
-// ensemble and loss, either or both: an ensemble alone, a loss against batch.target, or a loss against the ensemble.
+// ensemble and loss, either or both: an ensemble alone, a loss against batch.target, or a loss against the ensemble. Weights that
+// all queries share are the prior's; with `exponents` the call does nothing but fit them.
 struct Job {
   Batch batch;
   const EnsembleOptions* ensemble = nullptr;
   const LossOptions* loss = nullptr;
   Outputs out;
+  double* exponents = nullptr;  // M; then out.trace is the batch's, iterations + 1
   bool float64 = false;  // the arithmetic
   int threads = 1;
   // The first query whose labels cannot be compared (infinite, or integers from 2^53 on), -1 while there is none.

@@ -6,6 +6,8 @@
 // is the same, to the bit.
 #pragma once
 
+#include <new>
+
 #include "ensemble.h"
 #include "job.h"
 #include "loss.h"
@@ -34,25 +36,9 @@ class Run {
       if (gradient_ && !as_computed) gradient_ = m.arena->take<T>(documents());
     }
     m.sync();
-    const bool shared = m.size > 1 && share_long_queries(m);
-    if (shared) {
-      for (int64_t q = 0; q < batch_.queries; ++q) {
-        if (batch_.length(q) < kLong) continue;
-        query(m, team_, q);
-      }
-      m.sync();
-    }
-    const int64_t grain = larger<int64_t>(1, smaller<int64_t>(64, batch_.queries / (16 * m.size)));
-    const Member alone = {0, 1, m.state, m.arena, m.calls};
-    Scratch own;
-    for (;;) {
-      const int64_t begin = m.take_queries(grain);
-      if (begin >= batch_.queries) break;
-      m.poll();
-      for (int64_t q = begin; q < smaller(begin + grain, batch_.queries); ++q)
-        if (!shared || batch_.length(q) < kLong) query(alone, own, q);
-    }
-    m.sync();
+    const bool by_team = m.size > 1 && share_long_queries(m);
+    if (job_.exponents) return fit(m, by_team);
+    each_query(m, by_team, [&](const Member& who, Scratch& s, int64_t q) { query(who, s, q); });
     if (job_.loss) reduce(m);
     if (job_.out.logits && m.leads())  // documents of no query
       for (int64_t d = covered(); d < documents(); ++d) static_cast<T*>(job_.out.logits)[d] = T(__builtin_nan(""));
@@ -74,6 +60,35 @@ class Run {
     EnsembleQuery<T> ensemble;
     QueryLoss<T> loss;
   };
+
+  // A query of a fit, which stays in memory through all iterations.
+  struct Prepared {
+    Order order;
+    EnsembleQuery<T> ensemble;
+  };
+
+  // visit(member, scratch, query): long ones `by_team`, the others as members are free.
+  template <class Visit>
+  void each_query(const Member& m, bool by_team, Visit visit) {
+    if (by_team) {
+      for (int64_t q = 0; q < batch_.queries; ++q) {
+        if (batch_.length(q) < kLong) continue;
+        visit(m, team_, q);
+      }
+      m.sync();
+    }
+    const int64_t grain = larger<int64_t>(1, smaller<int64_t>(64, batch_.queries / (16 * m.size)));
+    const Member alone = {0, 1, m.state, m.arena, m.calls};
+    Scratch own;
+    for (;;) {
+      const int64_t begin = m.take_queries(grain);
+      if (begin >= batch_.queries) break;
+      m.poll();
+      for (int64_t q = begin; q < smaller(begin + grain, batch_.queries); ++q)
+        if (!by_team || batch_.length(q) < kLong) visit(alone, own, q);
+    }
+    m.sync();
+  }
 
   int64_t documents() const { return batch_.packed() ? batch_.slots : batch_.queries * batch_.slots; }
   int64_t covered() const { return batch_.queries ? batch_.begin(batch_.queries - 1) + batch_.length(batch_.queries - 1) : 0; }
@@ -106,10 +121,23 @@ class Run {
     return last * m.size > total + total / 4;
   }
 
+  struct Counts {
+    int valid, scored, missing;
+  };
+
   void query(const Member& m, Scratch& s, int64_t q) {
     const int slots = int(batch_.length(q));
-    if (slots >= kPollQuery) m.poll();
     const Arena::Mark own = m.arena->mark();
+    const Counts found = look_at(m, s, q, slots);
+    if (job_.ensemble) run_ensemble(m, s, q, slots, found.scored, found.missing > 0);
+    if (job_.loss) run_loss(m, s, q, slots, found.valid, found.scored);
+    m.sync();
+    m.arena->release(own);
+  }
+
+  // Takes the memory that a query begins with, and looks at its slots.
+  Counts look_at(const Member& m, Scratch& s, int64_t q, int slots) {
+    if (slots >= kPollQuery) m.poll();
     if (m.leads()) {
       s.valid = m.arena->take<uint8_t>(slots);
       s.scored = job_.ensemble ? m.arena->take<uint8_t>(slots) : nullptr;
@@ -126,17 +154,119 @@ class Run {
     m.sync();
     scan(m, s, q, slots);
     m.sync();
-    int valid = 0, scored = 0, missing = 0;
+    Counts found = {0, 0, 0};
     for (int p = 0; p < pieces(slots); ++p) {
-      valid += s.counts[3 * p];
-      scored += s.counts[3 * p + 1];
-      missing += s.counts[3 * p + 2];
+      found.valid += s.counts[3 * p];
+      found.scored += s.counts[3 * p + 1];
+      found.missing += s.counts[3 * p + 2];
     }
-    if (job_.ensemble) run_ensemble(m, s, q, slots, scored, missing > 0);
-    if (job_.loss) run_loss(m, s, q, slots, valid, scored);
-    m.sync();
-    m.arena->release(own);
+    return found;
   }
+
+  // Weights that all queries share (docs/algorithm.md, 2a): every query with a pair is prepared once, then an iteration is a
+  // sweep over them, and a step by the sum of their pulls.
+  void fit(const Member& m, bool by_team) {
+    const int teachers = int(batch_.teachers);
+    if (m.leads()) {
+      prepared_ = m.arena->take<Prepared*>(batch_.queries);
+      pulls_ = m.arena->take<double>(batch_.queries * teachers);
+      label_losses_ = m.arena->take<T>(batch_.queries);
+      weights_ = m.arena->take<T>(teachers);
+      energies_ = m.arena->take<T>(teachers);
+    }
+    m.sync();
+    each_query(m, by_team, [&](const Member& who, Scratch& s, int64_t q) { prepare(who, s, q); });
+    T* trace = static_cast<T*>(job_.out.trace);
+    double* a = job_.exponents;
+    if (m.leads())
+      for (int t = 0; t < teachers; ++t) a[t] = 0;
+    const int64_t iterations = job_.ensemble->iterations;
+    for (int64_t it = 0; it < iterations + (trace != nullptr); ++it) {
+      if (m.leads()) {
+        set_weights();
+        m.state->next = 0;
+      }
+      m.sync();
+      each_query(m, by_team, [&](const Member& who, Scratch&, int64_t q) {
+        if (!prepared_[q]) return;
+        prepared_[q]->ensemble.pull_at(who, weights_, energies_, trace ? label_losses_ + q : nullptr);
+        for (int t = 0; who.leads() && t < teachers; ++t) pulls_[q * teachers + t] = prepared_[q]->ensemble.pull(t);
+      });
+      if (m.leads()) step(trace ? trace + it : nullptr, it < iterations);
+    }
+  }
+
+  // The query ready for the sweeps of a fit, or nullptr: it has no pair.
+  void prepare(const Member& m, Scratch& s, int64_t q) {
+    const int slots = int(batch_.length(q));
+    const Arena::Mark own = m.arena->mark();
+    const Counts found = look_at(m, s, q, slots);
+    s.sort.run(m, batch_.labels, label_offset(q), slots, found.scored < slots ? s.scored : nullptr, s.order);
+    if (m.leads()) {
+      check_labels(s.order, q);
+      prepared_[q] = nullptr;
+      if (s.order.has_pairs()) {
+        Prepared* kept = prepared_[q] = new (m.arena->take<Prepared>(1)) Prepared;
+        kept->order = s.order;
+        kept->ensemble.plan(batch_, *job_.ensemble, q, kept->order, found.missing > 0, true, plus_, minus_, *m.arena);
+      }
+    }
+    m.sync();
+    if (prepared_[q])
+      prepared_[q]->ensemble.prepare(m, job_.out.trace != nullptr);
+    else
+      m.arena->release(own);
+  }
+
+  // The weights of the present exponents.
+  void set_weights() {
+    const View& prior = batch_.prior;
+    const int teachers = int(batch_.teachers);
+    double top = -__builtin_inf();
+    const auto energy = [&](int t) {
+      double weight = 1;
+      if (prior.data) with_logits(prior, [&](const auto* data) { weight = double(read(data, t * prior.teacher)); });
+      return weight > 0 ? __builtin_log(weight) + job_.exponents[t] : -__builtin_inf();
+    };
+    for (int t = 0; t < teachers; ++t) top = larger(top, energy(t));
+    double total = 0;
+    for (int t = 0; t < teachers; ++t) total += __builtin_exp(energy(t) - top);
+    for (int t = 0; t < teachers; ++t) {
+      energies_[t] = T(energy(t) - top);
+      weights_[t] = T(__builtin_exp(energy(t) - top) / total);
+    }
+  }
+
+  // The mean label loss of this sweep, and, if it `moves`, reference.shared_step. Queries are added in order.
+  void step(T* loss, bool moves) {
+    const int teachers = int(batch_.teachers);
+    double* a = job_.exponents;
+    double losses = 0, center = 0;
+    int64_t queries = 0;
+    for (int64_t q = 0; q < batch_.queries; ++q) {
+      if (!prepared_[q]) continue;
+      ++queries;
+      if (loss) losses += double(label_losses_[q]);
+    }
+    if (loss) *loss = T(queries ? losses / double(queries) : 0.0);
+    if (!moves || queries == 0) return;
+    for (int t = 0; t < teachers; ++t) center += a[t] / teachers;
+    for (int t = 0; t < teachers; ++t) {
+      double pull = 0;
+      int64_t count = 0;
+      for (int64_t q = 0; q < batch_.queries; ++q) {
+        if (!prepared_[q]) continue;
+        const double own = pulls_[q * teachers + t];
+        count += own == own;
+        pull += own == own ? own : 0.0;
+      }
+      const double step = job_.ensemble->step_size;
+      a[t] = (a[t] - center + step * (count ? pull / double(count) : 0.0)) /
+             (1 + step * job_.ensemble->shrinkage / double(queries));
+    }
+  }
+
+  int64_t label_offset(int64_t q) const { return q * batch_.labels.query + batch_.first(q) * batch_.labels.document; }
 
   // Which slots hold a document, and which of those a teacher scored.
   void scan(const Member& m, Scratch& s, int64_t q, int slots) const {
@@ -188,17 +318,19 @@ class Run {
 
   void run_ensemble(const Member& m, Scratch& s, int64_t q, int slots, int scored, bool missing) {
     const EnsembleOptions& options = *job_.ensemble;
-    const int64_t begin = batch_.begin(q), offset = q * batch_.labels.query + batch_.first(q) * batch_.labels.document;
+    const int64_t begin = batch_.begin(q);
     T* trace = job_.out.trace ? static_cast<T*>(job_.out.trace) + q * (options.iterations + 1) : nullptr;
     T* logits = job_.out.logits ? static_cast<T*>(job_.out.logits) + begin : s.target;
     T* weights = static_cast<T*>(job_.out.weights);
+    T* pulls = static_cast<T*>(job_.out.pulls);
     const int64_t teachers = batch_.teachers;
+    const bool by_pairs = options.iterations > 0 || trace || pulls;
     const bool by_document = options.granularity == Granularity::document;
-    s.sort.run(m, batch_.labels, offset, slots, scored < slots ? s.scored : nullptr, s.order);
+    s.sort.run(m, batch_.labels, label_offset(q), slots, scored < slots ? s.scored : nullptr, s.order);
     if (m.leads()) {
       check_labels(s.order, q);
       s.after_order = m.arena->mark();
-      s.ensemble.plan(batch_, options, q, s.order, missing, plus_, minus_, *m.arena);
+      s.ensemble.plan(batch_, options, q, s.order, missing, by_pairs, plus_, minus_, *m.arena);
       if (scored < slots) {
         for (int i = 0; i < slots; ++i) logits[i] = T(__builtin_nan(""));
         if (weights && by_document)
@@ -206,7 +338,8 @@ class Run {
       }
     }
     m.sync();
-    s.ensemble.run(m, trace);
+    s.ensemble.prepare(m, trace != nullptr);
+    s.ensemble.run(m, trace, pulls != nullptr);
     const double common = job_.out.logits ? s.ensemble.common() : 0;  // a loss needs differences only
     for (int p = m.rank; p < pieces(scored); p += m.size) {
       for (int k = p * kPiece; k < smaller(scored, (p + 1) * kPiece); ++k) {
@@ -217,6 +350,8 @@ class Run {
     }
     if (weights && !by_document && m.leads())
       for (int64_t t = 0; t < teachers; ++t) weights[q * teachers + t] = s.ensemble.query_weights()[t];
+    if (pulls && m.leads())
+      for (int64_t t = 0; t < teachers; ++t) pulls[q * teachers + t] = T(s.ensemble.pull(int(t)));
     m.sync();
     if (m.leads()) m.arena->release(s.after_order);  // the loss works in the same memory
   }
@@ -285,6 +420,11 @@ class Run {
   uint8_t* has_pairs_ = nullptr;
   T* gradient_ = nullptr;
   Scratch team_;
+  // Of a fit: by query, pulls also by teacher.
+  Prepared** prepared_ = nullptr;
+  double* pulls_ = nullptr;
+  T* label_losses_ = nullptr;
+  T *weights_ = nullptr, *energies_ = nullptr;  // by teacher; energies are log weights, the largest 0
 };
 
 // No more threads than the work keeps busy for some 20 microseconds each.
@@ -293,7 +433,7 @@ inline int useful_threads(const Job& job) {
   const double documents = double(batch.packed() ? batch.slots : batch.queries * batch.slots);
   const double length = documents / larger<int64_t>(1, batch.queries);
   if (batch.queries == 1 && length < kLong) return 1;
-  const double passes = job.ensemble ? double(job.ensemble->iterations) + 2 : 2;
+  const double passes = job.ensemble ? double(job.ensemble->iterations) + (job.out.pulls ? 3 : 2) : 2;
   const double nanoseconds = documents * passes * (2 + double(batch.teachers) / 2 + smaller(length, 256.0) / 32);
   return int(larger(1.0, smaller(double(job.threads), nanoseconds / 20000)));
 }

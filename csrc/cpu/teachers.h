@@ -61,7 +61,7 @@ class Teachers {
       if (normalize_ == Normalize::none) take_off_what_is_common();
     }
     m.sync();
-    if (normalize_ == Normalize::zscore) {
+    if (by_deviation()) {
       for (int p = m.rank; p < pieces(n_); p += m.size)
         for (int t = 0; t < count; ++t) partial_[p * count + t].sum = squares(t, p);
       m.sync();
@@ -94,6 +94,8 @@ class Teachers {
   }
 
  private:
+  bool by_deviation() const { return normalize_ == Normalize::zscore || normalize_ == Normalize::logit; }
+
   struct Stats {
     double sum, count;
     T low, high;
@@ -131,6 +133,11 @@ class Teachers {
       }
     }
     mean_[t] = all.sum / all.count;
+    if (normalize_ == Normalize::minmax) {
+      const double low = double(all.low) * unit_[t], high = double(all.high) * unit_[t];
+      mean_[t] = low;
+      scale_[t] = high > low ? 1 / (high - low) : 0.0;
+    }
   }
 
   // Logits as they are: the middle of them all, where it is large beside their range. Ensembles and pairs are differences,
@@ -168,6 +175,8 @@ class Teachers {
           if (end == n_)  // what a last partial vector reads beyond
             for (int k = end; k < row_; ++k) row[k] = 0;
           Stats& own = partial_[p * count + t];
+          if (normalize_ == Normalize::logit)
+            for (int k = begin; k < end; ++k) row[k] = probability_logit(row[k]);
           own = stats(row, begin, end);
           if (own.low == -T(__builtin_inf()) || own.high == T(__builtin_inf())) {  // no score, as NaN
             for (int k = begin; k < end; ++k) row[k] = is_finite(row[k]) ? row[k] : T(__builtin_nan(""));
@@ -176,6 +185,13 @@ class Teachers {
         }
       }
     });
+  }
+
+  // See pile_fast/reference.py; what is not finite stays so.
+  static T probability_logit(T probability) {
+    if (!is_finite(probability)) return probability;
+    const double epsilon = sizeof(T) == 8 ? 0x1p-52 : 0x1p-23, p = smaller(larger(double(probability), epsilon), 1 - epsilon);
+    return T(__builtin_log(p) - __builtin_log1p(-p));
   }
 
   // In label order rows come too irregularly for the hardware to foresee.

@@ -61,7 +61,10 @@ void* Arena::take_bytes(int64_t bytes) {
       continue;
     }
     if (count_ == kMaxSlabs) throw std::bad_alloc();
+    int64_t held = 0;
+    for (int i = 0; i < count_; ++i) held += sizes_[i];
     int64_t size = count_ == 0 && first_ > kFirstSlab ? first_ : kFirstSlab;
+    while (size < held / 4) size *= 2;  // few slabs, however much many queries take together
     while (size < bytes) size *= 2;
     if (size > kHugePage && bytes > size / 2) size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     void* slab = nullptr;

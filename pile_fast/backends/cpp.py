@@ -69,6 +69,7 @@ def ensemble(
         trace.data_ptr() if return_trace else 0,
         0,
         0,
+        0,
     )
     _run(batch, options, None, outputs)
     return logits, weights, trace
@@ -79,34 +80,56 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def pile_loss(
-    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    return _loss(batch, of_ensemble if of_loss.alpha > 0 else None, of_loss, with_gradient)
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (batch.num_queries, batch.num_teachers) if with_pulls else (0,)
+    pulls = batch.teacher_logits.new_empty(*sizes, dtype=batch.dtype)
+    needed = of_loss.alpha > 0 or with_pulls
+    loss, gradient = _loss(batch, of_ensemble if needed else None, of_loss, with_gradient, pulls if with_pulls else None)
+    return loss, gradient, pulls
+
+
+def pulls(batch: RankingBatch, options: EnsembleOptions) -> tuple[Tensor, Tensor]:
+    like, queries = batch.teacher_logits, batch.num_queries
+    found = like.new_empty(queries, batch.num_teachers, dtype=batch.dtype)
+    trace = like.new_empty(queries, 1, dtype=batch.dtype)
+    _run(batch, options._replace(granularity="query", iterations=0), None, (0, 0, trace.data_ptr(), 0, 0, found.data_ptr()))
+    return found, torch.where(found.isnan().all(1), torch.nan, trace[:, 0])
+
+
+def fit_shared(batch: RankingBatch, options: EnsembleOptions, return_trace: bool) -> tuple[Tensor, Tensor]:
+    exponents = batch.teacher_logits.new_empty(batch.num_teachers, dtype=torch.float64)
+    trace = batch.teacher_logits.new_empty(options.iterations + 1 if return_trace else 0, dtype=batch.dtype)
+    outputs = (0, 0, trace.data_ptr() if return_trace else 0, 0, 0, 0)
+    _run(batch, options, None, outputs, exponents.data_ptr())
+    return exponents, trace
 
 
 def _loss(
-    batch: RankingBatch, of_ensemble: EnsembleOptions | None, options: LossOptions, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    student = batch.student_logits
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, options: LossOptions, with_gradient: bool,
+    pulls: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    student, to_pulls = batch.student_logits, 0 if pulls is None else pulls.data_ptr()
     loss = student.new_empty((batch.num_queries,) if options.reduction == "none" else (), dtype=batch.dtype)
     if with_gradient:
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        outputs = (0, 0, 0, loss.data_ptr(), gradient.data_ptr())
+        outputs = (0, 0, 0, loss.data_ptr(), gradient.data_ptr(), to_pulls)
     else:
         gradient = student.new_empty(0)
-        outputs = (0, 0, 0, loss.data_ptr(), 0)
+        outputs = (0, 0, 0, loss.data_ptr(), 0, to_pulls)
     _run(batch, of_ensemble, options, outputs)
     return loss, gradient
 
 
 def _run(
-    batch: RankingBatch, of_ensemble: EnsembleOptions | None, of_loss: LossOptions | None, outputs: tuple[int, ...]
-) -> None:
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, of_loss: LossOptions | None, outputs: tuple[int, ...],
+    exponents: int = 0,
+) -> None:  # fmt: skip
     failed = _cpu.run(
         native.sizes(batch), native.views(batch),
         None if of_ensemble is None else native.struct(_cpu, of_ensemble),
         None if of_loss is None else native.struct(_cpu, of_loss),
-        outputs, batch.dtype is torch.float64, torch.get_num_threads(),
+        outputs, exponents, batch.dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     if failed == _cpu.DONE:
         return

@@ -15,7 +15,8 @@ class Backend(Protocol):
     """A module of this package. It knows nothing of autograd.
 
     Outputs that a caller did not ask for are empty tensors. A gradient has the student's dtype and is that of the reduced loss
-    (for reduction "none": of each query's own loss).
+    (for reduction "none": of each query's own loss). Granularity "shared" comes here with `iterations` 0 only: the ensemble is
+    the mean weighted by `batch.prior`, which `pile_fast.shared` moves.
 
     Attributes:
         DEVICES: the device types it serves; () = any.
@@ -32,15 +33,22 @@ class Backend(Protocol):
     def ensemble(
         self, batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, weights, trace)."""
+        """(logits, weights, trace); no weights for granularity "shared"."""
+
+    def pulls(self, batch: RankingBatch, options: EnsembleOptions) -> tuple[Tensor, Tensor]:
+        """What `reference.ensemble` calls each query's pull (Q, M), and its label loss (Q,), with `batch.prior` as the weights
+        of all documents (whatever granularity and iterations say); NaN where there is none.
+
+        A backend may also have fit_shared(batch, options, return_trace), all sweeps of `pile_fast.shared.fit` in one call.
+        """
 
     def pair_loss(self, batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """(loss, gradient) of the student's loss against `batch.target_logits` and `batch.labels`."""
 
     def pile_loss(
-        self, batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, gradient) of ensemble and loss in one."""
+        self, batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, gradient, pulls) of ensemble and loss in one; `with_pulls` comes with granularity "shared" only."""
 
 
 def missing_term(keys: Container[str], loss: LossOptions | None) -> str:

@@ -25,8 +25,7 @@ def ensemble(
     batch: RankingBatch, options: EnsembleOptions, return_weights: bool, return_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     view = PaddedView(batch)
-    with torch.autocast(batch.device.type, enabled=False):
-        result = _ensemble(view, batch, options, return_trace)
+    result = _ensemble(view, batch, options, return_trace)
     weights = result.weights.new_empty(0)
     if return_weights:
         weights = view.unpad(result.weights, 0.0) if options.granularity == "document" else result.weights
@@ -40,20 +39,27 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def pile_loss(
-    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     view = PaddedView(batch)
-    target = None
-    if of_loss.alpha > 0:
-        with torch.autocast(batch.device.type, enabled=False):
-            target = _ensemble(view, batch, of_ensemble, False).logits
-    return _loss(view, batch, target, of_loss, with_gradient)
+    target, pulls = None, batch.teacher_logits.new_empty(0)
+    if of_loss.alpha > 0 or with_pulls:
+        result = _ensemble(view, batch, of_ensemble, False)
+        target, pulls = result.logits, result.pulls if with_pulls else pulls
+    return *_loss(view, batch, target, of_loss, with_gradient), pulls
+
+
+def pulls(batch: RankingBatch, options: EnsembleOptions) -> tuple[Tensor, Tensor]:
+    result = _ensemble(PaddedView(batch), batch, options._replace(granularity="query", iterations=0), True)
+    has_pairs = ~result.pulls.isnan().all(1)
+    return result.pulls, torch.where(has_pairs, result.trace[:, 0], torch.nan)
 
 
 def _ensemble(view: PaddedView, batch: RankingBatch, options: EnsembleOptions, return_trace: bool) -> reference.Ensemble:
     teachers, labels = view.pad(batch.teacher_logits).to(batch.dtype), view.labels(batch)
     assert labels is not None
-    return reference.ensemble(teachers, labels, view.valid, options, batch.prior, return_trace)
+    with torch.autocast(batch.device.type, enabled=False):
+        return reference.ensemble(teachers, labels, view.valid, options, batch.prior, return_trace)
 
 
 def _loss(

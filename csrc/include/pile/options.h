@@ -16,8 +16,8 @@ enum class DType : int32_t { f32, f64, bf16, f16, i64, i32, i16, i8, u8, boolean
   enum class Name : int32_t { __VA_ARGS__ }; \
   constexpr const char* names_of(Name) { return #__VA_ARGS__; }
 
-PILE_ENUM(Granularity, document, query)
-PILE_ENUM(Normalize, zscore, center, none)
+PILE_ENUM(Granularity, shared, document, query)
+PILE_ENUM(Normalize, zscore, center, none, minmax, logit)
 PILE_ENUM(PairWeight, none, label_gap, gain_gap)
 PILE_ENUM(PairSum, auto_, direct, chebyshev)
 PILE_ENUM(Reduction, mean, sum, none)
@@ -27,6 +27,7 @@ PILE_ENUM(Reduction, mean, sum, none)
   X(int64_t, iterations)         \
   X(double, step_size)           \
   X(Granularity, granularity)    \
+  X(double, shrinkage)           \
   X(Normalize, normalize)        \
   X(double, temperature)         \
   X(double, margin)              \
@@ -90,6 +91,7 @@ struct Outputs {
   void* trace = nullptr;     // Q x (iterations + 1)
   void* loss = nullptr;      // Q, or 1
   void* gradient = nullptr;  // documents
+  void* pulls = nullptr;     // Q x M, NaN where a query has none
 };
 
 }  // namespace pile
