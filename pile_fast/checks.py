@@ -32,6 +32,13 @@ def count(name: str, value: object) -> int:
     return value
 
 
+def positive_count(name: str, value: object) -> int:
+    """An int >= 1."""
+    if count(name, value) == 0:
+        raise ValueError(f"{name}: expected an int >= 1, got 0")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
 def choice(name: str, value: object, choices: Sequence[str | None]) -> str:
     """One of the choices; None is called "none"."""
     if value not in choices:

@@ -105,7 +105,7 @@ def pile_ensemble(
     if teacher_logits is None or labels is None:
         raise _missing(teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, prior=prior)
-    _check_fits(batch, chosen)
+    check_fits(batch, chosen)
     by = select(backend, batch, chosen, None)
     logits, weights, trace = autograd.ensemble(batch, chosen, return_weights, return_trace, by)
     return PILEEnsemble(logits, weights if return_weights else None, trace if return_trace else None)
@@ -271,11 +271,11 @@ def _of_pile(
         student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
         prior=prior,
     )  # fmt: skip
-    _check_fits(batch, of_ensemble)
+    check_fits(batch, of_ensemble)
     return batch, of_ensemble, of_loss, select(backend, batch, of_ensemble, of_loss)
 
 
-def _check_fits(batch: RankingBatch, options: EnsembleOptions) -> None:
+def check_fits(batch: RankingBatch, options: EnsembleOptions) -> None:
     """What options say of tensors."""
     if batch.prior is not None and batch.prior.dim() == 2 and options.granularity == "shared":
         raise ValueError(

@@ -17,8 +17,8 @@ from torch import Tensor
 from pile_fast import terms
 from pile_fast.options import EnsembleOptions, LossOptions
 
-# With missing scores a pull on the teachers' weights divides by the share of the weight that a document's teachers hold; bounded below,
-# or one document scored by an abandoned teacher alone would outvote its query.
+# With missing scores a pull on the teachers' weights divides by the share of the weight that a document's teachers hold. It is
+# bounded below, or one document scored by an abandoned teacher alone would outvote its query.
 MIN_SHARE = 2.0**-10
 
 
@@ -223,7 +223,7 @@ def ensemble(
     )
 
 
-def shared_step(exponent: Tensor, pull: Tensor, queries: Tensor | float, options: EnsembleOptions) -> Tensor:
+def shared_step(exponent: Tensor, pull: Tensor, queries: Tensor, options: EnsembleOptions) -> Tensor:
     """The next exponents (..., M) of weights that all queries share: a proximal step on the mean label loss plus
     shrinkage / (2 queries) |a|². With few labelled queries the weights stay near the mean ensemble's.
 
