@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [loss for loss in problems.losses(min(10, target.iterations)) if target.repeats or not loss.repeats]
         metafunc.parametrize("loss", rows, ids=lambda loss: loss.name)
     if "granularity" in names:
-        metafunc.parametrize("granularity", ["document", "query"])
+        metafunc.parametrize("granularity", ["shared", "document", "query"])
     if "shape_of_nothing" in names:
         metafunc.parametrize("shape_of_nothing", SHAPES_OF_NOTHING.values(), ids=SHAPES_OF_NOTHING)
 

@@ -110,10 +110,17 @@ def losses(iterations: int) -> list[Loss]:
             name = f"label-{term}-{weight}"
             rows.append(Loss(name, lambda z, t, y, alone=alone, **kw: alone(z, y, **kw), term, repeats=weight is None))
     both = functools.partial(pile_fast.pile_loss, alpha=0.5, iterations=iterations)
-    rows.append(Loss("pile", both, repeats=True))
+    rows.append(Loss("pile", functools.partial(both, granularity="document"), repeats=True))
     rows.append(Loss("pile-query", functools.partial(both, granularity="query", pair_weight="gain_gap")))
+    rows.append(Loss("pile-shared", _with_weights, repeats=True))
     # Where calls are dear, a term with its defaults says enough.
     return [row._replace(repeats=row.repeats or row.term not in (None, type(row.term)())) for row in rows]
+
+
+def _with_weights(z: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """With weights that all queries share, which were fitted elsewhere."""
+    prior = torch.arange(1, t.shape[-1] + 1, dtype=torch.float32, device=t.device)
+    return pile_fast.pile_loss(z, t, y, **dict(alpha=0.5, granularity="shared", iterations=0, prior=prior) | options)
 
 
 def run(loss: Callable[..., Tensor], z: Tensor, t: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,10 @@ def zscore(t):
 def test_of_little(ensemble, granularity, shape_of_nothing):
     q, n = shape_of_nothing
     out = ensemble(torch.randn(q, n, 3), torch.zeros(q, n), granularity=granularity, iterations=2, return_trace=True)
-    assert out.logits.shape == (q, n) and out.trace.shape == (q, 3)
+    assert out.logits.shape == (q, n) and out.trace.shape == ((3,) if granularity == "shared" else (q, 3))
     assert (out.logits == 0).all()  # zscore of one document
-    assert out.weights.shape == ((q, n, 3) if granularity == "document" else (q, 3))
+    assert out.weights.shape == {"shared": (3,), "document": (q, n, 3), "query": (q, 3)}[granularity]
+    assert out.trace.isfinite().all() and out.weights.isfinite().all()
 
 
 def test_no_iterations_is_the_mean(ensemble, granularity):
@@ -32,8 +33,14 @@ def test_prior(ensemble, granularity):
     prior = torch.tensor([2.0, 1.0, 1.0])
     out = ensemble(t, y, granularity=granularity, iterations=0, prior=prior)
     same(out.weights, (prior / 4).expand_as(out.weights))
-    each = ensemble(t, y, granularity=granularity, prior=prior.expand(3, 3))
-    same(each.logits, ensemble(t, y, granularity=granularity, prior=prior).logits)
+    if granularity == "shared":
+        with pytest.raises(
+            ValueError, match=r"prior: expected \(M,\) = \(3,\) for weights that all queries share, got \(3, 3\)"
+        ):
+            ensemble(t, y, granularity=granularity, prior=prior.expand(3, 3))
+    else:
+        each = ensemble(t, y, granularity=granularity, prior=prior.expand(3, 3))
+        same(each.logits, ensemble(t, y, granularity=granularity, prior=prior).logits)
     dropped = ensemble(t, y, granularity=granularity, prior=torch.tensor([1.0, 0.0, 1.0]))
     same(dropped.logits, ensemble(t[..., [0, 2]], y, granularity=granularity).logits)
     assert (dropped.weights[..., 1] == 0).all()
@@ -50,7 +57,7 @@ def test_weights_are_on_the_simplex_and_give_the_logits(ensemble, granularity):
         assert (out.weights[t.isnan()] == 0).all()
         same((out.weights * t.nan_to_num()).sum(-1)[scored], out.logits[scored])
     else:
-        same(out.weights.sum(-1), torch.ones(3))
+        same(out.weights.sum(-1), torch.ones(() if granularity == "shared" else 3))
 
 
 def test_between_lowest_and_highest_teacher(ensemble, how, granularity, target):
@@ -81,7 +88,8 @@ def test_missing_teacher_equals_dropped(ensemble, granularity):
     gone[..., 1] = torch.nan
     a, b = ensemble(gone, y, granularity=granularity), ensemble(t[..., [0, 2]], y, granularity=granularity)
     same(a.logits, b.logits)
-    same(a.weights[..., [0, 2]], b.weights)
+    kept = a.weights[..., [0, 2]]  # beside what "shared" keeps for a teacher of which it knows nothing
+    same(kept / kept.sum(-1, keepdim=True) if granularity == "shared" else kept, b.weights)
 
 
 def test_missing_document_equals_dropped(ensemble, granularity):
@@ -97,7 +105,7 @@ def test_unlabelled_document_keeps_the_mean(ensemble):
     _, t, y = batch()
     y = y.float()
     y[:, 3] = torch.nan
-    out, mean = ensemble(t, y), ensemble(t, y, iterations=0)
+    out, mean = ensemble(t, y, granularity="document"), ensemble(t, y, iterations=0)
     same(out.logits[:, 3], mean.logits[:, 3])
     assert (out.logits[:, 4] - mean.logits[:, 4]).abs().max() > 1e-3
 
@@ -129,15 +137,15 @@ def test_the_label_loss_falls_with_small_steps(ensemble, granularity, target):
     for missing in (0.0, 0.4):
         t[torch.rand(t.shape) < missing] = torch.nan
         step = 0.3 if granularity == "query" else 1.0
-        options = dict(granularity=granularity, step_size=step, iterations=min(30, target.iterations))
+        options = dict(granularity=granularity, step_size=step, iterations=min(30, target.iterations), shrinkage=0.0)
         trace = ensemble(t, y, return_trace=True, **options).trace
-        assert (trace.diff(dim=1) <= rises).all()
-        assert (trace[:, -1] < trace[:, 0] - 1e-4).all()
+        assert (trace.diff(dim=-1) <= rises).all()
+        assert (trace[..., -1] < trace[..., 0] - 1e-4).all()
 
 
 def test_many_steps_follow_the_labels_as_far_as_teachers_allow(ensemble):
     t = torch.tensor([[[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]]])
-    out = ensemble(t, torch.tensor([[2, 1, 0]]), iterations=200, normalize="none").logits
+    out = ensemble(t, torch.tensor([[2, 1, 0]]), iterations=200, normalize="none", granularity="document").logits
     same(out, torch.tensor([[2.0, 1.0, 0.0]]), rtol=0, atol=1e-2)
 
 
@@ -146,6 +154,12 @@ def test_padding(ensemble, granularity):
     mask = torch.rand(3, 21) < 0.7
     out = ensemble(t, y, granularity=granularity, mask=mask)
     assert (out.logits.isnan() == ~mask).all()
+    if granularity == "shared":  # one query's weights are those of its batch
+        filled = t.masked_fill(~mask.unsqueeze(-1), 7.0)
+        same(ensemble(filled, y, granularity=granularity, mask=mask).logits, out.logits)
+        packed = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        same(ensemble(t[mask], y[mask], granularity=granularity, cu_seqlens=packed).logits, out.logits[mask])
+        return
     for q in range(3):
         own = ensemble(t[q : q + 1, mask[q]], y[q : q + 1, mask[q]], granularity=granularity)
         same(own.logits[0], out.logits[q, mask[q]])
@@ -156,7 +170,14 @@ def test_packed(ensemble, granularity, ends):
     _, t, y = batch(1, 90)
     cu_seqlens = torch.tensor([0, *ends])
     options = dict(granularity=granularity, iterations=2, return_trace=True)
+    if granularity == "shared":  # the same bits for each query, but from given weights
+        options |= dict(iterations=0, prior=torch.tensor([0.5, 0.1, 0.4]))
     out = ensemble(t[0], y[0], cu_seqlens=cu_seqlens, **options)
+    if granularity == "shared":
+        for a, b in zip((0, *ends), ends, strict=False):
+            same(out.logits[a:b], ensemble(t[:, a:b], y[:, a:b], **options).logits[0])
+        assert out.trace.shape == (1,)
+        return
     assert out.logits[ends[-1] :].isnan().all() and out.trace.shape == (len(ends), 3)
     for q, (a, b) in enumerate(zip((0, *ends), ends, strict=False)):
         own = ensemble(t[:, a:b], y[:, a:b], **options)

@@ -40,8 +40,8 @@ def problem_of(sample):
 
 @pytest.mark.axes(
     **DATA,
-    granularity=["document", "query"],
-    normalize=["zscore", "center", "none"],
+    granularity=["shared", "document", "query"],
+    normalize=["zscore", "center", "none", "minmax", "logit"],
     pair_weight=PAIR_WEIGHTS,
     temperature=[0.5, 1.0, 2.0, 0.1],
     margin=[0.0, 0.3, -0.2],
@@ -51,6 +51,8 @@ def problem_of(sample):
 def test_ensembles(how, target, sample):
     _, t, y, where, options = problem_of(dict(sample))
     options["iterations"] = min(options["iterations"], target.iterations)
+    if options["normalize"] == "logit":
+        t = t.sigmoid()
     check_ensemble(t, y, how, **where, **options)
 
 
@@ -60,7 +62,7 @@ def test_ensembles(how, target, sample):
     alpha=[0.0, 0.3, 0.5, 1.0],
     distillation=terms_of("distill"),
     label_loss=terms_of("label"),
-    granularity=["document", "query"],
+    granularity=["shared", "document", "query"],
     pair_weight=PAIR_WEIGHTS,
     reduction=["mean", "sum", "none"],
     iterations=[0, 1, 3, 10],
@@ -131,6 +133,12 @@ def test_raw_logits_far_from_zero_beside_a_document_that_nobody_scored(how):
     t += 500
     t[:, 3] = NAN
     check_ensemble(t, y, how, normalize="none", iterations=2)
+    check_ensemble(t, y, how, normalize="minmax", iterations=2)
+
+
+def test_probabilities_at_their_ends(how):
+    t = torch.tensor([[[0.0, 1e-30, 1.0], [1e-9, 1.0, 1.0], [0.5, 0.5, 1.0], [1.0, 1 - 1e-7, 1.0], [NAN, 0.25, 1.0]]])
+    check_ensemble(t, torch.tensor([[0, 1, 0, 2, 1]]), how, normalize="logit", iterations=2)
 
 
 def test_half_precision_subnormals(how):
