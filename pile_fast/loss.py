@@ -117,9 +117,8 @@ class PILELoss(torch.nn.Module):
             )
         prior, options = self.prior, self._given
         if self._learns:
-            if isinstance(teacher_logits, Tensor) and teacher_logits.dim() > 1:
-                self._start(teacher_logits)
-            prior, options = self.weights, self._with_weights
+            self._start(student_logits, teacher_logits)
+            prior, options = self.weights if len(self.weights) else self.prior, self._with_weights
             if self.training and not self._frozen:
                 loss, pulls = pile_loss_and_pulls(
                     student_logits, teacher_logits, labels, mask, cu_seqlens, prior, self._backend, options,  # type: ignore[arg-type]
@@ -166,7 +165,7 @@ class PILELoss(torch.nn.Module):
             check_fits(batch, self._ensemble)
             by = backends.select(self._backend, batch, self._ensemble, None)
             exponents, _ = shared.fit(backends.load(by), batch, self._ensemble, False)
-            self._start(batch.teacher_logits, anew=True)
+            self._begin(batch.num_teachers)
             self.exponents.copy_(exponents)
             self.weights.copy_(shared.weights_of(exponents, self.prior))
             self.labelled_queries.fill_(batch.num_queries)
@@ -181,16 +180,24 @@ class PILELoss(torch.nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-    def _start(self, teacher_logits: Tensor, anew: bool = False) -> None:
-        """The state for so many teachers: at first, `anew`, or held against it."""
-        teachers, known = teacher_logits.shape[-1], self.exponents.shape[0]
-        if known == teachers and not anew:
+    def _start(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        """The state for so many teachers: at the first call, later held against it. A wrong call is left to the checks."""
+        tensors = isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor)
+        if not tensors or teacher_logits.dim() != student_logits.dim() + 1:
             return
-        if known > 0 and not anew:
+        teachers, known = teacher_logits.shape[-1], self.exponents.shape[0]
+        if known == 0:
+            self._begin(teachers)
+        elif known != teachers:
             raise ValueError(f"teacher_logits: expected {known} teachers, whose weights this loss has, got {teachers}")
-        zeros = torch.zeros(teachers, device=teacher_logits.device)
+
+    def _begin(self, teachers: int) -> None:
+        """The weights to start from."""
+        if self.prior is not None and self.prior.shape != (teachers,):
+            return  # the checks say it
+        zeros = torch.zeros(teachers, device=self.fitted.device)
         self.exponents, self.pending = zeros, zeros.new_zeros(2 * teachers + 2)
-        self.weights = shared.weights_of(zeros, self.prior).to(zeros.dtype)
+        self.weights = shared.weights_of(zeros, self.prior)
 
     @torch.no_grad()
     def _step(self, pulls: Tensor) -> None:

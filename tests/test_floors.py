@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "core": (
         "extras", "printable", "kernels", "_cpu", "_cuda", "checks", "terms", "options", "batch", "reference", "backends",
-        "autograd", "functional", "loss", "__init__",
+        "shared", "autograd", "functional", "loss", "__init__",
     ),
     "methods": ("ensembles", "evaluation"),
     "files and models": ("teachers", "data", "offline", "students", "trainer"),
