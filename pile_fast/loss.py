@@ -182,8 +182,10 @@ class PILELoss(torch.nn.Module):
 
     def _start(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
         """The state for so many teachers: at the first call, later held against it. A wrong call is left to the checks."""
-        tensors = isinstance(student_logits, Tensor) and isinstance(teacher_logits, Tensor)
-        if not tensors or teacher_logits.dim() != student_logits.dim() + 1:
+        for tensor in (student_logits, teacher_logits):
+            if not isinstance(tensor, Tensor) or tensor.is_nested:
+                return
+        if teacher_logits.dim() != student_logits.dim() + 1:
             return
         teachers, known = teacher_logits.shape[-1], self.exponents.shape[0]
         if known == 0:

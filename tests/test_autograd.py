@@ -112,7 +112,7 @@ def test_compiles_as_one_graph(loss, backend, reduction, packed):
     torch.testing.assert_close(got, z.grad)
 
 
-@pytest.mark.parametrize("granularity", ["document", "query"])
+@pytest.mark.parametrize("granularity", ["shared", "document", "query"])
 def test_ensemble_compiles_with_dynamic_shapes(backend, granularity):
     torch._dynamo.reset()
 
@@ -135,7 +135,7 @@ def test_inductor(backend):
     value = module(z.sin(), t, y)
     value.backward()
     got, z.grad = z.grad, None
-    want = pile_fast.pile_loss(z.sin(), t, y, alpha=0.5, backend=backend)
+    want = pile_fast.PILELoss(alpha=0.5, backend=backend)(z.sin(), t, y)
     want.backward()
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(got, z.grad)
@@ -149,6 +149,7 @@ def test_opcheck(backend):
     cu_seqlens, prior = torch.tensor([0, 5, 5, 36]), torch.rand(3)
     e = flat(ensemble_options(iterations=3, margin=0.1, pair_weight="label_gap"))
     by_query = flat(ensemble_options(iterations=3, granularity="query", normalize="center"))
+    by_document = flat(ensemble_options(iterations=3, granularity="document", normalize="minmax"))
     mean = flat(loss_options(alpha=0.5))
     none = flat(loss_options(alpha=0.5, distillation="mse", reduction="none"))
     cases = [  # no absent document for the ensemble: its NaN logit is unequal to itself
@@ -156,8 +157,9 @@ def test_opcheck(backend):
         (ops.ensemble.default, (packed[1], packed[2], None, cu_seqlens, None, *by_query, True, False, backend)),
         (ops.pair_loss.default, (z, t[..., 0], y, mask, None, *mean, True, backend)),
         (ops.pair_loss.default, (packed[0], packed[0], packed[2], None, cu_seqlens, *none, False, backend)),
-        (ops.pile_loss.default, (z.half(), t.half(), y, None, None, None, *e, *none, True, backend)),
-        (ops.pile_loss.default, (z.double(), t, y, None, None, None, *by_query, *mean, True, backend)),
+        (ops.pile_loss.default, (z.half(), t.half(), y, None, None, None, *e, *none, True, True, backend)),
+        (ops.pile_loss.default, (z.double(), t, y, None, None, None, *by_query, *mean, True, False, backend)),
+        (ops.pile_loss.default, (z, t, y, None, None, None, *by_document, *mean, False, False, backend)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)
@@ -194,7 +196,7 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store
 torch.manual_seed(1)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
 t, y = (x[rank::2] for x in torch.load(f"{folder}/inputs.pt"))
-pile_fast.pile_loss(model(t).squeeze(-1), t, y, alpha=0.5, backend=backend).backward()
+pile_fast.pile_loss(model(t).squeeze(-1), t, y, alpha=0.5, granularity="query", backend=backend).backward()
 torch.save(model.module.weight.grad, f"{folder}/gradient{rank}.pt")
 torch.distributed.barrier()
 os._exit(0)  # gloo's threads race the interpreter's exit
@@ -208,6 +210,6 @@ def test_two_processes_average_their_gradients(backend, tmp_path):
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     torch.manual_seed(1)
     model = torch.nn.Linear(3, 1)
-    pile_fast.pile_loss(model(t).squeeze(-1), t, y, alpha=0.5, backend=backend).backward()
+    pile_fast.pile_loss(model(t).squeeze(-1), t, y, alpha=0.5, granularity="query", backend=backend).backward()
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"gradient{rank}.pt"), model.weight.grad)

@@ -310,7 +310,7 @@ def test_options_go_by_name():
         struct = getattr(_cpu, options.__name__)()
         assert {name for name in dir(struct) if not name.startswith("_")} == set(options._fields)
     ensemble, loss = _cpu.EnsembleOptions(), _cpu.LossOptions()
-    with pytest.raises(ValueError, match="granularity: expected one of document, query, got 'list'"):
+    with pytest.raises(ValueError, match="granularity: expected one of shared, document, query, got 'list'"):
         ensemble.granularity = "list"
     with pytest.raises(AttributeError, match="stepsize"):
         ensemble.stepsize = 1.0
