@@ -16,7 +16,7 @@ struct Job {
   const LossOptions* loss = nullptr;
   Outputs out;
   double* exponents = nullptr;  // M; then out.trace is the batch's, iterations + 1
-  bool float64 = false;  // the arithmetic
+  bool float64 = false;         // the arithmetic
   int threads = 1;
   // The first query whose labels cannot be compared (infinite, or integers from 2^53 on), -1 while there is none.
   mutable std::atomic<int64_t> wrong_labels{-1};

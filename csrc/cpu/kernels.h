@@ -48,6 +48,8 @@ class Run {
   }
 
  private:
+  int64_t label_offset(int64_t q) const { return q * batch_.labels.query + batch_.first(q) * batch_.labels.document; }
+
   // What the members working on one query share.
   struct Scratch {
     Arena::Mark after_order;
@@ -266,8 +268,6 @@ class Run {
     }
   }
 
-  int64_t label_offset(int64_t q) const { return q * batch_.labels.query + batch_.first(q) * batch_.labels.document; }
-
   // Which slots hold a document, and which of those a teacher scored.
   void scan(const Member& m, Scratch& s, int64_t q, int slots) const {
     const View &mask = batch_.mask, &teacher = batch_.teacher;
@@ -326,7 +326,9 @@ class Run {
     const int64_t teachers = batch_.teachers;
     const bool by_pairs = options.iterations > 0 || trace || pulls;
     const bool by_document = options.granularity == Granularity::document;
-    s.sort.run(m, batch_.labels, label_offset(q), slots, scored < slots ? s.scored : nullptr, s.order);
+    const bool by_label = by_pairs || (job_.loss && job_.loss->alpha < 1);
+    if (!by_label) look_at_labels(m, s, q, slots);
+    s.sort.run(m, by_label ? batch_.labels : View{}, label_offset(q), slots, scored < slots ? s.scored : nullptr, s.order);
     if (m.leads()) {
       check_labels(s.order, q);
       s.after_order = m.arena->mark();
@@ -359,10 +361,27 @@ class Run {
   // Infinite labels, and integers that doubles do not tell apart: the call fails.
   void check_labels(const Order& order, int64_t q) const {
     if (order.labelled == 0) return;
-    const double limit = batch_.labels.dtype == DType::i64 ? 0x1p53 : __builtin_inf();
+    const double limit = label_limit();
     if (order.label[0] < limit && order.label[order.labelled - 1] > -limit) return;
     job_.report_wrong_labels(q);
   }
+  // The same where nothing goes by label.
+  void look_at_labels(const Member& m, const Scratch& s, int64_t q, int slots) const {
+    const View& labels = batch_.labels;
+    const int64_t offset = label_offset(q);
+    const double limit = label_limit();
+    with_labels(labels, [&](const auto* data) {
+      for (int p = m.rank; p < pieces(slots); p += m.size) {
+        int wrong = 0;
+        for (int i = p * kPiece; i < smaller(slots, (p + 1) * kPiece); ++i) {
+          const double y = double(read(data, offset + i * labels.document));
+          wrong |= s.valid[i] & (__builtin_fabs(y) >= limit);
+        }
+        if (wrong) job_.report_wrong_labels(q);
+      }
+    });
+  }
+  double label_limit() const { return batch_.labels.dtype == DType::i64 ? 0x1p53 : __builtin_inf(); }
 
   void run_loss(const Member& m, Scratch& s, int64_t q, int slots, int valid, int scored) {
     const LossOptions& options = *job_.loss;
