@@ -38,7 +38,7 @@ struct Workspace {
     kGain,      // by position, in [0, 1]
     kPerPair,   // by position: 1 / k_i, 0 without pairs
     kAbove,     // by position: Σ ω over the documents above
-    kExponent,  // by position: a_i; granularity "query": λ_i / share_i
+    kExponent,  // by position: a_i; of weights that documents share: λ_i / share_i
     kLow,
     kHigh,     // by position: lowest and highest teacher
     kLogit,    // by position while iterating, then by slot: s
