@@ -40,13 +40,15 @@ class EnsembleQuery {
     calibrate();
     if (call_.by_pairs()) order();
     start();
-    for (int it = 0; it < int(call_.ensemble.iterations); ++it) {
+    for (int it = 0;; ++it) {
+      const bool last = it == int(call_.ensemble.iterations);
       trace(it);
+      if (last && !call_.out.pulls) break;
       pull(it & 1);
+      if (!call_.by_document()) pull_teachers(last);
+      if (last) break;
       if (!call_.by_document()) reweight();
     }
-    trace(int(call_.ensemble.iterations));
-    if (call_.out.pulls) write_pulls();
     team_.sync();
     finish();
     return counts_;
@@ -174,24 +176,22 @@ class EnsembleQuery {
     set_logit(k, of.logit(k, slot_[k], exponent), write);
   }
 
-  // Weights that documents share: use(m, K times the pull on teacher m), after pull().
-  template <class Use>
-  PILE_DEVICE void pull_teachers(Use use) const {
+  // Weights that documents share: the pulls on the teachers, into their energies or, the last ones, into the output.
+  PILE_DEVICE void pull_teachers(bool last) const {
     const float *force = w_.field(w_.kExponent), *s = w_.field(w_.kLogit);
-    teachers().pull(team_, 0, counts_.labelled, [&](int k) { return slot_[k]; }, [&](int k) { return force[k]; }, s, use);
-  }
-  PILE_DEVICE void write_pulls() {
-    pull(0);
-    float* const to = static_cast<float*>(call_.out.pulls) + query_.index * count_;
-    pull_teachers([&](int m, double pulled) { to[m] = pull_of(w_.energy(count_)[m], pulled, pairs_); });
-  }
-
-  // Granularity "query": the teachers' energies, then every logit.
-  PILE_DEVICE void reweight() {
-    pull_teachers([&](int m, double pulled) {
-      if (pairs_ > 0) w_.energy(count_)[m] += float(call_.ensemble.step_size * pulled / pairs_);
-    });
+    float* const energy = w_.energy(count_);
+    teachers().pull(
+        team_, 0, counts_.labelled, [&](int k) { return slot_[k]; }, [&](int k) { return force[k]; }, s,
+        [&](int m, double pulled) {
+          if (last)
+            static_cast<float*>(call_.out.pulls)[query_.index * count_ + m] = pull_of(energy[m], pulled, pairs_);
+          else if (pairs_ > 0)
+            energy[m] += float(call_.ensemble.step_size * pulled / pairs_);
+        });
     team_.sync();
+  }
+  // Every logit by the new energies.
+  PILE_DEVICE void reweight() {
     refresh_weights(team_, w_.energy(count_), count_);
     team_.sync();
     const Teachers of = teachers();

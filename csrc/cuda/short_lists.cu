@@ -149,6 +149,8 @@ bool linear_time_is_faster(double queries, double n, double sweeps, double proce
 ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, int64_t sweeps, bool direct,
                      const Device& device) {
   ShortPlan plan;
+  // A workspace of more than 2^31 words, which only a list of a huge packed batch might want, is for run_long.
+  if (packed && Workspace::words(slots + 2 * kAlign, teachers) > 0x7fffffff) return plan;
   const int64_t mean = packed ? (slots + larger<int64_t>(queries, 1) - 1) / larger<int64_t>(queries, 1) : slots;
   if (mean > kLongest || (!direct && linear_time_is_faster(double(queries), double(mean), double(sweeps), device.processors)))
     return plan;

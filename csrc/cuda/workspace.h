@@ -62,7 +62,7 @@ struct Workspace {
   float* teachers = nullptr;  // [M][stride], calibrated, NaN = missing
   float* of_teachers = nullptr;
   double* partial = nullptr;
-  int64_t stride = 0;  // documents from field to field and teacher to teacher
+  int stride = 0;  // documents from field to field and teacher to teacher; an int, for the registers
 
   static PILE_SHARED int64_t words(int64_t documents, int teachers) {
     return documents * (kFields + teachers) + int64_t(kPerTeacher) * teachers + kPerQuery;
