@@ -6,10 +6,14 @@ PILE_FAST_CUDA_EMULATION set.
 
 import pytest
 import torch
-from contract.problems import check_ensemble, check_loss, losses, make, run
+from contract.problems import NAN, check_ensemble, check_loss, losses, make, run, same
 
 from pile_fast import pile_ensemble, pile_loss
 from pile_fast.backends import cuda as backend
+from pile_fast.backends import torch_reference
+from pile_fast.batch import RankingBatch
+from pile_fast.functional import pile_loss_and_pulls
+from pile_fast.options import ensemble_options
 
 module = backend._module()
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -36,12 +40,45 @@ def test_teachers_by_vector_loads_and_one_by_one(how, teachers):
         check_ensemble(t, y, how, iterations=1)
 
 
+# -- the queries' pulls on weights that all share
+
+
+def pulls_of(t, y, prior, where, how, **options):
+    given = RankingBatch(teacher_logits=t, labels=y, prior=prior, **where)
+    return backend.pulls(given, ensemble_options(pairwise=how["pairwise"], **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ends", [[1100], [1030, 1031, 1031, 1200], [3, 10, 250, 255, 260]])
+def test_pulls_of_lists_in_pieces_and_beyond_shared_memory(how, ends, dtype):
+    _, t, y, _ = make(ends[-1] + 2, 1, 3, missing=0.2, unlabelled=0.1)
+    t[0, : ends[0], 1] = NAN  # a teacher that scored nothing of the first query
+    prior = torch.tensor([0.5, 0.25, torch.finfo(torch.float32).tiny], dtype=dtype)
+    where = dict(cu_seqlens=torch.tensor([0, *ends]))
+    for options in (dict(), dict(pair_weight="gain_gap", margin=0.2, normalize="minmax")):
+        got = pulls_of(t[0], y[0], prior, where, how, **options)
+        exact = RankingBatch(teacher_logits=t[0].double(), labels=y[0], prior=prior.double(), **where)
+        for a, b in zip(got, torch_reference.pulls(exact, ensemble_options(**options)), strict=True):
+            same(a.double(), b, rtol=1e-5, atol=3e-6)
+
+
+def test_pulls_with_a_loss_that_needs_no_ensemble(how):
+    z, t, y, _ = make(20, 3, 3)
+    prior = torch.tensor([0.2, 0.5, 0.3])
+    loss, beside = pile_loss_and_pulls(
+        z.requires_grad_(), t, y, None, None, prior, "cuda", dict(alpha=0, iterations=0, pairwise=how["pairwise"])
+    )
+    assert torch.equal(loss, pile_loss(z, t, y, alpha=0, **how))
+    assert torch.equal(beside, pulls_of(t, y, prior, {}, how)[0])
+
+
 # -- what holds to the last bit
 
 
 def everything(z, t, y, **how):
     """Every output of every op, for every term."""
-    outputs = []
+    prior = torch.arange(1.0, t.shape[-1] + 1)
+    outputs = [*pulls_of(t, y, prior, {}, how), pile_ensemble(t, y, prior=prior, iterations=0, **how).logits]
     for granularity in ("document", "query"):
         options = dict(granularity=granularity, return_weights=True, return_trace=True, iterations=2)
         outputs += pile_ensemble(t, y, **options, **how)
@@ -66,13 +103,21 @@ def test_the_order_threads_run_in_changes_nothing(how, n):
 def test_a_query_gives_the_same_bits_in_any_batch(how):
     # One query: a row per four lanes, a block. Many: blocks of four rows, a warp each.
     z, t, y, _ = make(40, 70, 4, missing=0.1)
-    options = dict(iterations=3, **how)
+    options = dict(iterations=3, granularity="document", **how)
     many = pile_ensemble(t, y, **options).logits
     assert torch.equal(many[:1], pile_ensemble(t[:1], y[:1], **options).logits)
     assert torch.equal(many[69:], pile_ensemble(t[69:], y[69:], **options).logits)
     losses, gradient = run(pile_loss, z, t, y, reduction="none", **options)
     own, own_gradient = run(pile_loss, z[:1], t[:1], y[:1], reduction="none", **options)
     assert torch.equal(losses[:1], own) and torch.equal(gradient[:1], own_gradient * 1)
+
+
+def test_given_weights_give_a_query_the_same_bits_in_any_batch(how):
+    _, t, y, _ = make(40, 70, 4, missing=0.1)
+    prior = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    many = *pulls_of(t, y, prior, {}, how), pile_ensemble(t, y, prior=prior, iterations=0, **how).logits
+    alone = *pulls_of(t[:1], y[:1], prior, {}, how), pile_ensemble(t[:1], y[:1], prior=prior, iterations=0, **how).logits
+    assert equal([x[:1] for x in many], alone)
 
 
 # -- shapes and layouts of its own
@@ -88,12 +133,17 @@ def test_a_list_longer_than_shared_memory_among_short_ones(how):
 
 def test_which_lists_are_short():
     device = module.device(0)
-    plan = lambda *shape, packed=False, direct=False: module.plan_short(*shape[:2], packed, shape[2], direct, device)  # noqa: E731
+
+    def plan(*shape, packed=False, sweeps=10, direct=False):
+        return module.plan_short(*shape[:2], packed, shape[2], sweeps, direct, device)
+
     assert plan(8, 32, 4).warps and not plan(8, 64, 4).warps
     assert plan(1, 512, 4).capacity > 512 and plan(1, 1025, 4).capacity == 0
     assert plan(1000, 512, 4).capacity == 0 and plan(1000, 512, 4, direct=True).capacity > 512
     assert plan(2, 500, 100).capacity == 0  # 100 teachers do not fit beside 500 documents
     assert plan(10, 1000, 3, packed=True).scratch_bytes > 0
+    assert plan(4, 900, 4).capacity == 0 and plan(4, 900, 4, sweeps=0).capacity > 900  # a loss alone is soon done
+    assert plan(2**18, 2**27, 3, packed=True).capacity == 0  # a workspace beyond 2^31 words
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 5, 3, 12], [-4, 2, 99], [7, 7]])

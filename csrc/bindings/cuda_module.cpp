@@ -55,13 +55,13 @@ Call read_call(const py::tuple& sizes, const py::tuple& views, const pile::Ensem
 
 // In the order of pile_fast.backends.cuda._Addresses.
 void set_addresses(Call& call, const py::tuple& addresses) {
-  if (addresses.size() != 8) throw py::type_error("malformed call");
+  if (addresses.size() != 9) throw py::type_error("malformed call");
   const auto at = [&](Py_ssize_t k) { return pile::bindings::address(addresses.ptr(), k); };
-  call.out = {at(0), at(1), at(2), at(3), at(4)};
-  call.scaled = at(5);
-  call.losses = static_cast<float*>(at(6));
-  call.has_pairs = static_cast<int32_t*>(at(6)) + call.batch.queries;
-  call.scratch = at(7);
+  call.out = {at(0), at(1), at(2), at(3), at(4), at(5)};
+  call.scaled = at(6);
+  call.losses = static_cast<float*>(at(7));
+  call.has_pairs = static_cast<int32_t*>(at(7)) + call.batch.queries;
+  call.scratch = at(8);
 }
 
 // `place`: device index, stream.
@@ -82,6 +82,11 @@ void run_short(Call& call, const py::tuple& to, const pile::gpu::ShortPlan& plan
 void long_keys(const Call& call, int64_t keys, const py::tuple& place) {
   OnDevice on(place);
   pile::gpu::long_keys(call, reinterpret_cast<int64_t*>(keys), stream_of(place));
+}
+
+int64_t long_bytes(Call& call, const py::tuple& to) {
+  set_addresses(call, to);
+  return pile::gpu::long_bytes(call);
 }
 
 void run_long(Call& call, const py::tuple& to, int64_t keys, int64_t order, const Device& device, const py::tuple& place) {
@@ -109,7 +114,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("run_short", &run_short, "Launch a call for short lists.");
   // Sorting is PyTorch's, so a call for long lists comes in parts.
   m.def("long_keys", &long_keys, "Launch the keys to sort by.");
-  m.def("long_bytes", &pile::gpu::long_bytes, "Bytes of scratch that run_long wants.");
+  m.def("long_bytes", &long_bytes, "Bytes of scratch that run_long wants, by what is asked for.");
   m.def("run_long", &run_long, "Launch an ensemble, or a loss, of lists of any length; sorted keys and their order, or 0.");
 #if defined(PILE_EMULATION)
   m.def("set_order", &emulation::set_order);

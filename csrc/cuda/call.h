@@ -52,6 +52,8 @@ struct Call {
 
   PILE_SHARED bool distills() const { return has_loss && loss.alpha > 0; }
   PILE_SHARED bool ranks() const { return has_loss && loss.alpha < 1; }
+  // Does the ensemble look at label pairs? At weights that are given it does so for its trace or the queries' pulls alone.
+  PILE_SHARED bool by_pairs() const { return has_ensemble && (ensemble.iterations > 0 || out.trace || out.pulls); }
   PILE_SHARED bool by_document() const { return ensemble.granularity == Granularity::document; }
   PILE_SHARED int teachers() const { return has_ensemble ? int(batch.teachers) : 0; }
   PILE_SHARED int64_t documents() const { return batch.packed() ? batch.slots : batch.queries * batch.slots; }

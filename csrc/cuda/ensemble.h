@@ -1,5 +1,5 @@
 // The ensemble of one query by one team of threads: calibrate the teachers, then T exponentiated-gradient steps on their
-// weights.
+// weights, or none, and how the query pulls on weights that all queries share.
 #pragma once
 
 #include "pairs.h"
@@ -11,8 +11,10 @@ namespace pile::gpu {
 template <class Team>
 PILE_DEVICE void stage(const Call& call, const Query& query, const Team& team, const Workspace& w) {
   const Batch& batch = call.batch;
+  const int teachers = call.teachers();
   if (call.has_ensemble) copy_teachers(call, query, team, w.teachers, w.stride);
-  const bool with_labels = call.has_ensemble || call.ranks();
+  for (int m = team.rank; m < teachers; m += team.size) w.energy(teachers)[m] = start_energy(call, query.index, m);
+  const bool with_labels = call.by_pairs() || call.ranks();
   const bool with_target = call.distills() && !call.has_ensemble;
   for (int i = team.rank; i < query.n; i += team.size) {
     const int64_t key = slot_key(call, query, i, with_labels);
@@ -36,17 +38,17 @@ class EnsembleQuery {
   PILE_DEVICE Counts run() {
     inspect();
     calibrate();
-    sort_keys(team_, w_.keys(), slot_, query_.n);
-    counts_ = Counts::of(w_.keys(), query_.n);
-    pairs_ = weigh_pairs(team_, w_, call_.ensemble.pair_weight, counts_.labelled);
-    team_.sync();
+    if (call_.by_pairs()) order();
     start();
-    for (int it = 0; it < int(call_.ensemble.iterations); ++it) {
+    for (int it = 0;; ++it) {
+      const bool last = it == int(call_.ensemble.iterations);
       trace(it);
+      if (last && !call_.out.pulls) break;
       pull(it & 1);
+      if (!call_.by_document()) pull_teachers(last);
+      if (last) break;
       if (!call_.by_document()) reweight();
     }
-    trace(int(call_.ensemble.iterations));
     team_.sync();
     finish();
     return counts_;
@@ -58,7 +60,7 @@ class EnsembleQuery {
             plain_};
   }
 
-  // Which scores take part; keys of documents that no teacher scored.
+  // Which scores take part, and which documents no teacher scored: for the order their keys say so.
   PILE_DEVICE void inspect() {
     double missing = 0;
     for (int i = team_.rank; i < query_.n; i += team_.size) {
@@ -67,11 +69,11 @@ class EnsembleQuery {
 #pragma unroll 1
       for (int m = 0; m < count_; ++m) {
         float* t = w_.teachers + m * w_.stride + i;
-        if (key == kAbsent || (call_.batch.prior.data && !(prior_weight(call_, query_.index, m) > 0))) *t = not_a_number();
-        *t = finite_or_nan(*t);
+        if (key == kAbsent || !(w_.energy(count_)[m] > -kInfinity)) *t = not_a_number();
+        *t = before_calibration(finite_or_nan(*t), call_.ensemble.normalize);
         present += is_number(*t);
       }
-      if (key != kAbsent && present == 0) w_.keys()[i] = kUnscored;
+      if (call_.by_pairs() && key != kAbsent && present == 0) w_.keys()[i] = kUnscored;
       if (present > 0) missing += count_ - present;
     }
     plain_ = team_.sum(missing) == 0 && !(call_.by_document() && call_.batch.prior.data);
@@ -86,7 +88,7 @@ class EnsembleQuery {
           const Calibration own(of, normalize);
           w_.mean()[m] = own.mean;
           w_.scale(count_)[m] = own.scale;
-          w_.energy(count_)[m] = of.count > 0 ? start_energy(call_, query_.index, m) : -kInfinity;
+          if (!(of.count > 0)) w_.energy(count_)[m] = -kInfinity;
         });
     team_.sync();
     float common = 0;
@@ -107,11 +109,20 @@ class EnsembleQuery {
         range.join(*t);
       }
     }
+    refresh_weights(team_, w_.energy(count_), count_);
+    if (!call_.by_pairs()) return;
     range = joined(team_, range);
     range = {range.low * call_.per_unit, range.high * call_.per_unit};
     wide_ = range.wide(call_.offset);
     middle_ = range.middle();
-    refresh_weights(team_, w_.energy(count_), count_);
+  }
+
+  // By falling label; without it positions are slots.
+  PILE_DEVICE void order() {
+    sort_keys(team_, w_.keys(), slot_, query_.n);
+    counts_ = Counts::of(w_.keys(), query_.n);
+    pairs_ = weigh_pairs(team_, w_, call_.ensemble.pair_weight, counts_.labelled);
+    team_.sync();
   }
 
   PILE_DEVICE bool leads() const { return lanes_.rank == 0; }
@@ -126,7 +137,7 @@ class EnsembleQuery {
 
   PILE_DEVICE void start() {
     const Teachers of = teachers();
-    for (int k = team_.rank; k < counts_.scored; k += team_.size) {
+    for (int k = team_.rank; k < query_.n; k += team_.size) {
       const Range range = of.range(slot_[k]);
       w_.field(w_.kLow)[k] = range.low;
       w_.field(w_.kHigh)[k] = range.high;
@@ -165,18 +176,25 @@ class EnsembleQuery {
     set_logit(k, of.logit(k, slot_[k], exponent), write);
   }
 
-  // Granularity "query": the teachers' energies, then every logit.
-  PILE_DEVICE void reweight() {
-    const Teachers of = teachers();
+  // Weights that documents share: the pulls on the teachers, into their energies or, the last ones, into the output.
+  PILE_DEVICE void pull_teachers(bool last) const {
     const float *force = w_.field(w_.kExponent), *s = w_.field(w_.kLogit);
-    of.pull(
+    float* const energy = w_.energy(count_);
+    teachers().pull(
         team_, 0, counts_.labelled, [&](int k) { return slot_[k]; }, [&](int k) { return force[k]; }, s,
         [&](int m, double pulled) {
-          if (pairs_ > 0) w_.energy(count_)[m] += float(call_.ensemble.step_size * pulled / pairs_);
+          if (last)
+            static_cast<float*>(call_.out.pulls)[query_.index * count_ + m] = pull_of(energy[m], pulled, pairs_);
+          else if (pairs_ > 0)
+            energy[m] += float(call_.ensemble.step_size * pulled / pairs_);
         });
     team_.sync();
+  }
+  // Every logit by the new energies.
+  PILE_DEVICE void reweight() {
     refresh_weights(team_, w_.energy(count_), count_);
     team_.sync();
+    const Teachers of = teachers();
     for (int k = team_.rank; k < counts_.labelled; k += team_.size) set_logit(k, of.logit(k, slot_[k], 0), 0);
     team_.sync();
   }
@@ -199,9 +217,10 @@ class EnsembleQuery {
     team_.sync();
     if (team_.rank == 0) {
       float* to = static_cast<float*>(call_.out.trace) + query_.index * (call_.ensemble.iterations + 1);
-      to[it] = pairs_ > 0 ? float(loss / pairs_) : 0.0f;
+      to[it] = label_loss(call_, loss, pairs_);
     }
   }
+
   // Outputs, and logits by slot.
   PILE_DEVICE void finish() {
     const Teachers of = teachers();
@@ -210,7 +229,7 @@ class EnsembleQuery {
     const float common = call_.ensemble.normalize == Normalize::none ? float(w_.mean()[0]) : 0.0f;
     for (int k = team_.rank; k < query_.n; k += team_.size) {
       const int slot = slot_[k];
-      const bool scored = k < counts_.scored;
+      const bool scored = w_.field(w_.kLow)[k] <= w_.field(w_.kHigh)[k];
       const float exponent = scored && call_.by_document() ? w_.field(w_.kExponent)[k] : 0.0f;
       const float s = scored ? of.logit(k, slot, exponent) : not_a_number();
       w_.field(w_.kLogit)[slot] = s;

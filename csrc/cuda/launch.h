@@ -31,12 +31,14 @@ struct ShortPlan {
 bool has_term(const std::string& key);
 void set_options(Call& call, const EnsembleOptions* ensemble, const LossOptions* loss);
 
-// capacity == 0: the lists are for run_long. `direct`: direct sums are wanted even where linear time is faster.
-ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, bool direct, const Device& device);
+// capacity == 0: the lists are for run_long. `sweeps`: how often the ensemble sums over its label pairs. `direct`: direct sums
+// are wanted even where linear time is faster.
+ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, int64_t sweeps, bool direct,
+                     const Device& device);
 void run_short(Call call, const ShortPlan& plan, cudaStream_t stream);
 
 // Lists of any length, by many blocks: `keys` to sort by, and what sorting gave. An ensemble writes call.out.logits, a loss
-// reads call.batch.target; a loss without label pairs needs no order (nullptr).
+// reads call.batch.target; without label pairs neither needs an order (nullptr).
 void long_keys(const Call& call, int64_t* keys, cudaStream_t stream);
 int64_t long_bytes(const Call& call);
 void run_long_ensemble(const Call& call, const int64_t* keys, const int64_t* order, cudaStream_t stream);

@@ -32,7 +32,8 @@ PILE_DEVICE float load_logit(const View& view, int64_t at) {
 PILE_DEVICE float finite_or_nan(float x) { return fabsf(x) < kInfinity ? x : not_a_number(); }
 PILE_DEVICE float load_score(const View& view, int64_t at) { return finite_or_nan(load_logit(view, at)); }
 
-PILE_DEVICE double load_label(const View& view, int64_t at) {
+// A label, or a weight.
+PILE_DEVICE double load_number(const View& view, int64_t at) {
   switch (view.dtype) {
     case DType::f64: return read(static_cast<const double*>(view.data), at);
     case DType::i64: return double(read(static_cast<const int64_t*>(view.data), at));

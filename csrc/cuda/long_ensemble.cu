@@ -1,4 +1,5 @@
-// Long lists: the ensemble, 2 T + 12 launches by document, 4 T + 12 by query and PyTorch's sort, however long the lists are.
+// Long lists: the ensemble, 2 T + 12 launches by document, 4 T + 12 by query and PyTorch's sort, however long the lists are. At
+// weights that are given it is 3 launches and no sort (T = 0), or 15 and the sort with the queries' pulls on them.
 //
 // advance_pieces is the phase per iteration (docs/algorithm.md, section 2, by the sums of section 4). A block owns 1,024
 // positions: it reads its label block's field and the documents' u, exponent and teachers, writes exponent and new u, and
@@ -15,15 +16,9 @@ namespace {
 __global__ void __launch_bounds__(kPieceThreads, 2) measure_pieces(const LongState state) {
   const Piece piece(state);
   if (piece.begin >= piece.end) return;
-  const Call& call = state.call;
-  const View& view = call.batch.teacher;
-  const int count = call.teachers();
+  const int count = state.call.teachers();
   measure(
-      BlockTeam(), count, piece.begin, piece.end,
-      [&](int m, int i) {
-        const bool present = holds_document(call, piece.query, i) && prior_weight(call, piece.query.index, m) > 0;
-        return present ? load_score(view, at(view, piece.query, i) + m * view.teacher) : not_a_number();
-      },
+      BlockTeam(), count, piece.begin, piece.end, [&](int m, int i) { return raw_score(state.call, piece.query, i, m); },
       [&](int m, const Moments& found) { state.measured[piece.index * count + m] = found; });
 }
 
@@ -35,24 +30,30 @@ __global__ void __launch_bounds__(kQueryThreads, 1) begin_queries(const LongStat
   const int count = call.teachers(), pieces = q.piece_count();
   const Moments* measured = state.measured + q.first_piece() * count;
   float* const energy = q.energy();
+  for (int m = team.rank; m < count; m += team.size) energy[m] = start_energy(call, q.query.index, m);
+  team.sync();
+  const auto takes_part = [&](int m) { return energy[m] > -kInfinity; };
   float common = 0;
   if (call.ensemble.normalize == Normalize::none) {
     Range raw;
-    for (int e = team.rank; e < pieces * count; e += team.size) raw.join(measured[e].range);
+    for (int e = team.rank; e < pieces * count; e += team.size)
+      if (takes_part(e % count)) raw.join(measured[e].range);
     common = common_offset(joined(team, raw));
   }
   double present = 0;
   Range range;
   for (int m = team.rank; m < count; m += team.size) {
     Moments all;
-    for (int p = 0; p < pieces; ++p) all.join(measured[p * count + m]);
+    for (int p = 0; p < pieces && takes_part(m); ++p) all.join(measured[p * count + m]);
     Calibration own(all, call.ensemble.normalize);
     own.mean += common;
     state.mean[q.by_teacher() + m] = own.mean;
     state.scale[q.by_teacher() + m] = own.scale;
-    energy[m] = all.count > 0 ? start_energy(call, q.query.index, m) : -kInfinity;
     present += all.count;
-    if (all.count > 0) range.join({own(all.range.low), own(all.range.high)});
+    if (all.count > 0)
+      range.join({own(all.range.low), own(all.range.high)});
+    else
+      energy[m] = -kInfinity;
   }
   present = team.sum(present);
   range = joined(team, range);
@@ -60,33 +61,51 @@ __global__ void __launch_bounds__(kQueryThreads, 1) begin_queries(const LongStat
   refresh_weights(team, energy, count);
   if (team.rank > 0) return;
   QueryState own = {};
-  own.counts = Counts::of(q.keys(), q.query.n);
+  // Without the order positions are slots, and nobody knows which hold what.
+  own.counts = call.by_pairs() ? Counts::of(q.keys(), q.query.n) : Counts{0, q.query.n, q.query.n};
   own.common = common;
   own.range = {range.low * call.per_unit, range.high * call.per_unit};
   own.wide = own.range.wide(call.offset);
   if (state.pairwise != PairSum::direct) own.grid = Grid::over(own.range.low, own.range.high);
-  own.plain = present == double(own.counts.scored) * count && !(call.by_document() && call.batch.prior.data);
+  own.plain = call.by_pairs() && present == double(own.counts.scored) * count && !(call.by_document() && call.batch.prior.data);
   q.own = own;
+}
+
+// The piece's logits, and its weights. Each thread reads the documents that it has gathered.
+PILE_DEVICE void write_piece(const Piece& piece) {
+  const LongState& state = piece.state;
+  const Call& call = state.call;
+  const Teachers teachers = piece.teachers();
+  const int count = call.teachers(), rank = int(threadIdx.x);
+  float *logits = static_cast<float*>(call.out.logits), *weights = static_cast<float*>(call.out.weights);
+  for (int k = piece.begin + rank; k < piece.end; k += kPieceThreads) {
+    const int64_t document = piece.base + piece.slot(k);
+    const bool scored = k < piece.own.counts.scored && piece.at(state.low)[k] <= piece.at(state.high)[k];
+    const float exponent = scored ? piece.at(state.exponent)[k] : 0.0f;
+    if (logits) logits[document] = scored ? teachers.logit(k, k, exponent) + piece.own.common : not_a_number();
+    if (weights && call.by_document()) teachers.weights(k, k, scored, exponent, weights + document * count);
+  }
+  if (weights && !call.by_document() && piece.number == 0)
+    for (int m = rank; m < count; m += kPieceThreads) weights[piece.by_teacher() + m] = teachers.weight(m);
 }
 
 __global__ void __launch_bounds__(kPieceThreads, 2) gather_pieces(const LongState state) {
   const Piece piece(state);
   const Call& call = state.call;
   const int count = call.teachers(), end = smaller(piece.end, piece.own.counts.scored);
-  const View& view = call.batch.teacher;
   const double *mean = state.mean + piece.by_teacher(), *scale = state.scale + piece.by_teacher();
+  const float* const energy = piece.energy();
   for (int k = piece.begin + int(threadIdx.x); k < end; k += kPieceThreads) {
-    const int64_t from = at(view, piece.query, piece.slot(k));
-    for (int m = 0; m < count; ++m) {
-      const bool takes_part = prior_weight(call, piece.query.index, m) > 0;
+    const int slot = piece.slot(k);
+    for (int m = 0; m < count; ++m)
       piece.at(state.teachers)[m * state.documents + k] =
-          takes_part ? Calibration(mean[m], scale[m])(load_score(view, from + m * view.teacher)) : not_a_number();
-    }
+          energy[m] > -kInfinity ? Calibration(mean[m], scale[m])(raw_score(call, piece.query, slot, m)) : not_a_number();
     const Range range = piece.teachers().range(k);
     piece.at(state.low)[k] = range.low;
     piece.at(state.high)[k] = range.high;
     piece.at(state.exponent)[k] = 0;
   }
+  if (!call.by_pairs()) write_piece(piece);
 }
 
 // Direct sums inside the mixed label blocks, added to memory.pull.
@@ -119,8 +138,8 @@ PILE_DEVICE void pull_directly(const Piece& piece, const PieceMemory& memory, co
   });
 }
 
-// Of one iteration. `evaluate`: λ at u[read], and by document the new exponents, by query the pulls on the teachers. `tilt`:
-// new u to u[write], and its moments.
+// Of one iteration. `evaluate`: λ at u[read], and by document the new exponents, else the pulls on the teachers. `tilt`: new u
+// to u[write], and its moments.
 __global__ void __launch_bounds__(kPieceThreads, 2)
     advance_pieces(const LongState state, int read, int write, bool evaluate, bool tilt) {
   PILE_SHARED_MEMORY(base);
@@ -162,19 +181,31 @@ __global__ void __launch_bounds__(kPieceThreads, 2)
   deposit_piece(piece, memory, fresh);
 }
 
+// K times the query's pull on teacher m.
+PILE_DEVICE double sum_pulls(const LongQuery& q, int m) {
+  const int count = q.call.teachers();
+  const double* of = q.state.piece_pull + q.first_piece() * count + m;
+  double pulled = 0;
+  for (int p = 0; p < q.labelled_pieces(); ++p) pulled += of[p * count];
+  return pulled;
+}
+
 __global__ void __launch_bounds__(kQueryThreads, 1) reweight_queries(const LongState state) {
   const LongQuery q(state, blockIdx.x);
   const BlockTeam team;
-  const int count = state.call.teachers(), pieces = q.labelled_pieces();
-  const double* pulls = state.piece_pull + q.first_piece() * count;
+  const int count = state.call.teachers();
   float* const energy = q.energy();
-  for (int m = team.rank; m < count && q.own.pairs > 0; m += team.size) {
-    double pulled = 0;
-    for (int p = 0; p < pieces; ++p) pulled += pulls[p * count + m];
-    energy[m] += float(state.call.ensemble.step_size * pulled / q.own.pairs);
-  }
+  for (int m = team.rank; m < count && q.own.pairs > 0; m += team.size)
+    energy[m] += float(state.call.ensemble.step_size * sum_pulls(q, m) / q.own.pairs);
   team.sync();
   refresh_weights(team, energy, count);
+}
+
+__global__ void __launch_bounds__(kQueryThreads, 1) write_pulls(const LongState state) {
+  const LongQuery q(state, blockIdx.x);
+  float* const to = static_cast<float*>(state.call.out.pulls) + q.by_teacher();
+  for (int m = int(threadIdx.x); m < state.call.teachers(); m += kQueryThreads)
+    to[m] = pull_of(q.energy()[m], sum_pulls(q, m), q.own.pairs);
 }
 
 // Label losses inside mixed label blocks.
@@ -205,25 +236,10 @@ __global__ void __launch_bounds__(32, 1) trace_queries(const LongState state, in
   const LongQuery q(state, blockIdx.x);
   const double loss = q.sum_pieces(WarpTeam(), q.labelled_pieces()) + q.label_block_loss();
   float* to = static_cast<float*>(state.call.out.trace) + q.query.index * (state.call.ensemble.iterations + 1) + iteration;
-  if (threadIdx.x == 0) *to = q.own.pairs > 0 ? float(loss / q.own.pairs) : 0.0f;
+  if (threadIdx.x == 0) *to = label_loss(state.call, loss, q.own.pairs);
 }
 
-__global__ void __launch_bounds__(kPieceThreads, 2) finish_pieces(const LongState state) {
-  const Piece piece(state);
-  const Call& call = state.call;
-  const Teachers teachers = piece.teachers();
-  const int count = call.teachers(), rank = int(threadIdx.x);
-  float *logits = static_cast<float*>(call.out.logits), *weights = static_cast<float*>(call.out.weights);
-  for (int k = piece.begin + rank; k < piece.end; k += kPieceThreads) {
-    const int64_t document = piece.base + piece.slot(k);
-    const bool scored = k < piece.own.counts.scored;
-    const float exponent = scored ? piece.at(state.exponent)[k] : 0.0f;
-    logits[document] = scored ? teachers.logit(k, k, exponent) + piece.own.common : not_a_number();
-    if (weights && call.by_document()) teachers.weights(k, k, scored, exponent, weights + document * count);
-  }
-  if (weights && !call.by_document() && piece.number == 0)
-    for (int m = rank; m < count; m += kPieceThreads) weights[piece.by_teacher() + m] = teachers.weight(m);
-}
+__global__ void __launch_bounds__(kPieceThreads, 2) finish_pieces(const LongState state) { write_piece(Piece(state)); }
 
 }  // namespace
 
@@ -234,16 +250,17 @@ void run_long_ensemble(const Call& call, const int64_t* keys, const int64_t* ord
   const auto advance = [&](int read, int write, bool evaluate, bool tilt) {
     run.pieces(advance_pieces, PieceMemory::kBytes, read, write, evaluate, tilt);
   };
-  run.tabulate();
   run.pieces(measure_pieces, 0);
   run.queries(begin_queries, kQueryThreads, BlockTeam::kBytes);
   run.pieces(gather_pieces, 0);
+  if (!call.by_pairs()) return check(cudaGetLastError(), "the launches of a long mean");
+  run.tabulate();
   run.order(call.ensemble.pair_weight);
   advance(0, 0, false, true);
   for (int64_t it = 0;; ++it) {
     const int read = call.by_document() ? int(it & 1) : 0;
     const bool last = it == call.ensemble.iterations;
-    if (call.out.trace || !last) run.solve(call.out.trace != nullptr);
+    if (call.out.trace || call.out.pulls || !last) run.solve(call.out.trace != nullptr);
     if (call.out.trace) {
       run.pieces(trace_pieces, PieceMemory::kBytes, read);
       run.queries(trace_queries, 32, 0, it);
@@ -254,7 +271,11 @@ void run_long_ensemble(const Call& call, const int64_t* keys, const int64_t* ord
     run.queries(reweight_queries, kQueryThreads, 0);
     advance(0, 0, false, true);
   }
-  run.pieces(finish_pieces, 0);
+  if (call.out.pulls) {
+    advance(0, 0, true, false);
+    run.queries(write_pulls, kQueryThreads, 0);
+  }
+  if (call.out.logits || call.out.weights) run.pieces(finish_pieces, 0);
   check(cudaGetLastError(), "the launches of a long ensemble");
 }
 

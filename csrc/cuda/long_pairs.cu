@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_label_blocks(const Lon
 }  // namespace
 
 LongState::LongState(const Call& call) : call(call), documents(call.documents()), packed(call.batch.packed()) {
-  const bool ensemble = call.has_ensemble, pairs = ensemble || call.ranks();
+  const bool ensemble = call.has_ensemble, pairs = call.by_pairs() || call.ranks();
   weighted = (ensemble ? call.ensemble.pair_weight : call.loss.pair_weight) != PairWeight::none && pairs;
   pairwise = ensemble ? call.ensemble.pairwise : call.loss.pairwise;
   offset = ensemble ? call.offset : 0.0f;

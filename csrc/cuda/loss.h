@@ -26,10 +26,10 @@ class LossQuery : public TermList<Team, true> {
     tile = {w.field(w.kTileStudent), w.field(w.kTileTarget), w.field(w.kTileStudentMore), w.field(w.kTileTargetMore)};
   }
 
-  // From the staged tensors, or after the ensemble, whose counts these are, with its order still in place.
+  // From the staged tensors and the ensemble; of one that went by pairs these are the counts, its order still in place.
   PILE_DEVICE void run(const Counts& of_ensemble) {
     counts_ = of_ensemble;
-    if (!call.has_ensemble) {
+    if (!call.by_pairs()) {
       counts_ = {0, query_.n, query_.n};
       if (call.ranks() || call.batch.mask.data) order();
     } else if (call.ranks()) {

@@ -21,7 +21,7 @@ PILE_DEVICE double label_of(int64_t key) { return __longlong_as_double(in_order(
 PILE_DEVICE int64_t slot_key(const Call& call, const Query& query, int64_t i, bool with_labels) {
   if (!holds_document(call, query, i)) return kAbsent;
   const View& labels = call.batch.labels;
-  return with_labels ? label_key(load_label(labels, at(labels, query, i))) : kUnlabelled;
+  return with_labels ? label_key(load_number(labels, at(labels, query, i))) : kUnlabelled;
 }
 
 // Bitonic sort by (key, slot), ascending, for any n: what lies beyond n counts as largest and never moves.

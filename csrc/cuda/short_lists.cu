@@ -7,13 +7,15 @@
 //   measure     mean and deviation per teacher: a group of lanes each, in double
 //   sort        by label, bitonic, in shared memory: log²n / 2 exchanges per document
 //   iterate     T times: λ by a group of lanes per document (pairs.h), new exponent, tilted mean, one barrier
+//   pull        λ once more, and its product with every teacher: the query's pull on weights that all queries share
 //   loss        pairs of the student's loss, the gradient straight to device memory
 //
 // Floor per query (n documents, M teachers, T iterations, float32): 4 n (M + 3) bytes in and out of device memory.
 // Instructions, by arithmetic: ensemble T n² (3 float + 1/4 reciprocal) less the pairs of equal labels, T n M (1 exponential +
 // 5); distillation n² (12 float + 1/2 reciprocal). From about 64 documents on the pairs limit it (float and reciprocal pipes
 // about evenly); below, the latency of T dependent iterations, each a tilted mean, a barrier and n / (4 lanes) dependent
-// additions.
+// additions. At weights that are given T is 0: nothing is sorted for the ensemble, one tilted mean remains; the pulls add the
+// sort, one sweep over the pairs, n² (3 float + 1/4 reciprocal), and 2 n M float, and 4 M bytes out.
 #include "launch.h"
 #include "loss.h"
 
@@ -133,19 +135,25 @@ void set_options(Call& call, const EnsembleOptions* ensemble, const LossOptions*
   }
 }
 
-// Microseconds of ten iterations and the loss on a GPU of an H100's speed, by arithmetic (docs/cuda.md): here a wave of blocks
-// at 48 float instructions per pair; there 40 launches, waves of eight blocks, 1,200 instructions per document.
-bool linear_time_is_faster(double queries, double n, double processors) {
+// Microseconds of an ensemble's sweeps and the loss on a GPU of an H100's speed, by arithmetic (docs/cuda.md): here a wave of
+// blocks, 18 float instructions per pair and 3 for every sweep; there launches of 2.5 µs, waves of eight blocks, 200
+// instructions per document and 100 for every sweep.
+bool linear_time_is_faster(double queries, double n, double sweeps, double processors) {
   const double per_microsecond = 128 * 1700;  // float instructions of a multiprocessor
-  const double direct = larger(queries / processors, 1.0) * n * n * 48 / per_microsecond;
-  const double pieces = queries * larger(n / 1024, 1.0);
-  return direct > 100 + 40 * larger(pieces / (8 * processors), 1.0) + queries * n * 1200 / (processors * per_microsecond);
+  const double direct = larger(queries / processors, 1.0) * n * n * (18 + 3 * sweeps) / per_microsecond;
+  const double launches = 20 + 2 * sweeps, pieces = queries * larger(n / 1024, 1.0);
+  return direct > launches * (2.5 + larger(pieces / (8 * processors), 1.0)) +
+                      queries * n * (200 + 100 * sweeps) / (processors * per_microsecond);
 }
 
-ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, bool direct, const Device& device) {
+ShortPlan plan_short(int64_t queries, int64_t slots, bool packed, int teachers, int64_t sweeps, bool direct,
+                     const Device& device) {
   ShortPlan plan;
+  // A workspace of more than 2^31 words, which only a list of a huge packed batch might want, is for run_long.
+  if (packed && Workspace::words(slots + 2 * kAlign, teachers) > 0x7fffffff) return plan;
   const int64_t mean = packed ? (slots + larger<int64_t>(queries, 1) - 1) / larger<int64_t>(queries, 1) : slots;
-  if (mean > kLongest || (!direct && linear_time_is_faster(double(queries), double(mean), device.processors))) return plan;
+  if (mean > kLongest || (!direct && linear_time_is_faster(double(queries), double(mean), double(sweeps), device.processors)))
+    return plan;
   // A packed batch's longest list is not known here: room for four times the mean, and the scratch buffer for what is longer.
   const int64_t longest = packed ? smaller(slots, larger<int64_t>(4 * mean, 128)) : slots;
   const int64_t block_words = device.shared_bytes / 4;

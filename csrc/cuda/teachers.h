@@ -63,12 +63,23 @@ struct Calibration {
 
   PILE_DEVICE Calibration(const Moments& of, Normalize normalize)
       : mean(normalize == Normalize::none ? 0.0 : of.mean), scale(1) {
-    // By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
-    if (normalize == Normalize::zscore) scale = of.range.high > of.range.low ? 1 / sqrt(of.squares / of.count) : 0.0;
+    if (normalize == Normalize::none || normalize == Normalize::center) return;
+    const double low = of.range.low, range = double(of.range.high) - low;
+    if (normalize == Normalize::minmax) mean = low;
+    // Constant by its extremes: the rounding of a constant's mean must not be blown up to unit scale.
+    scale = !(range > 0) ? 0.0 : normalize == Normalize::minmax ? 1 / range : 1 / sqrt(of.squares / of.count);
   }
   PILE_DEVICE Calibration(double mean, double scale) : mean(mean), scale(scale) {}
   PILE_DEVICE float operator()(float t) const { return float((double(t) - mean) * scale); }
 };
+
+// What calibration starts from: a score, or a probability's logit, see pile_fast/reference.py; what is no number stays so. In
+// double, where the difference of near ones keeps its digits and 1 - p is exact.
+PILE_DEVICE float before_calibration(float score, Normalize normalize) {
+  if (normalize != Normalize::logit || !is_number(score)) return score;
+  const double epsilon = 0x1p-23, p = smaller(larger(double(score), epsilon), 1 - epsilon);
+  return float(log(p / (1 - p)));
+}
 
 // Of logits as they are (Normalize::none): their middle, where it is large beside their range. Ensembles and pairs are
 // differences, which have more digits without it, and off and on again it rounds nothing.
@@ -77,12 +88,21 @@ PILE_DEVICE float common_offset(const Range& of) {
   return of.high >= of.low && fabsf(middle) > 2 * (of.high - of.low) ? middle : 0.0f;
 }
 
-// A teacher's prior weight; what is no number above 0 counts as 0.
+// A teacher's prior weight, of any dtype; what is no number above 0 counts as 0, and only that: a smaller number than float32
+// has is its smallest.
+constexpr float kLeastWeight = std::numeric_limits<float>::min();
 PILE_DEVICE float prior_weight(const Call& call, int64_t query, int m) {
   const View& prior = call.batch.prior;
   if (!prior.data) return 1;
-  const float weight = load_logit(prior, query * prior.query + m * prior.teacher);
-  return weight > 0 && weight < kInfinity ? weight : 0.0f;
+  const double weight = load_number(prior, query * prior.query + m * prior.teacher);
+  return weight > 0 && weight < double(kInfinity) ? float(larger(weight, double(kLeastWeight))) : 0.0f;
+}
+
+// A score as calibration starts from it, NaN where there is none.
+PILE_DEVICE float raw_score(const Call& call, const Query& query, int64_t i, int m) {
+  const View& view = call.batch.teacher;
+  if (!holds_document(call, query, i)) return not_a_number();
+  return before_calibration(load_score(view, at(view, query, i) + m * view.teacher), call.ensemble.normalize);
 }
 
 // Its log weight to start from, the largest 0; -inf for a teacher that does not take part.
@@ -92,7 +112,16 @@ PILE_DEVICE float start_energy(const Call& call, int64_t query, int m) {
 #pragma unroll 1
   for (int other = 0; other < call.teachers(); ++other) top = fmaxf(top, prior_weight(call, query, other));
   const float own = prior_weight(call, query, m);
-  return own > 0 ? logf(own / top) : -kInfinity;
+  return own > 0 ? logf(fmaxf(own / top, kLeastWeight)) : -kInfinity;
+}
+
+// What a query's pull on a teacher of that energy comes to; NaN where there is none.
+PILE_DEVICE float pull_of(float energy, double pulled, double pairs) {
+  return pairs > 0 && energy > -kInfinity ? float(pulled / pairs) : not_a_number();
+}
+// A query's label loss: 0 without a pair, but NaN beside the pulls, as theirs.
+PILE_DEVICE float label_loss(const Call& call, double loss, double pairs) {
+  return pairs > 0 ? float(loss / pairs) : call.out.pulls ? not_a_number() : 0.0f;
 }
 
 // One query's teachers as its pair sums see them.
@@ -158,7 +187,7 @@ struct Teachers {
     for (int m = 0; m < count; ++m) to[m] = share(at, m, score(m, row) - at.reference) / mass;
   }
 
-  // Granularity "query": what the teachers present at the document hold of the query's weight.
+  // Weights that documents share: what the teachers present at the document hold of the query's weight.
   PILE_DEVICE float held(int row) const {
     if (plain) return 1;
     float held = 0;
@@ -167,7 +196,7 @@ struct Teachers {
     return fmaxf(held, float(kMinShare));
   }
 
-  // Granularity "query": use(m, Σ force_k (t_km − s_k)) over the positions [begin, end), kTeacherLanes lanes to a teacher.
+  // Weights that documents share: use(m, Σ force_k (t_km − s_k)) over positions [begin, end), kTeacherLanes lanes to a teacher.
   template <class Team, class Row, class Force, class Use>
   PILE_DEVICE void pull(const Team& team, int begin, int end, Row row, Force force, const float* s, Use use) const {
     const Lanes lanes(kTeacherLanes);

@@ -38,7 +38,7 @@ struct Workspace {
     kGain,      // by position, in [0, 1]
     kPerPair,   // by position: 1 / k_i, 0 without pairs
     kAbove,     // by position: Σ ω over the documents above
-    kExponent,  // by position: a_i; granularity "query": λ_i / share_i
+    kExponent,  // by position: a_i; of weights that documents share: λ_i / share_i
     kLow,
     kHigh,     // by position: lowest and highest teacher
     kLogit,    // by position while iterating, then by slot: s
@@ -62,7 +62,7 @@ struct Workspace {
   float* teachers = nullptr;  // [M][stride], calibrated, NaN = missing
   float* of_teachers = nullptr;
   double* partial = nullptr;
-  int64_t stride = 0;  // documents from field to field and teacher to teacher
+  int stride = 0;  // documents from field to field and teacher to teacher; an int, for the registers
 
   static PILE_SHARED int64_t words(int64_t documents, int teachers) {
     return documents * (kFields + teachers) + int64_t(kPerTeacher) * teachers + kPerQuery;

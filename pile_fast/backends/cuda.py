@@ -86,29 +86,54 @@ def ensemble(
     to = _Addresses(
         logits.data_ptr(), weights.data_ptr() if return_weights else 0, trace.data_ptr() if return_trace else 0
     )  # fmt: skip
-    if plan := call.short_plan(options.pairwise):
+    if plan := call.short_plan(options.pairwise, options.iterations):
         call.run_short(plan, to)
     else:
         if batch.packed:  # documents of no query
             logits.fill_(torch.nan)
             if by_document:
                 weights.zero_()
-        call.run_long(to)
+        call.run_long(to, by_label=options.iterations > 0 or return_trace)
     return logits, weights, trace
 
 
+def pulls(batch: RankingBatch, options: EnsembleOptions) -> tuple[Tensor, Tensor]:
+    like, queries = batch.teacher_logits, batch.num_queries
+    found = like.new_empty(queries, batch.num_teachers, dtype=torch.float32)
+    losses = like.new_empty(queries, dtype=torch.float32)
+    if queries == 0:
+        return found, losses
+    options = _at_given_weights(options)
+    call = _Call(batch, options, None, like)
+    to = _Addresses(trace=losses.data_ptr(), pulls=found.data_ptr())
+    if plan := call.short_plan(options.pairwise, 1):
+        call.run_short(plan, to)
+    else:
+        call.run_long(to, by_label=True)
+    return found, losses
+
+
+@functools.lru_cache(maxsize=64)
+def _at_given_weights(options: EnsembleOptions) -> EnsembleOptions:
+    return options._replace(granularity="shared", iterations=0)
+
+
 def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    return _loss(batch, None, options, with_gradient)
+    return _loss(batch, None, options, with_gradient, None)
 
 
 def pile_loss(
-    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    return _loss(batch, of_ensemble if of_loss.alpha > 0 else None, of_loss, with_gradient)
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (batch.num_queries, batch.num_teachers) if with_pulls else (0,)
+    pulls = batch.teacher_logits.new_empty(*sizes, dtype=torch.float32)
+    needed = of_loss.alpha > 0 or with_pulls
+    found = _loss(batch, of_ensemble if needed else None, of_loss, with_gradient, pulls if with_pulls else None)
+    return *found, pulls
 
 
 def _loss(
-    batch: RankingBatch, of_ensemble: EnsembleOptions | None, of_loss: LossOptions, with_gradient: bool
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, of_loss: LossOptions, with_gradient: bool, pulls: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     student, queries, each = batch.student_logits, batch.num_queries, of_loss.reduction == "none"
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if with_gradient else student.new_empty(0)
@@ -120,17 +145,20 @@ def _loss(
     scale = with_gradient and of_loss.reduction == "mean"
     unscaled = torch.empty_like(gradient, dtype=torch.float32) if scale and student.element_size() < 4 else gradient
     call = _Call(batch, of_ensemble, of_loss, student)
+    to_pulls = 0 if pulls is None else pulls.data_ptr()
     to = _Addresses(
-        loss=loss.data_ptr(), gradient=unscaled.data_ptr() if with_gradient else 0,
+        loss=loss.data_ptr(), gradient=unscaled.data_ptr() if with_gradient else 0, pulls=to_pulls,
         scaled=gradient.data_ptr() if scale else 0, per_query=per_query.data_ptr(),
     )  # fmt: skip
-    if plan := call.short_plan(of_loss.pairwise):
+    sweeps = 0 if of_ensemble is None else of_ensemble.iterations + (pulls is not None)
+    if plan := call.short_plan(of_loss.pairwise, sweeps):
         call.run_short(plan, to)
         return loss, gradient
     if of_ensemble is not None:
-        target = student.new_full(student.shape, torch.nan, dtype=torch.float32)
-        _Call(batch, of_ensemble, None, student).run_long(_Addresses(target.data_ptr()))
-        call = _Call(batch, None, of_loss, student, target)
+        target = student.new_full(student.shape if of_loss.alpha > 0 else (0,), torch.nan, dtype=torch.float32)
+        of_target = _Addresses(target.data_ptr(), pulls=to_pulls)
+        _Call(batch, of_ensemble, None, student).run_long(of_target, by_label=sweeps > 0)
+        call = _Call(batch, None, of_loss, student, target if of_loss.alpha > 0 else None)
     if batch.packed:  # documents of no query
         unscaled.zero_()
     call.run_long(to, by_label=of_loss.alpha < 1)
@@ -150,6 +178,7 @@ class _Addresses(NamedTuple):
     trace: int = 0
     loss: int = 0
     gradient: int = 0
+    pulls: int = 0
     scaled: int = 0
     per_query: int = 0
     scratch: int = 0
@@ -174,9 +203,9 @@ class _Call:
         self.index = index = like.device.index if like.is_cuda else 0
         self.place = index, torch.cuda.current_stream(index).cuda_stream if like.is_cuda else 0
 
-    def short_plan(self, pairwise: str) -> Any:
+    def short_plan(self, pairwise: str, sweeps: int) -> Any:
         batch = self.batch
-        return _short_plan(batch.num_queries, batch.slots, batch.packed, self.teachers, pairwise, self.index)
+        return _short_plan(batch.num_queries, batch.slots, batch.packed, self.teachers, sweeps, pairwise, self.index)
 
     def run_short(self, plan: Any, to: _Addresses) -> None:
         """Everything in one launch, and the reduction."""
@@ -185,7 +214,7 @@ class _Call:
             to = to._replace(scratch=scratch.data_ptr())
         _module().run_short(self.call, to, plan, _device(self.index), self.place)
 
-    def run_long(self, to: _Addresses, by_label: bool = True) -> None:
+    def run_long(self, to: _Addresses, by_label: bool) -> None:
         """An ensemble, or a loss against a target: where it goes by labels keys and PyTorch's sort, then phase by phase."""
         module, batch, first, second = _module(), self.batch, 0, 0
         if by_label:
@@ -193,7 +222,7 @@ class _Call:
             module.long_keys(self.call, keys.data_ptr(), self.place)
             keys, order = _sorted(batch, keys)
             first, second = keys.data_ptr(), order.data_ptr()
-        scratch = self.like.new_empty(module.long_bytes(self.call), dtype=torch.uint8)
+        scratch = self.like.new_empty(module.long_bytes(self.call, to), dtype=torch.uint8)
         module.run_long(self.call, to._replace(scratch=scratch.data_ptr()), first, second, _device(self.index), self.place)
 
 
@@ -215,9 +244,9 @@ def _device(index: int) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _short_plan(queries: int, slots: int, packed: bool, teachers: int, pairwise: str, index: int) -> Any:
-    """How the launch for short lists takes a batch; None if it is for the long ones'."""
+def _short_plan(queries: int, slots: int, packed: bool, teachers: int, sweeps: int, pairwise: str, index: int) -> Any:
+    """How the launch for short lists takes a batch; None if it is for the long ones'. `sweeps`: over the ensemble's pairs."""
     if pairwise == "chebyshev":
         return None
-    plan = _module().plan_short(queries, slots, packed, teachers, pairwise == "direct", _device(index))
+    plan = _module().plan_short(queries, slots, packed, teachers, sweeps, pairwise == "direct", _device(index))
     return plan if plan.capacity else None
