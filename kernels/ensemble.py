@@ -1,4 +1,5 @@
-"""The ensemble's phases: calibrate the teachers, then exponentiated-gradient steps on their weights.
+"""The ensemble's phases: calibrate the teachers, then exponentiated-gradient steps on their weights. Weights that all queries
+share take no step here: their ensemble is one pass over the teachers, and what a query pulls on them one sweep over its pairs.
 
 A phase runs over a chunk of a query's documents, a block of BR rows at a time. kernels/pile.py strings the phases together for
 a query of one program, whose chunk is all of it; kernels/long_ensemble.py has a launch for each. The state between phases lies
@@ -20,18 +21,25 @@ from pile_fast.kernels.layout import (
 from pile_fast.kernels.pairs import NARROW, columns_of, label_losses, label_pull, load_labels, load_order, pair_counts
 
 MIN_SHARE = tl.constexpr(2.0**-10)  # see pile_fast/reference.py
+SMALLEST = tl.constexpr(2.0**-120)  # of a weight, to the largest: what a softmax of float32 still tells from 0
 
 
 @triton.jit
-def load_teachers(teachers, k, slots, valid, energy, MP: tl.constexpr):
-    """(BR, MP) float32, NaN = not present, as infinite scores are. `energy`: where some teachers do not take part."""
+def load_teachers(teachers, k, slots, valid, energy, NORMALIZE: tl.constexpr, MP: tl.constexpr):
+    """(BR, MP) float32, NaN = not present, as infinite scores are; of probabilities their logits. `energy`: where some teachers
+    do not take part."""
     m = tl.arange(0, MP)
     inside = valid[:, None] & (m < k.M)[None, :]
     at = elements(teachers, k, slots)[:, None] + m.to(tl.int64)[None, :] * plain(teachers.teacher)
     t = tl.load(at, mask=inside, other=float("nan")).to(tl.float32)
     if energy is not None:
         t += tl.where(energy > -float("inf"), 0.0, float("nan"))[None, :]
-    return t + (t - t)  # NaN where t is infinite, in two instructions and no mask: registers are short here
+    t = t + (t - t)  # NaN where t is infinite, in two instructions and no mask: registers are short here
+    if NORMALIZE == "logit":
+        # In float64, where 1 − p is exact: around 1/2 all digits would be lost.
+        p = tl.minimum(tl.maximum(t.to(tl.float64), 2.0**-23), 1.0 - 2.0**-23)
+        t = tl.where(t == t, tl.log(p / (1.0 - p)).to(tl.float32), t)
+    return t
 
 
 @triton.jit
@@ -50,9 +58,11 @@ def prior_energy(prior, k, MP: tl.constexpr):
     energy = tl.where(m < k.M, 0.0, -inf)
     if prior.pointer is not None:
         at = prior.pointer + k.q * plain(prior.query) + m.to(tl.int64) * plain(prior.teacher)
-        p = tl.load(at, mask=m < k.M, other=0.0).to(tl.float32)
-        p = tl.where((p > 0.0) & (p < inf), p, 0.0)
-        energy = tl.where(p > 0.0, tl.log(p / tl.maximum(tl.max(p, 0), 1e-37)), -inf)
+        p = tl.load(at, mask=m < k.M, other=0.0)
+        there = (p > 0.0) & (p < inf)
+        p = tl.where(there, tl.minimum(p, 1e38), 0.0).to(tl.float32)
+        # However small a weight, its teacher is there.
+        energy = tl.where(there, tl.log(tl.maximum(p / tl.maximum(tl.max(p, 0), 1e-37), SMALLEST)), -inf)
     return energy
 
 
@@ -64,9 +74,9 @@ def lift(low, high):
 
 
 @triton.jit
-def statistics(k, teachers, mask, order, prior, SPREAD: tl.constexpr, how: tl.constexpr):
-    """Each teacher's number of scores in a chunk and their mean; with SPREAD what rounding the mean lost and the squares about
-    it, summed and lifted; their lowest and highest."""
+def statistics(k, teachers, mask, order, prior, NORMALIZE: tl.constexpr, how: tl.constexpr):
+    """Each teacher's number of scores in a chunk; where they calibrate it their mean, what rounding the mean lost and the
+    squares about it, summed and lifted, else 0; the lowest and highest score."""
     BR: tl.constexpr = how.BR
     MP: tl.constexpr = how.MP
     inf = float("inf")
@@ -79,7 +89,7 @@ def statistics(k, teachers, mask, order, prior, SPREAD: tl.constexpr, how: tl.co
     high = tl.full((MP,), -inf, tl.float32)
     for row in range(k.begin, k.end, BR):
         slots, valid = slots_of(k, order, mask, row + tl.arange(0, BR))
-        t = load_teachers(teachers, k, slots, valid, veto, MP)
+        t = load_teachers(teachers, k, slots, valid, veto, NORMALIZE, MP)
         present = t == t
         total += tl.sum(tl.where(present, t, 0.0), 0).to(tl.float64)
         count += tl.sum(tl.where(present, 1.0, 0.0), 0)
@@ -88,14 +98,14 @@ def statistics(k, teachers, mask, order, prior, SPREAD: tl.constexpr, how: tl.co
     mean = tl.zeros((MP,), tl.float32)
     off = tl.zeros((MP,), tl.float32)  # small beside the deviation, and so is its rounding
     square = tl.zeros((MP,), tl.float64)
-    if SPREAD:
+    if NORMALIZE != "none" and NORMALIZE != "minmax":
         mean = total.to(tl.float32) / tl.maximum(count, 1.0)
         # t − mean is nearly exact, so what rounding the mean lost comes out of a second pass. It is lifted: two exact products.
         up = lift(low, high)
         lifted_mean = mean * up
         for row in range(k.begin, k.end, BR):
             slots, valid = slots_of(k, order, mask, row + tl.arange(0, BR))
-            t = load_teachers(teachers, k, slots, valid, veto, MP)
+            t = load_teachers(teachers, k, slots, valid, veto, NORMALIZE, MP)
             d = tl.where(t == t, t * up[None, :] - lifted_mean[None, :], 0.0)
             off += tl.sum(d, 0)
             square += tl.sum(d * d, 0).to(tl.float64)
@@ -114,10 +124,15 @@ def store_statistics(
     present = count > 0.0
     root_scale = tl.full((MP,), 1.0, tl.float32)
     common = 0.0
-    if NORMALIZE == "zscore":
-        # By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
+    # By its extremes: the rounding of a constant's mean must not be blown up to unit scale.
+    varies = high > low
+    if NORMALIZE == "zscore" or NORMALIZE == "logit":
         deviation = tl.sqrt(tl.maximum(variance, 1e-37))
-        root_scale = tl.where(high > low, tl.sqrt(lift(low, high)) / tl.sqrt(deviation), 0.0)
+        root_scale = tl.where(varies, tl.sqrt(lift(low, high)) / tl.sqrt(deviation), 0.0)
+    if NORMALIZE == "minmax":
+        up = lift(low, high)
+        root_scale = tl.where(varies, tl.sqrt(up) / tl.sqrt(tl.where(varies, high * up - low * up, 1.0)), 0.0)
+        mean = tl.where(present, low, 0.0)
     if NORMALIZE == "none":
         # The middle of all logits, where it is large beside their range: ensembles and pairs are differences, which have more
         # digits without it, and off and on again it rounds nothing.
@@ -188,17 +203,24 @@ def calibrated(k, rows, MP: tl.constexpr):
 
 @triton.jit
 def tilt(t, slope, energy):
-    """The ensemble logits of the rows, whether any teacher scored them, and the teachers' weights."""
+    """The ensemble logits of the rows, whether any teacher scored them, and the teachers' weights. `slope`: None where the
+    energies are still those of `prior_energy`, which saves the exponentials."""
     inf = float("inf")
     present = t == t
     low = tl.min(tl.where(present, t, inf), 1)
     high = tl.max(tl.where(present, t, -inf), 1)
     scored = high >= low
-    reference = tl.where(scored, tl.where(slope >= 0.0, high, low), 0.0)
-    d = tl.where(present, t - reference[:, None], 0.0)
-    exponent = tl.where(present, slope[:, None] * d + energy[None, :], -inf)
-    top = tl.where(scored, tl.max(exponent, 1), 0.0)
-    e = tl.where(present, tl.exp(exponent - top[:, None]), 0.0)
+    if slope is None:
+        reference = tl.where(scored, high, 0.0)
+        d = tl.where(present, t - reference[:, None], 0.0)
+        top = tl.where(scored, tl.max(tl.where(present, energy[None, :], -inf), 1), 0.0)
+        e = tl.where(present, tl.exp(energy)[None, :] * tl.exp(-top)[:, None], 0.0)
+    else:
+        reference = tl.where(scored, tl.where(slope >= 0.0, high, low), 0.0)
+        d = tl.where(present, t - reference[:, None], 0.0)
+        exponent = tl.where(present, slope[:, None] * d + energy[None, :], -inf)
+        top = tl.where(scored, tl.max(exponent, 1), 0.0)
+        e = tl.where(present, tl.exp(exponent - top[:, None]), 0.0)
     mass = tl.where(scored, tl.sum(e, 1), 1.0)
     s = reference + tl.sum(e * d, 1) / mass
     # Rounding must not leave the teachers' range.
@@ -222,7 +244,16 @@ def store_u(k, rows, s, scored, to, steps, how: tl.constexpr):
 
 
 @triton.jit
-def calibrate(k, teachers, mask, order, steps, how: tl.constexpr):
+def scaled(k, teachers, slots, valid, energy, NORMALIZE: tl.constexpr, MP: tl.constexpr):
+    """(BR, MP) calibrated teachers, from the inputs."""
+    t = load_teachers(teachers, k, slots, valid, energy, NORMALIZE, MP)
+    t = t - load_row(k, MEAN, 0.0, MP)[None, :]
+    root_scale = load_row(k, ROOT_SCALE, 0.0, MP)[None, :]
+    return (t - load_row(k, CORRECTION, 0.0, MP)[None, :]) * root_scale * root_scale
+
+
+@triton.jit
+def calibrate(k, teachers, mask, order, steps, ENSEMBLE: tl.constexpr, how: tl.constexpr):
     """The calibrated teachers, the mean ensemble and SCORED_RANK of a chunk; of a long list also how many of its documents
     pairs count, and their gains."""
     BR: tl.constexpr = how.BR
@@ -235,18 +266,15 @@ def calibrate(k, teachers, mask, order, steps, how: tl.constexpr):
         rows = row + tl.arange(0, BR)
         inside = rows < k.padded
         slots, valid = slots_of(k, order, mask, rows)
-        t = load_teachers(teachers, k, slots, valid, energy, MP)
-        t = t - load_row(k, MEAN, 0.0, MP)[None, :]
-        root_scale = load_row(k, ROOT_SCALE, 0.0, MP)[None, :]
-        t = (t - load_row(k, CORRECTION, 0.0, MP)[None, :]) * root_scale * root_scale
+        t = scaled(k, teachers, slots, valid, energy, ENSEMBLE.NORMALIZE, MP)
         at = rows.to(tl.int64)[:, None] * k.M + m[None, :]
         tl.store(k.table + at, t, mask=inside[:, None] & (m < k.M)[None, :])
-        exponent = rows * 0.0
-        s, scored, _ = tilt(t, exponent, energy)
+        s, scored, _ = tilt(t, None if ENSEMBLE.FIXED else rows * 0.0, energy)
         rank = tl.load(field(k, RANK) + rows, mask=inside, other=float("nan"))
         rank = tl.where(scored, rank, float("nan"))
         tl.store(field(k, SCORED_RANK) + rows, rank, mask=inside)
-        tl.store(field(k, EXPONENT) + rows, exponent, mask=inside)
+        if not ENSEMBLE.FIXED:
+            tl.store(field(k, EXPONENT) + rows, rows * 0.0, mask=inside)
         store_u(k, rows, s, scored, 0, steps, how)
         if not how.ALONE:
             # The other copy, too: documents that no iteration moves are read from either.
@@ -294,17 +322,19 @@ def count_pairs(k, lists, how: tl.constexpr):
 
 
 @triton.jit
-def iterate(k, lists, pulls, read, steps, ENSEMBLE: tl.constexpr, how: tl.constexpr):
-    """An iteration for a chunk, from λ on: by document its exponents and logits, by query its pull on each teacher, the sum."""
+def iterate(k, lists, pulls, losses, read, steps, ENSEMBLE: tl.constexpr, LOSS: tl.constexpr, how: tl.constexpr):
+    """An iteration for a chunk, from λ on: by document its exponents and logits, else its pull on each teacher, the sum. With
+    LOSS, in the same sweep, what `trace_loss` gives; for U alone, as that."""
     BR: tl.constexpr = how.BR
     MP: tl.constexpr = how.MP
     near = near_rows(k, lists, U_GRID, how)
     columns = columns_of(k, near, SCORED_RANK)
     wide = tl.load(scalar(k, WIDE)) != 0.0
     u = field(k, U + read)
-    if not how.ALONE:
+    if not (how.ALONE or LOSS):
         u = field(k, tl.where(wide, U + read, E + read))
     total = tl.zeros((MP,), tl.float64)
+    loss = tl.zeros((BR,), tl.float64)
     for row in range(k.begin, k.padded, BR):
         rows = row + tl.arange(0, BR)
         inside = rows < k.end
@@ -312,13 +342,19 @@ def iterate(k, lists, pulls, read, steps, ENSEMBLE: tl.constexpr, how: tl.conste
         direction = tl.zeros((BR,), tl.float32)
         if near.mixed:
             u_row = tl.load(u + rows, mask=inside, other=1.0)
-            direction = label_pull(
-                columns, u + near.begin, u_row, rank, gain, wide, steps.offset, ENSEMBLE.MARGIN, how
-            ) - tl.load(field(k, ABOVE) + rows, mask=inside, other=0.0)  # fmt: skip
+            if LOSS:
+                value, direction = label_losses(columns, u + near.begin, u_row, rank, gain, steps.offset, how)
+                loss += value.to(tl.float64)
+            else:
+                direction = label_pull(
+                    columns, u + near.begin, u_row, rank, gain, wide, steps.offset, ENSEMBLE.MARGIN, how
+                ) - tl.load(field(k, ABOVE) + rows, mask=inside, other=0.0)  # fmt: skip
         if not how.DIRECT:
             if has_others(near):
                 u_row = tl.load(field(k, U + read) + rows, mask=inside, other=0.0)
                 direction += label_field(pulls, k, lists, U_GRID, u_row, rank, gain, how)
+                if LOSS:
+                    loss += label_field(losses, k, lists, U_GRID, u_row, rank, gain, how).to(tl.float64)
         t = calibrated(k, rows, MP)
         energy = load_row(k, ENERGY, -float("inf"), MP)
         if ENSEMBLE.BY_DOCUMENT:
@@ -331,9 +367,9 @@ def iterate(k, lists, pulls, read, steps, ENSEMBLE: tl.constexpr, how: tl.conste
             # λ_i / share_i, by the weight of the teachers that scored a document.
             share = tl.sum(tl.where(t == t, load_row(k, TEACHER_WEIGHT, 0.0, MP)[None, :], 0.0), 1)
             direction = direction / tl.maximum(share, MIN_SHARE)
-            s, _, _ = tilt(t, rows * 0.0, energy)
+            s, _, _ = tilt(t, None if ENSEMBLE.FIXED else rows * 0.0, energy)
             total += tl.sum(tl.where(t == t, direction[:, None] * (t - s[:, None]), 0.0), 0).to(tl.float64)
-    return total
+    return total, tl.sum(loss, 0).to(tl.float32)
 
 
 @triton.jit
@@ -342,6 +378,17 @@ def reweight(k, pull, steps, MP: tl.constexpr):
     pairs = tl.load(scalar(k, PAIRS))
     step = steps.step * pull.to(tl.float32) / tl.where(pairs > 0.0, pairs, 1.0)
     store_energy(k, load_row(k, ENERGY, -float("inf"), MP) + step, MP)
+
+
+@triton.jit
+def store_pulls(k, pulls, pull, MP: tl.constexpr):
+    """How fast a query's label loss, the mean over its pairs, falls with each teacher's weight; NaN where it has no pair, or
+    the teacher takes no part."""
+    pairs = tl.load(scalar(k, PAIRS))
+    mean = pull.to(tl.float32) / tl.where(pairs > 0.0, pairs, float("nan"))
+    there = load_row(k, ENERGY, -float("inf"), MP) > -float("inf")
+    m = tl.arange(0, MP)
+    tl.store(pulls + k.q * k.M + m, tl.where(there, mean, float("nan")), mask=m < k.M)
 
 
 @triton.jit
@@ -385,9 +432,11 @@ def store_trace(k, trace, iteration, total):
 
 
 @triton.jit
-def put_out(k, order, logits, weights, BY_DOCUMENT: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr):
+def put_out(
+    k, teachers, mask, order, logits, weights, ENSEMBLE: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr
+):  # fmt: skip
     """A chunk's logits, and by document weights, in the tensors' order. DIFFERENCES: they are all that is wanted, so what is
-    common stays off."""
+    common stays off. Without PAIRS nothing was calibrated before."""
     BR: tl.constexpr = how.BR
     MP: tl.constexpr = how.MP
     m = tl.arange(0, MP)
@@ -395,15 +444,22 @@ def put_out(k, order, logits, weights, BY_DOCUMENT: tl.constexpr, DIFFERENCES: t
     for row in range(k.begin, k.end, BR):
         rows = row + tl.arange(0, BR)
         inside = rows < k.end
-        slots = rows
-        if order is not None:
-            slots = tl.load(order + k.first + rows, mask=inside, other=0) - k.slot
-        exponent = tl.load(field(k, EXPONENT) + rows, mask=inside, other=0.0)
-        s, scored, w = tilt(calibrated(k, rows, MP), exponent, energy)
+        if ENSEMBLE.PAIRS:
+            slots = rows
+            if order is not None:
+                slots = tl.load(order + k.first + rows, mask=inside, other=0) - k.slot
+            t = calibrated(k, rows, MP)
+        else:
+            slots, valid = slots_of(k, order, mask, rows)
+            t = scaled(k, teachers, slots, valid, energy, ENSEMBLE.NORMALIZE, MP)
+        exponent = None
+        if not ENSEMBLE.FIXED:
+            exponent = tl.load(field(k, EXPONENT) + rows, mask=inside, other=0.0)
+        s, scored, w = tilt(t, exponent, energy)
         if not DIFFERENCES:
             s += tl.load(scalar(k, COMMON))
         tl.store(logits + k.first + slots, tl.where(scored, s, float("nan")), mask=inside)
-        if BY_DOCUMENT and weights is not None:
+        if ENSEMBLE.BY_DOCUMENT and weights is not None:
             at = (k.first + slots)[:, None] * k.M + m[None, :]
             tl.store(weights + at, w, mask=inside[:, None] & (m < k.M)[None, :])
 

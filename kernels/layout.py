@@ -161,11 +161,14 @@ class How(NamedTuple):
 
 
 class Ensemble(NamedTuple):
-    """The ensemble's options that kernels are compiled for."""
+    """The ensemble's options that kernels are compiled for. FIXED: no iterations, so that weights stay as they begin. PAIRS:
+    whether label pairs are summed, for iterations, a trace or pulls."""
 
     BY_DOCUMENT: bool
     NORMALIZE: str
     MARGIN: bool
+    FIXED: bool
+    PAIRS: bool
 
 
 class Chunk(NamedTuple):

@@ -3,7 +3,10 @@
 
     statistics → query_statistics → calibrate → counts → totals
     T times: (deposit → super → collect → apply, kernels/fields.py) → iterate [→ reweight → tilt, by query]
+    [pull → pull_sum, by queries' shared weights]
     output
+
+Without label pairs, for the ensemble by given weights alone: statistics → query_statistics → output.
 
 All documents lie by rising label, their teachers calibrated and copied into that order once. What a document hears from its
 own block comes from direct sums (kernels/pairs.py), from all others out of its block's field. Chunks of unlabelled documents
@@ -19,7 +22,7 @@ import triton.language as tl
 from pile_fast.kernels.chunks import open_chunk, open_query, sum_partials
 from pile_fast.kernels.ensemble import (
     calibrate, count_pairs, iterate, lift, prior_energy, put_out, put_out_weights, retilt, reweight, statistics,
-    store_statistics, store_trace, trace_loss,
+    store_pulls, store_statistics, store_trace, trace_loss,
 )  # fmt: skip
 from pile_fast.kernels.layout import (
     COUNT, GAINS, HIGH, LOW, NUMBER, OFF, PAIR_SUM, PAIRS, PARTIALS, PIVOT, PULL, RANK, SQUARE, TRACE, field, partial,
@@ -28,12 +31,12 @@ from pile_fast.kernels.layout import (
 
 
 @triton.jit
-def statistics_kernel(state, lists, teachers, mask, prior, SPREAD: tl.constexpr, how: tl.constexpr):
+def statistics_kernel(state, lists, teachers, mask, prior, NORMALIZE: tl.constexpr, how: tl.constexpr):
     """Each teacher's statistics in a chunk; the mean is a pivot for those of the query."""
     k = open_chunk(state, lists)
     if k.n == 0:
         return
-    count, mean, off, square, low, high = statistics(k, teachers, mask, lists.order, prior, SPREAD, how)
+    count, mean, off, square, low, high = statistics(k, teachers, mask, lists.order, prior, NORMALIZE, how)
     m = tl.arange(0, how.MP)
     tl.store(teacher_partial(k, COUNT) + m, count, mask=m < k.M)
     tl.store(teacher_partial(k, PIVOT) + m, mean, mask=m < k.M)
@@ -77,7 +80,7 @@ def query_statistics_kernel(
     mean = tl.zeros((MP,), tl.float32)
     correction = mean
     variance = mean
-    if NORMALIZE != "none":
+    if NORMALIZE != "none" and NORMALIZE != "minmax":
         mean = total.to(tl.float32) / at_least_one
         # What rounding the mean lost.
         correction = (total - mean.to(tl.float64) * count).to(tl.float32) / at_least_one
@@ -103,12 +106,12 @@ def query_statistics_kernel(
 
 
 @triton.jit
-def calibrate_kernel(state, lists, teachers, mask, steps, how: tl.constexpr):
+def calibrate_kernel(state, lists, teachers, mask, steps, ENSEMBLE: tl.constexpr, how: tl.constexpr):
     """Calibrated teachers by position, the mean ensemble, and how many documents pairs count."""
     k = open_chunk(state, lists)
     if k.n == 0:
         return
-    number, gains = calibrate(k, teachers, mask, lists.order, steps, how)
+    number, gains = calibrate(k, teachers, mask, lists.order, steps, ENSEMBLE, how)
     tl.store(partial(k, NUMBER), number)
     tl.store(partial(k, GAINS), gains)
 
@@ -137,8 +140,11 @@ def unlabelled(k):
 
 
 @triton.jit(do_not_specialize=["read"])
-def iterate_kernel(state, lists, pulls, read, steps, ENSEMBLE: tl.constexpr, how: tl.constexpr):
-    """λ of a chunk; by document also the new exponents and logits, by query each teacher's pull."""
+def iterate_kernel(
+    state, lists, pulls, losses, read, steps, ENSEMBLE: tl.constexpr, LOSS: tl.constexpr, how: tl.constexpr
+):  # fmt: skip
+    """λ of a chunk; by document also the new exponents and logits, else each teacher's pull. With LOSS also what trace_kernel
+    gives."""
     k = open_chunk(state, lists)
     if k.n == 0:
         return
@@ -147,21 +153,37 @@ def iterate_kernel(state, lists, pulls, read, steps, ENSEMBLE: tl.constexpr, how
     if unlabelled(k):
         if not ENSEMBLE.BY_DOCUMENT:
             tl.store(teacher_partial(k, PULL) + m, tl.zeros((MP,), tl.float32), mask=m < k.M)
+        if LOSS:
+            tl.store(partial(k, TRACE), 0.0)
         return
-    total = iterate(k, lists, pulls, read, steps, ENSEMBLE, how)
+    total, loss = iterate(k, lists, pulls, losses, read, steps, ENSEMBLE, LOSS, how)
     if not ENSEMBLE.BY_DOCUMENT:
         tl.store(teacher_partial(k, PULL) + m, total.to(tl.float32), mask=m < k.M)
+    if LOSS:
+        tl.store(partial(k, TRACE), loss)
+
+
+@triton.jit
+def sum_pulls(k, TILE: tl.constexpr, MP: tl.constexpr):
+    """Σ of the chunks' pulls on each teacher, in float64 and one fixed order."""
+    pull = tl.zeros((MP,), tl.float64)
+    for begin in range(k.c_first, k.c_last, TILE):
+        pull += tl.sum(load_partials(k, PULL, begin + tl.arange(0, TILE), 0.0, MP).to(tl.float64), 0)
+    return pull
 
 
 @triton.jit
 def reweight_kernel(state, lists, steps, TILE: tl.constexpr, how: tl.constexpr):
     """The teachers' new energies and weights, by query."""
     k = open_query(state, lists)
-    MP: tl.constexpr = how.MP
-    pull = tl.zeros((MP,), tl.float64)
-    for begin in range(k.c_first, k.c_last, TILE):
-        pull += tl.sum(load_partials(k, PULL, begin + tl.arange(0, TILE), 0.0, MP).to(tl.float64), 0)
-    reweight(k, pull, steps, MP)
+    reweight(k, sum_pulls(k, TILE, how.MP), steps, how.MP)
+
+
+@triton.jit
+def pull_sum_kernel(state, lists, pulls, TILE: tl.constexpr, how: tl.constexpr):
+    """Each query's pull on the teachers."""
+    k = open_query(state, lists)
+    store_pulls(k, pulls, sum_pulls(k, TILE, how.MP), how.MP)
 
 
 @triton.jit
@@ -194,13 +216,13 @@ def trace_sum_kernel(state, lists, trace, iteration):
 
 @triton.jit
 def output_kernel(
-    state, lists, logits, weights, BY_DOCUMENT: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr
+    state, lists, teachers, mask, logits, weights, ENSEMBLE: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr
 ):  # fmt: skip
     """Logits (DIFFERENCES: they are all that is wanted), and by document weights, back in the tensors' order."""
     k = open_chunk(state, lists)
     if k.n == 0:
         return
-    put_out(k, lists.order, logits, weights, BY_DOCUMENT, DIFFERENCES, how)
+    put_out(k, teachers, mask, lists.order, logits, weights, ENSEMBLE, DIFFERENCES, how)
 
 
 @triton.jit

@@ -6,7 +6,10 @@ once, gradient 4 n written once, scratch 4 n (FIELDS + M) in L1/L2):
 
     ensemble   T n² / 2 reciprocals, 5 T n² float instructions, T n M exponentials
     once       2 n² compares for ranks and counts, 2 n² adds
+    pulls      as an iteration (with the label loss: as the loss), and M floats written
     loss       n² reciprocals, about 14 n² float instructions
+
+Without iterations, trace and pulls the ensemble has no pairs: n M exponentials, and the teachers read twice or three times.
 
 The pairs limit it from about 32 documents on, below that the latency of T dependent iterations; never the bytes.
 """
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 from pile_fast.kernels.ensemble import (
     calibrate, count_pairs, iterate, lift, prior_energy, put_out, put_out_weights, rank_labels, retilt, reweight,
-    statistics, store_statistics, store_trace, trace_loss,
+    statistics, store_pulls, store_statistics, store_trace, trace_loss,
 )  # fmt: skip
 from pile_fast.kernels.layout import (
     DISTILL, FIELDS, LABEL, PAIRS, SCALARS, SUM, TEACHER_ROWS, Chunk, Strided, scalar,
@@ -26,7 +29,7 @@ from pile_fast.kernels.loss import gradient_of, load_logits, pass_of_term, prepa
 
 
 class Inputs(NamedTuple):
-    """What a call reads; tensors that it does not take are None."""
+    """What a call reads; tensors that it does not take are None. Labels are there where their pairs are summed."""
 
     student: Strided
     teachers: Strided
@@ -43,6 +46,7 @@ class Outputs(NamedTuple):
     logits: Any
     weights: Any
     trace: Strided
+    pulls: Any
     losses: Any
     has_pairs: Any
     gradient: Any
@@ -88,7 +92,7 @@ def pile_kernel(
     """See the module. Q queries, N slots (padded: of a query, packed: of all), M teachers. ENSEMBLE: options of the ensemble;
     D and R: the loss's terms; None where there is none."""
     k = open_list(inputs, outputs.scratch, Q, N, M, how)
-    if ENSEMBLE is not None or R is not None:
+    if inputs.labels.pointer is not None:
         rank_labels(k, inputs.labels, inputs.mask, PAIR_WEIGHT, how)
         tl.debug_barrier()
     if ENSEMBLE is not None:
@@ -101,12 +105,12 @@ def pile_kernel(
 def ensemble(
     k, inputs, outputs, iterations, steps, ENSEMBLE: tl.constexpr, DIFFERENCES: tl.constexpr, how: tl.constexpr
 ):  # fmt: skip
-    """The ensemble of a query, from its teachers to logits, weights and trace."""
+    """The ensemble of a query, from its teachers to logits, weights, trace and pulls."""
     TRACE: tl.constexpr = outputs.trace.pointer is not None
     NORMALIZE: tl.constexpr = ENSEMBLE.NORMALIZE
     MP: tl.constexpr = how.MP
     count, mean, off, square, low, high = statistics(
-        k, inputs.teachers, inputs.mask, None, inputs.prior, NORMALIZE != "none", how
+        k, inputs.teachers, inputs.mask, None, inputs.prior, NORMALIZE, how
     )  # fmt: skip
     off = off / tl.maximum(count, 1.0)
     variance = square / tl.maximum(count, 1.0) - off * off
@@ -115,30 +119,48 @@ def ensemble(
         k, count, mean, off / lift(low, high), variance, low, high, energy, steps, None, NORMALIZE, TRACE, MP
     )  # fmt: skip
     tl.debug_barrier()
-    calibrate(k, inputs.teachers, inputs.mask, None, steps, how)
-    tl.debug_barrier()
-    pairs = count_pairs(k, None, how)
-    if TRACE or not ENSEMBLE.BY_DOCUMENT:
-        tl.store(scalar(k, PAIRS), pairs)
-    tl.debug_barrier()
+    if ENSEMBLE.PAIRS:
+        calibrate(k, inputs.teachers, inputs.mask, None, steps, ENSEMBLE, how)
+        tl.debug_barrier()
+        pairs = count_pairs(k, None, how)
+        if TRACE or not ENSEMBLE.BY_DOCUMENT:
+            tl.store(scalar(k, PAIRS), pairs)
+        tl.debug_barrier()
+        if not ENSEMBLE.FIXED:
+            improve(k, outputs, iterations, steps, ENSEMBLE, how)
+        if outputs.pulls is not None:
+            pull, loss = iterate(k, None, None, None, 0, steps, ENSEMBLE, TRACE, how)
+            store_pulls(k, outputs.pulls, pull, MP)
+            if TRACE:
+                store_trace(k, outputs.trace, iterations, loss)
+        elif TRACE:
+            read = iterations % 2 if ENSEMBLE.BY_DOCUMENT else 0
+            store_trace(k, outputs.trace, iterations, trace_loss(k, None, None, read, steps, how))
+    if outputs.logits is not None:
+        put_out(
+            k, inputs.teachers, inputs.mask, None, outputs.logits, outputs.weights, ENSEMBLE, DIFFERENCES, how
+        )  # fmt: skip
+        tl.debug_barrier()
+    if outputs.weights is not None and not ENSEMBLE.BY_DOCUMENT:
+        put_out_weights(k, outputs.weights, MP)
+
+
+@triton.jit
+def improve(k, outputs, iterations, steps, ENSEMBLE: tl.constexpr, how: tl.constexpr):
+    """The iterations."""
+    TRACE: tl.constexpr = outputs.trace.pointer is not None
+    MP: tl.constexpr = how.MP
     for i in range(0, iterations):
         read = i % 2 if ENSEMBLE.BY_DOCUMENT else 0
         if TRACE:
             store_trace(k, outputs.trace, i, trace_loss(k, None, None, read, steps, how))
-        pull = iterate(k, None, None, read, steps, ENSEMBLE, how)
+        pull, _ = iterate(k, None, None, None, read, steps, ENSEMBLE, False, how)
         tl.debug_barrier()
         if not ENSEMBLE.BY_DOCUMENT:
             reweight(k, pull, steps, MP)
             tl.debug_barrier()
             retilt(k, steps, how)
             tl.debug_barrier()
-    if TRACE:
-        read = iterations % 2 if ENSEMBLE.BY_DOCUMENT else 0
-        store_trace(k, outputs.trace, iterations, trace_loss(k, None, None, read, steps, how))
-    put_out(k, None, outputs.logits, outputs.weights, ENSEMBLE.BY_DOCUMENT, DIFFERENCES, how)
-    tl.debug_barrier()
-    if outputs.weights is not None and not ENSEMBLE.BY_DOCUMENT:
-        put_out_weights(k, outputs.weights, MP)
 
 
 @triton.jit

@@ -118,21 +118,28 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def pile_loss(
     shape, *, packed=0, masked=False, dtype=torch.float32, labels=torch.float32, prior=False, alpha=1.0, pairwise="direct",
-    pair_weight=None, granularity="document", margin=0.0, reduction="mean",
+    pair_weight=None, granularity="document", normalize="zscore", margin=0.0, reduction="mean", pulls=False,
 ):  # fmt: skip
     *documents, teachers = shape
     batch = RankingBatch(
         student_logits=tensor(*documents, dtype=dtype), teacher_logits=tensor(*shape, dtype=dtype),
-        labels=tensor(*documents, dtype=labels), prior=tensor(teachers) if prior else None,
+        labels=tensor(*documents, dtype=labels), prior=tensor(teachers, dtype=torch.float64) if prior else None,
         mask=tensor(*documents, dtype=torch.bool) if masked else None,
         cu_seqlens=tensor(packed + 1, dtype=torch.int32) if packed else None,
     )  # fmt: skip
     ensemble = ensemble_options(
-        iterations=2, granularity=granularity, margin=margin, pair_weight=pair_weight, pairwise=pairwise
+        iterations=0 if granularity == "shared" else 2, granularity=granularity, normalize=normalize, margin=margin,
+        pair_weight=pair_weight, pairwise=pairwise,
+    )  # fmt: skip
+    loss = loss_options(alpha=alpha, pair_weight=pair_weight, reduction=reduction, pairwise=pairwise)
+    backend.pile_loss(batch, ensemble, loss, True, pulls)
+
+
+def pulls(shape, *, pairwise="direct", normalize="zscore"):
+    batch = RankingBatch(
+        teacher_logits=tensor(*shape), labels=tensor(*shape[:-1]), prior=tensor(shape[-1], dtype=torch.float64)
     )
-    backend.pile_loss(
-        batch, ensemble, loss_options(alpha=alpha, pair_weight=pair_weight, reduction=reduction, pairwise=pairwise), True
-    )
+    backend.pulls(batch, ensemble_options(pairwise=pairwise, normalize=normalize))
 
 
 def pile_ensemble(
@@ -169,6 +176,11 @@ FUSED = {
         (2048, 16), packed=64, dtype=torch.float16, pair_weight="gain_gap", more=True
     ),
     "pile_ensemble, 128 teachers": lambda: pile_ensemble((256, 128, 128)),
+    "pile_loss, shared weights": no_reduction(pile_loss, (256, 128, 4), granularity="shared", prior=True),
+    "pile_loss, shared weights, 8 teachers, with pulls": no_reduction(
+        pile_loss, (256, 128, 8), granularity="shared", prior=True, pulls=True
+    ),
+    "pulls of shared weights, probabilities": lambda: pulls((256, 128, 4), normalize="logit"),
     "mean squared differences": lambda: pair_loss((256, 128), alpha=1.0, distillation="mse"),
     "ranking_loss": lambda: pair_loss((256, 128), alpha=0.0),
 }  # fmt: skip
@@ -180,6 +192,11 @@ LONG = {
     ),
     "trace, weights, 16 teachers": lambda: pile_ensemble((4, 2000, 16), pairwise="chebyshev", more=True),
     "direct": lambda: pile_loss((16, 1000, 8), alpha=0.5),
+    "shared": lambda: pile_loss((1 << 20, 8), packed=64, granularity="shared", prior=True, pairwise="chebyshev"),
+    "shared, with pulls": lambda: pile_loss(
+        (1 << 20, 8), packed=64, granularity="shared", prior=True, pulls=True, pairwise="chebyshev"
+    ),
+    "pulls": lambda: pulls((4, 40_000, 8), normalize="logit", pairwise="chebyshev"),
     "direct, packed, by query, 128 teachers": lambda: pile_ensemble((6000, 128), packed=3, granularity="query", more=True),
 }  # fmt: skip
 

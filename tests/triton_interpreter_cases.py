@@ -6,12 +6,14 @@ triton is imported.
 
 import pytest
 import torch
-from contract.problems import check_loss, largest, make, run
-from contract.targets import a_launch_per_phase, short_blocks
+from contract.problems import NAN, check_loss, close, covering, largest, make, run, scale_of
+from contract.targets import TRITON_INTERPRETER, a_launch_per_phase, short_blocks
 
 import pile_fast
+from pile_fast.backends import torch_reference, triton_long
 from pile_fast.backends import triton as backend
-from pile_fast.backends import triton_long
+from pile_fast.batch import RankingBatch
+from pile_fast.options import ensemble_options, loss_options
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DIRECT, LINEAR = (dict(backend="triton", pairwise=pairwise) for pairwise in ("direct", "chebyshev"))
@@ -59,3 +61,84 @@ def test_the_same_bits_every_time_in_several_launches(monkeypatch):
 def test_more_than_128_teachers_are_refused():
     with pytest.raises(RuntimeError, match="backend 'triton' takes at most 128 teachers, got 129"):
         pile_fast.pile_ensemble(torch.zeros(1, 4, 129), torch.zeros(1, 4), backend="triton")
+
+
+# -- weights that all queries share
+
+TINY = torch.finfo(torch.float32).tiny
+PRIORS = [None, [1.0, 2.0, 0.5], [3.0, TINY, 1.0], [0.0, 1.0, 1.0]]
+POINTS = covering(
+    dict(
+        n=range(100), queries=[1, 2, 3], missing=[0.0, 0.4, 0.9], unlabelled=[0.0, 0.3, 1.0], masked=[0.0, 0.3],
+        packed=[False, False, True], seed=range(1000), dtype=[torch.float32, torch.float32, torch.bfloat16, torch.float16],
+        labels=["grades", "continuous"], prior=PRIORS, pair_weight=[None, "label_gap", "gain_gap"], margin=[0.0, 0.3],
+        temperature=[0.5, 1.0, 0.1], normalize=["zscore", "center", "none", "minmax", "logit"], alpha=[0.0, 0.5, 1.0],
+        reduction=["mean", "sum", "none"],
+    ),
+    8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", TRITON_INTERPRETER.numerics, ids=lambda way: way.name)
+@pytest.mark.parametrize("number", range(len(POINTS)))
+def test_weights_and_pulls_of_queries(monkeypatch, way, number):
+    """The ensemble by given weights, and each query's pull on them, alone and beside the loss."""
+    way.prepare(monkeypatch)
+    point = dict(POINTS[number])
+    names = ("queries", "missing", "unlabelled", "masked", "packed", "seed", "dtype", "labels")
+    z, t, y, where = make(way.lengths[point.pop("n") % len(way.lengths)], **{name: point.pop(name) for name in names})
+    if point["normalize"] == "logit":
+        t = t.sigmoid()
+    prior = point.pop("prior")
+    prior = None if prior is None else torch.tensor(prior, dtype=torch.float64)
+    of_loss = {name: point.pop(name) for name in ("alpha", "reduction")}
+    options = ensemble_options(granularity="shared", iterations=0, pairwise=way.pairwise, **point)
+    loss = loss_options(**of_loss, pair_weight=point["pair_weight"], pairwise=way.pairwise)
+    wide = point["normalize"] != "logit"  # whose clamp is by the dtype
+
+    def call(module, z, t):
+        batch = RankingBatch(student_logits=z, teacher_logits=t, labels=y, prior=prior, **where)
+        logits, _, _ = module.ensemble(batch, options, False, False)
+        pulls, losses = module.pulls(batch, options)
+        return logits, pulls, losses, *module.pile_loss(batch, options, loss, True, True)
+
+    own = call(torch_reference, z.float(), t.float())
+    want = call(torch_reference, z.double(), t.double()) if wide else own
+    got = call(backend, z, t)
+    for name, a, b, c in zip(("logits", "pulls", "label losses", "loss", "gradient", "pulls too"), got, own, want, strict=True):
+        assert a.shape == c.shape, name
+        relative = max(1e-5, 2 * torch.finfo(z.dtype).eps) if name == "gradient" else 4e-6
+        close(a, b, c, relative * max(largest(c), scale_of(t) if name == "logits" else 0.0) + 1e-7)
+
+
+@pytest.mark.parametrize("way", TRITON_INTERPRETER.numerics, ids=lambda way: way.name)
+def test_pulls_of_queries_without_documents(monkeypatch, way):
+    way.prepare(monkeypatch)
+    options, loss = ensemble_options(iterations=0, pairwise=way.pairwise), loss_options(pairwise=way.pairwise)
+    for shape, cu_seqlens in (((0, 5), None), ((2, 0), None), ((4,), torch.tensor([0, 0, 4, 4]))):
+        z, t = torch.randn(shape), torch.randn(*shape, 3)
+        y = torch.zeros(shape) if cu_seqlens is None else torch.arange(4.0)
+        batch = RankingBatch(student_logits=z, teacher_logits=t, labels=y, cu_seqlens=cu_seqlens)
+        pulls, losses = backend.pulls(batch, options)
+        _, _, beside = backend.pile_loss(batch, options, loss, False, True)
+        assert pulls.shape == beside.shape == (batch.num_queries, 3) and losses.shape == (batch.num_queries,)
+        there = torch.tensor([False, True, False]) if cu_seqlens is not None else torch.zeros(shape[0], dtype=torch.bool)
+        for found in (pulls, beside, losses.unsqueeze(1)):
+            assert (found.isnan() == ~there.unsqueeze(1)).all()
+
+
+def test_a_teacher_of_the_smallest_weight_is_there():
+    t = torch.tensor([[[1.0, 5.0], [0.0, NAN], [NAN, 2.0]]])
+    prior = torch.tensor([1e30, 1e-30], dtype=torch.float64)  # a ratio that float32 does not have
+    logits = pile_fast.pile_ensemble(t, torch.zeros(1, 3), iterations=0, normalize="none", prior=prior, **DIRECT).logits
+    assert torch.equal(logits, torch.tensor([[1.0, 0.0, 2.0]]))
+
+
+def test_the_fit_is_the_references():
+    _, t, y, where = make(17, 3, missing=0.2, unlabelled=0.3)
+    options = dict(iterations=3, return_weights=True, return_trace=True, **where)
+    got = pile_fast.pile_ensemble(t, y, **options, **DIRECT)
+    want = pile_fast.pile_ensemble(t.double(), y, **options, backend="torch")
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        close(a, a, b, 2e-6 * scale_of(t))

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
+
+if TYPE_CHECKING:
+    from pile_fast.kernels.layout import Ensemble
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None  # without importing it
@@ -84,7 +88,7 @@ def ensemble(
     teachers = batch.teacher_logits
     # Documents of no query keep what they are filled with; all others are written.
     logits = _documents(batch, teachers, teachers.shape[:-1], torch.float32, torch.nan)
-    if not return_weights:
+    if not return_weights or options.granularity == "shared":
         weights = None
     elif options.granularity == "document":
         weights = _documents(batch, teachers, teachers.shape, torch.float32, 0.0)
@@ -100,12 +104,28 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def pile_loss(
-    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    if of_loss.alpha == 0:
-        return _loss(batch, None, of_loss, with_gradient, None)
-    target = batch.student_logits.new_empty(batch.student_logits.shape, dtype=torch.float32)
-    return _loss(batch, of_ensemble, of_loss, with_gradient, target)
+    batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    student, target, found = batch.student_logits, None, batch.teacher_logits.new_empty(0, dtype=torch.float32)
+    if of_loss.alpha > 0:
+        target = student.new_empty(student.shape, dtype=torch.float32)
+    if with_pulls:
+        found = _pulls(batch)
+    needed = of_loss.alpha > 0 or with_pulls
+    loss, gradient = _loss(
+        batch, of_ensemble if needed else None, of_loss, with_gradient, target, found if with_pulls else None
+    )  # fmt: skip
+    return loss, gradient, found
+
+
+def pulls(batch: RankingBatch, options: EnsembleOptions) -> tuple[Tensor, Tensor]:
+    found, losses = _pulls(batch), batch.teacher_logits.new_empty((batch.num_queries, 1), dtype=torch.float32)
+    _run(batch, options._replace(granularity="query", iterations=0), None, trace=losses, pulls=found)
+    return found, torch.where(found.isnan().all(1), torch.nan, losses[:, 0])
+
+
+def _pulls(batch: RankingBatch) -> Tensor:
+    return batch.teacher_logits.new_empty((batch.num_queries, batch.num_teachers), dtype=torch.float32)
 
 
 def _documents(batch: RankingBatch, like: Tensor, shape: torch.Size, dtype: torch.dtype, fill: float) -> Tensor:
@@ -116,8 +136,9 @@ def _documents(batch: RankingBatch, like: Tensor, shape: torch.Size, dtype: torc
 
 
 def _loss(
-    batch: RankingBatch, of_ensemble: EnsembleOptions | None, options: LossOptions, with_gradient: bool, target: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    batch: RankingBatch, of_ensemble: EnsembleOptions | None, options: LossOptions, with_gradient: bool, target: Tensor | None,
+    pulls: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from pile_fast.kernels.loss import reduce_kernel
 
     student = batch.student_logits
@@ -130,7 +151,7 @@ def _loss(
         # The mean's gradient waits in float32 for the number of queries that count.
         gradient = _documents(batch, student, student.shape, torch.float32 if mean else student.dtype, 0.0)
     _run(
-        batch, of_ensemble, options, target=target, logits=target, losses=losses, has_pairs=has_pairs,
+        batch, of_ensemble, options, target=target, logits=target, pulls=pulls, losses=losses, has_pairs=has_pairs,
         gradient=gradient if with_gradient else None,
     )  # fmt: skip
     if options.reduction == "none":
@@ -157,6 +178,7 @@ def _run(
     logits: Tensor | None = None,
     weights: Tensor | None = None,
     trace: Tensor | None = None,
+    pulls: Tensor | None = None,
     losses: Tensor | None = None,
     has_pairs: Tensor | None = None,
     gradient: Tensor | None = None,
@@ -172,7 +194,7 @@ def _run(
         return
     documents = slots if batch.packed else queries * slots
     if documents == 0:
-        for output, value in ((weights, 0), (trace, 0), (losses, 0), (has_pairs, 0)):
+        for output, value in ((weights, 0), (trace, 0), (pulls, torch.nan), (losses, 0), (has_pairs, 0)):
             if output is not None:
                 output.fill_(value)
         return
@@ -190,17 +212,19 @@ def _run(
     steps = constants = numbers = d = r = None
     if options is not None:
         steps = Steps(1 / options.temperature, options.margin / options.temperature, float(options.step_size))
-        constants = Ensemble(options.granularity == "document", options.normalize, options.margin != 0)
+        fixed = options.iterations == 0
+        pairs = not fixed or trace is not None or pulls is not None
+        constants = Ensemble(options.granularity == "document", options.normalize, options.margin != 0, fixed, pairs)
     if loss is not None:
         d, r = triton_long.used_terms(loss)
         inv_tau = 1 / getattr(loss.distillation, "temperature", 1.0)
         numbers = LossNumbers(float(loss.alpha), inv_tau, tuple(loss.distillation.numbers), tuple(loss.label_loss.numbers))
+    labelled = r is not None or (constants is not None and constants.PAIRS)
     with _on(some):
         if not alone:
-            labelled = options is not None or r is not None
             lists = triton_long.LongLists(batch, how, config["num_warps"], weight, labelled, 0 if options is None else M)
             if steps is not None and constants is not None and options is not None:
-                lists.ensemble(options, steps, constants, logits, weights, trace, differences=loss is not None)
+                lists.ensemble(options, steps, constants, logits, weights, trace, pulls, differences=loss is not None)
             if numbers is not None:
                 lists.loss(d, r, numbers, target, losses, has_pairs, gradient)
             return
@@ -210,7 +234,7 @@ def _run(
         rows = documents + (queries + 1) * tile if batch.packed else queries * -(-slots // tile) * tile
         scratch = some.new_empty(rows * (FIELDS.value + M) + queries * query_floats(M), dtype=torch.float32)
         strided = triton_long.strided
-        labels = batch.labels
+        labels = batch.labels if labelled else None
         if labels is not None and labels.dtype is torch.bool:
             labels = labels.view(torch.uint8)
         mask = None if batch.mask is None else batch.mask.view(torch.uint8)
@@ -219,11 +243,11 @@ def _run(
             strided(target if d else None), strided(labels),
             strided(mask), triton_long.strided_prior(batch.prior), batch.cu_seqlens,
         )  # fmt: skip
-        outputs = pile.Outputs(logits, weights, strided(trace), losses, has_pairs, gradient, scratch)
+        outputs = pile.Outputs(logits, weights, strided(trace), pulls, losses, has_pairs, gradient, scratch)
         pile.pile_kernel[(queries,)](
             inputs, outputs, queries, slots, M, 0 if options is None else options.iterations, steps, numbers,
             ENSEMBLE=constants, D=d, R=r, PAIR_WEIGHT=weight, how=how,
-            num_warps=config["num_warps"], enable_fp_fusion=True, **_registers(config["MP"], options),
+            num_warps=config["num_warps"], enable_fp_fusion=True, **_registers(config["MP"], constants),
         )  # fmt: skip
 
 
@@ -262,12 +286,13 @@ def _config(slots: int, teachers: int) -> dict[str, int]:
     return {"MP": MP, "BR": BR, "BC": 4, "num_warps": num_warps}
 
 
-def _registers(room: int, options: EnsembleOptions | None) -> dict[str, int]:
+def _registers(room: int, ensemble: Ensemble | None) -> dict[str, int]:
     """How many registers a thread of the one launch may take, with room for so many teachers. Left alone, the assembler takes
     half as many again to spill no less, and fewer programs fit on a GPU (docs/triton.md)."""
     if room > 8:
         return {}
-    return {"maxnreg": 80 if room <= 4 and (options is None or options.granularity == "document") else 128}
+    few = room <= 4 and (ensemble is None or ensemble.BY_DOCUMENT or not ensemble.PAIRS)
+    return {"maxnreg": 80 if few else 128}
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -114,46 +114,60 @@ class LongLists:
 
     def ensemble(
         self, options: EnsembleOptions, steps: Steps, constants: Ensemble, logits: Tensor | None, weights: Tensor | None,
-        trace: Tensor | None, differences: bool,
+        trace: Tensor | None, pulls: Tensor | None, differences: bool,
     ) -> None:  # fmt: skip
         """All of the ensemble's phases. `differences`: nothing else of the logits is wanted."""
         teachers, prior = strided(self.batch.teacher_logits, 3), strided_prior(self.batch.prior)
         self._begin(self.batch.num_teachers)
         launch, how, each, query, by_document = self.launch, self.how, self.count, self.queries, constants.BY_DOCUMENT
-        spread = options.normalize != "none"
-        launch(long_ensemble.statistics_kernel, each, teachers, self.mask, prior, SPREAD=spread, how=how)
-        launch(
-            long_ensemble.query_statistics_kernel, query, prior, steps,
-            NORMALIZE=options.normalize, WINDOW=WINDOW, TILE=16, how=how,
-        )  # fmt: skip
-        launch(long_ensemble.calibrate_kernel, each, teachers, self.mask, steps, how=how)
-        launch(long_ensemble.counts_kernel, each, how=how)
-        if trace is not None or not by_document:
-            launch(long_ensemble.totals_kernel, query)
-        if not how.DIRECT:
-            self.prepare_fields(steps.offset, trace is not None)
-        for iteration in range(options.iterations + 1):
-            last = iteration == options.iterations
-            if last and trace is None:
-                break
-            read = iteration % 2 if by_document else 0
-            if not how.DIRECT:
-                at = (layout.U.value + read, layout.SCORED_RANK.value, layout.U_GRID.value)
-                self.label_fields(*at, steps.offset, not last, trace is not None)
-            if trace is not None:
-                launch(long_ensemble.trace_kernel, each, self.losses, read, steps, how=how)
-                launch(long_ensemble.trace_sum_kernel, query, strided(trace), iteration)
-            if last:
-                break
-            launch(long_ensemble.iterate_kernel, each, self.pulls, read, steps, ENSEMBLE=constants, how=how)
-            if not by_document:
-                launch(long_ensemble.reweight_kernel, query, steps, TILE=16, how=how)
-                launch(long_ensemble.tilt_kernel, each, steps, how=how)
-        launch(
-            long_ensemble.output_kernel, each, logits, weights, BY_DOCUMENT=by_document, DIFFERENCES=differences, how=how
-        )  # fmt: skip
+        normalize = dict(NORMALIZE=constants.NORMALIZE)
+        launch(long_ensemble.statistics_kernel, each, teachers, self.mask, prior, **normalize, how=how)
+        launch(long_ensemble.query_statistics_kernel, query, prior, steps, **normalize, WINDOW=WINDOW, TILE=16, how=how)
+        if constants.PAIRS:
+            launch(long_ensemble.calibrate_kernel, each, teachers, self.mask, steps, ENSEMBLE=constants, how=how)
+            launch(long_ensemble.counts_kernel, each, how=how)
+            if trace is not None or not by_document:
+                launch(long_ensemble.totals_kernel, query)
+            self._improve(options.iterations, steps, constants, trace, pulls)
+        if logits is not None:
+            launch(
+                long_ensemble.output_kernel, each, teachers, self.mask, logits, weights,
+                ENSEMBLE=constants, DIFFERENCES=differences, how=how,
+            )  # fmt: skip
         if weights is not None and not by_document:
             launch(long_ensemble.weights_kernel, query, weights, how=how, num_warps=1)
+
+    def _improve(
+        self, iterations: int, steps: Steps, constants: Ensemble, trace: Tensor | None, pulls: Tensor | None
+    ) -> None:  # fmt: skip
+        """The iterations, and the pulls after them."""
+        launch, how, each, query = self.launch, self.how, self.count, self.queries
+        if not how.DIRECT:
+            self.prepare_fields(steps.offset, trace is not None)
+        for iteration in range(iterations + 1):
+            last = iteration == iterations
+            if last and trace is None and pulls is None:
+                return
+            moves = not last or pulls is not None
+            read = iteration % 2 if constants.BY_DOCUMENT else 0
+            if not how.DIRECT:
+                at = (layout.U.value + read, layout.SCORED_RANK.value, layout.U_GRID.value)
+                self.label_fields(*at, steps.offset, moves, trace is not None)
+            in_one_sweep = last and pulls is not None and trace is not None
+            if trace is not None and not in_one_sweep:
+                launch(long_ensemble.trace_kernel, each, self.losses, read, steps, how=how)
+            if moves:
+                launch(
+                    long_ensemble.iterate_kernel, each, self.pulls, self.losses, read, steps,
+                    ENSEMBLE=constants, LOSS=in_one_sweep, how=how,
+                )  # fmt: skip
+            if trace is not None:
+                launch(long_ensemble.trace_sum_kernel, query, strided(trace), iteration)
+            if last and pulls is not None:
+                launch(long_ensemble.pull_sum_kernel, query, pulls, TILE=16, how=how)
+            elif not last and not constants.BY_DOCUMENT:
+                launch(long_ensemble.reweight_kernel, query, steps, TILE=16, how=how)
+                launch(long_ensemble.tilt_kernel, each, steps, how=how)
 
     # -- the student's loss
 
