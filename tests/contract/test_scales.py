@@ -221,5 +221,5 @@ def test_an_infinite_teacher_logit_counts_as_missing(how, lengths):
 
 def test_half_precision_that_overflowed(how):
     t = torch.tensor([[[7e4, 1.0], [2.0, 0.5], [1.0, 0.2]]]).half()  # 7e4 is inf
-    out = pile_fast.pile_ensemble(t, torch.tensor([[2, 1, 0]]), return_weights=True, **how)
+    out = pile_fast.pile_ensemble(t, torch.tensor([[2, 1, 0]]), granularity="document", return_weights=True, **how)
     assert out.logits.isfinite().all() and out.weights[0, 0, 0] == 0
