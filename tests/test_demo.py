@@ -1,6 +1,8 @@
 """What `pile-fast demo` trains and how it counts; tests/test_cli.py runs the command."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +87,12 @@ def test_a_difference_is_taken_query_by_query():
     difference = demo_report.estimate(values + 0.01 - values)
     assert difference.value == pytest.approx(0.01) and difference.margin < 1e-6
     assert demo_report.estimate(torch.tensor([math.nan])).text() == "–"
+
+
+def test_the_page_says_how_the_generated_teachers_are_made():
+    from pile_fast.data.synthetic import _TEACHERS
+
+    page = (Path(__file__).parents[1] / "docs/demo.md").read_text()
+    found = re.findall(r"^\| \d, \w+ \|(.*)\|$", page, re.MULTILINE)
+    rows = [tuple(None if cell.strip() == "all" else float(cell) for cell in row.split("|")) for row in found]
+    assert rows == list(_TEACHERS)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)  # networks and lists this small: more threads would mostly wait for each other
     output = writable_folder(args.output)
-    lists, source = _load(args.data, args.missing, args.seed)
+    lists, name, source = _load(args.data, args.missing, args.seed)
     print(source, flush=True)
     quiet_loading()
     folds, repeats = (1,) if args.quick else tuple(range(1, 6)), 1 if args.quick else args.repeats
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     test = outcome.test
     relevant = sum(bool((test[q]["labels"] > 0).any()) for q in range(len(test)))
-    caption = f"{len(test)} queries, {relevant} with a relevant document"
+    caption = f"{name}, {len(test)} queries, {relevant} with a relevant document"
     demo_report.print_tables(students, teachers, caption)
     print(NOTES.format(repeats=f", over which {repeats} seeds are averaged" if repeats > 1 else ""))
     outcome.student.save_pretrained(output / "student")
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(data: str | None, missing: str, seed: int) -> tuple[RankedLists, str]:
-    """The data, and a line on what it is."""
+def _load(data: str | None, missing: str, seed: int) -> tuple[RankedLists, str, str]:
+    """The data, its name, and a line on what it is."""
     try:
         folder = find_data("mq2008", data)
         if folder is None:
@@ -93,7 +93,7 @@ def _load(data: str | None, missing: str, seed: int) -> tuple[RankedLists, str]:
                 "No MQ2008 found (--data, $PILE_FAST_DATA or data/mq2008): this is GENERATED data, whose teachers are made to "
                 "differ in how far they can be trusted. It shows how things work, not how well."
             )
-            return make_synthetic(seed=seed), source
+            return make_synthetic(seed=seed), "generated data", source
         lists = load_mq2008(folder, missing=missing)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
@@ -101,4 +101,4 @@ def _load(data: str | None, missing: str, seed: int) -> tuple[RankedLists, str]:
         f"MQ2008 in {folder}: {len(lists)} queries, {len(lists.teacher_names)} real TREC systems as teachers, "
         f"what one did not return read as {'below the end of its list' if missing == 'bottom' else 'not scored'}"
     )
-    return lists, source
+    return lists, "MQ2008", source

@@ -81,7 +81,7 @@ def print_tables(students: list[StudentRow], teachers: list[TeacherRow], caption
     import rich.box
     import rich.table
 
-    table = rich.table.Table(title=f"Students on held-out queries: {caption}", box=rich.box.SIMPLE)
+    table = rich.table.Table(title=f"Held-out queries: {caption}", box=rich.box.SIMPLE)
     table.add_column("student of", no_wrap=True)
     for name in ("labels", "NDCG@10", "vs mean", "vs labels only"):
         table.add_column(name, justify="right")
@@ -132,7 +132,7 @@ def plot(students: list[StudentRow], caption: str, path: Path) -> None:
                     label=None if axes is difference or legend in labelled else legend,
                 )  # fmt: skip
         labelled.add(legend)
-    quality.set_yticks(range(len(names)), names)
+    quality.set_yticks(range(len(names)), [f"student of {name}" for name in names])
     quality.set_ylim(len(names) - 0.5, -0.5)
     quality.set_xlabel("NDCG@10")
     difference.axvline(0, color=colors[None], linestyle=":")
