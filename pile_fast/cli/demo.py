@@ -12,9 +12,9 @@ from pile_fast.cli.errors import UserError
 from pile_fast.data import RankedLists, find_data, load_mq2008, make_synthetic
 
 NOTES = """\
-NDCG@10 with 95 % intervals over the test queries{repeats}. Differences are
-taken query by query, so their intervals are the ones to judge them by.
-"20 %": the other training queries are unlabelled, and still distilled."""
+{of} with 95 % intervals over the test queries. Differences to the student
+of the mean, and to that of the same labels only, are taken query by query: judge
+by these. "20 %": the other training queries are unlabelled, and still distilled."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     relevant = sum(bool((test[q]["labels"] > 0).any()) for q in range(len(test)))
     caption = f"{name}, {len(test)} queries, {relevant} with a relevant document"
     demo_report.print_tables(students, teachers, caption)
-    print(NOTES.format(repeats=f", over which {repeats} seeds are averaged" if repeats > 1 else ""))
+    print(NOTES.format(of=f"Means of {repeats} seeds" if repeats > 1 else "Means"))
     outcome.student.save_pretrained(output / "student")
     report = {
         "data": source, "folds": folds, "repeats": repeats, "seed": args.seed, "epochs": args.epochs,

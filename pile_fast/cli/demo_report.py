@@ -83,7 +83,7 @@ def print_tables(students: list[StudentRow], teachers: list[TeacherRow], caption
 
     table = rich.table.Table(title=f"Held-out queries: {caption}", box=rich.box.SIMPLE)
     table.add_column("student of", no_wrap=True)
-    for name in ("labels", "NDCG@10", "vs mean", "vs labels only"):
+    for name in ("labels", "NDCG@10", "vs mean", "vs labels"):
         table.add_column(name, justify="right")
     for i, row in enumerate(students):
         last = i + 1 == len(students) or students[i + 1].labels != row.labels
@@ -91,9 +91,9 @@ def print_tables(students: list[StudentRow], teachers: list[TeacherRow], caption
         table.add_row(row.name, percent(row.labels), row.ndcg.text(), *differences, end_section=last)
     rich.print(table)
 
-    table = rich.table.Table(title="Teachers, and the weights that PILE learned", box=rich.box.SIMPLE)
+    table = rich.table.Table(title="Teachers, and their weights by the labels that PILE learned from", box=rich.box.SIMPLE)
     table.add_column("teacher", no_wrap=True)
-    for name in ("NDCG@10", *(f"weight, {percent(share)} labels" for share in SHARES)):
+    for name in ("NDCG@10", *(f"weight ({percent(share)})" for share in SHARES)):
         table.add_column(name, justify="right")
     for of in _shortened(teachers):
         table.add_row(*of)
