@@ -91,7 +91,7 @@ def print_tables(students: list[StudentRow], teachers: list[TeacherRow], caption
         table.add_row(row.name, percent(row.labels), row.ndcg.text(), *differences, end_section=last)
     rich.print(table)
 
-    table = rich.table.Table(title="Teachers, and their weights by the labels that PILE learned from", box=rich.box.SIMPLE)
+    table = rich.table.Table(title="Teachers, and PILE's weights by share of labels", box=rich.box.SIMPLE)
     table.add_column("teacher", no_wrap=True)
     for name in ("NDCG@10", *(f"weight ({percent(share)})" for share in SHARES)):
         table.add_column(name, justify="right")
