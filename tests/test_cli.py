@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -55,7 +56,7 @@ def test_info_imports_no_optional_library():
     [
         ([], "required: command"),
         (["distil"], "invalid choice: 'distil'"),
-        (["demo", "--fold", "6"], "argument --fold: invalid choice: 6"),
+        (["demo", "--missing", "no"], "argument --missing: invalid choice: 'no'"),
         (["demo", "--epochs", "0"], "argument --epochs: expected a whole number >= 1, got '0'"),
         (["demo", "--seed", "-1"], "argument --seed: expected a whole number >= 0, got '-1'"),
         (["demo", "--what"], "unrecognized arguments: --what"),
@@ -104,35 +105,56 @@ def test_missing_extra_names_the_install_command(capsys, monkeypatch):
 
 
 def check_demo(capsys, output, teachers):
-    out = capsys.readouterr().out
+    """The tables and metrics.json say the same, of every student and teacher; the picture and a student are there."""
+    lines = capsys.readouterr().out.splitlines()
     report = json.loads((output / "metrics.json").read_text())
-    kinds = [row["kind"] for row in report["rows"]]
-    assert kinds.count("teacher") == teachers and kinds.count("baseline") == 1 and kinds.count("student") == len(demo.STUDENTS)
-    for row in report["rows"]:
-        assert f"{row['name']}{' *' if row['sees_labels'] else ''} " in out
-        assert 0 < row["quality"]["ndcg@10"] <= 1
-    assert {row["name"] for row in report["rows"] if row["sees_labels"]} == {
-        "best ensemble",
-        "ca_mkd ensemble",
-        "pile ensemble",
-    }
+    quality = {(row["name"], row["labels"]): row["ndcg"][0] for row in report["students"]}
+    assert len(report["students"]) == len(quality) == 9
+    # Labels that the mean's student does not see cannot change it, so there is one.
+    assert [key for key in quality if key[1] is None] == [("mean", None)]
+    for share, shown in ((1.0, "all"), (0.2, "20 %")):
+        names = [name for name, of in quality if of == share]
+        assert names == ["labels only", "mean + labels", "PILE shared", "PILE shared + labels"]
+        for row in report["students"]:
+            if row["labels"] == share:
+                assert 0 < row["ndcg"][0] <= 1 and 0 < row["ndcg"][1] < 0.2
+                assert row["minus_mean"][0] == pytest.approx(row["ndcg"][0] - quality["mean", None])
+                (line,) = (line for line in lines if re.match(rf" *{re.escape(row['name'])} +{shown} ", line))
+                for (value, margin), sign in ((row["ndcg"], ""), (row["minus_mean"], "+")):
+                    assert f"{value:{sign}.3f} ±{margin:.3f}" in line
+    assert len(report["teachers"]) == teachers
+    for share in ("all", "20 %"):
+        assert sum(row["weights"][share] for row in report["teachers"]) == pytest.approx(1)
+    heaviest = report["teachers"][0]
+    (line,) = (line for line in lines if re.match(rf" *{heaviest['name']} ", line))
+    assert f"{heaviest['weights']['all']:.3f}" in line and f"{heaviest['weights']['20 %']:.3f}" in line
     assert (output / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(FeatureRanker.from_pretrained(output / "student"), FeatureRanker)
-    return out, report
+    return lines, report
 
 
-def test_demo_on_generated_data_says_so_first_and_writes_everything(capsys, tmp_path, monkeypatch):
+def test_demo_on_generated_data_says_so_and_shows_the_benefit(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "find_data", lambda *args: None)  # a checkout may have data/ of its own
-    assert main(["demo", "--epochs", "1"]) == 0
-    out, report = check_demo(capsys, tmp_path / "runs/demo", teachers=6)
-    assert "GENERATED" in out.splitlines()[0] and "GENERATED" in report["data"]
+    assert main(["demo", "--quick"]) == 0
+    lines, report = check_demo(capsys, tmp_path / "runs/demo", teachers=6)
+    assert "GENERATED" in lines[0] and "GENERATED" in report["data"]
     assert report["test_queries"] == 80
+    for row in report["students"]:
+        if row["name"].startswith("PILE"):
+            value, margin = row["minus_mean"]
+            assert value > margin
+    # "teacher 1" and "teacher 2" are the good ones, "teacher 6" misleads.
+    for share in ("all", "20 %"):
+        weights = {row["name"]: row["weights"][share] for row in report["teachers"]}
+        assert sorted(weights, key=weights.__getitem__, reverse=True)[:2] == ["teacher 1", "teacher 2"]
+        assert min(weights, key=weights.__getitem__) == "teacher 6"
 
 
 @pytest.mark.parametrize("missing, read_as", [("bottom", "below the end of its list"), ("nan", "not scored")])
 def test_demo_on_mq2008(capsys, tmp_path, mq2008_folder, missing, read_as):
     arguments = ["--data", str(mq2008_folder), "--output", str(tmp_path / "out"), "--missing", missing]
-    assert main(["demo", *arguments, "--epochs", "1", "--fold", "2"]) == 0
-    out, report = check_demo(capsys, tmp_path / "out", teachers=23)
-    assert out.startswith("MQ2008 in ") and read_as in out.splitlines()[0]
-    assert report["test_queries"] == 157 and report["fold"] == 2
+    assert main(["demo", *arguments, "--epochs", "1", "--quick"]) == 0
+    lines, report = check_demo(capsys, tmp_path / "out", teachers=23)
+    assert lines[0].startswith("MQ2008 in ") and read_as in lines[0]
+    assert report["test_queries"] == 156 and report["folds"] == [1]
+    assert any("others together" in line for line in lines)
