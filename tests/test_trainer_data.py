@@ -306,7 +306,7 @@ def test_a_trainer_s_mistakes_say_what_to_do(tmp_path, tiny_text_model, tiny_tok
     with pytest.raises(ValueError, match=f"teacher_logits: expected at least one teacher, as alpha is 0.5, .*{columns}"):
         own(tmp_path, student(), FeatureCollator(), feature_rows(), remove_unused_columns=True).train()
     foreign = [{"features": [0.0, 1.0, 2.0], "labels": 1.0}] * 8
-    wanted = r"labels: expected the RankingTargets that a collator of pile_fast.data.collator makes, got a tensor \(4,\); give"
+    wanted = r"labels: expected the RankingTargets that a collator of pile_fast.data.collator makes, got a tensor "
     with pytest.raises(ValueError, match=wanted):
         own(tmp_path, student(), DefaultDataCollator(), foreign).train()
     with pytest.raises(ValueError, match=wanted):

@@ -384,8 +384,8 @@ def ensemble_file(
     """Run an ensemble over a data set of any size, a part at a time.
 
     PILE's weights that all queries share are learnt first, from the labelled queries of the whole data set, unless the ensemble
-    has some: a pass over teachers and labels, which are held in memory. With what the fit makes of them that is some 200 bytes a
-    labelled document for 4 teachers. So the result does not depend on the parts.
+    has some: a pass over teachers and labels, which are held in memory. With what the fit makes of them, that is some 200 bytes
+    a labelled document for 4 teachers. So the result does not depend on the parts.
 
     A Parquet output is a `ResumableOutput`: it resumes after a kill. Other formats are written in one pass.
 
