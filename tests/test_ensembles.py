@@ -10,8 +10,6 @@ from contract.problems import SCALES, make, relative_error
 from scipy.optimize import minimize
 
 import pile_fast.ensembles as ensembles
-from pile_fast import pile_ensemble
-from pile_fast.data import make_synthetic
 from pile_fast.ensembles import ENSEMBLES, NEEDS_LABELS, NEEDS_STUDENT, StackingEnsemble
 
 NAN = math.nan
