@@ -71,7 +71,7 @@ class PILELoss(torch.nn.Module):
         self._ensemble, of_loss = pile_options(**options)
         self._given = options
         self._backend = check_name(backend)
-        self._accumulation_steps = positive_count("accumulation_steps", accumulation_steps)
+        self.accumulation_steps = positive_count("accumulation_steps", accumulation_steps)
         self._shared = self._ensemble.granularity == "shared"
         self._learns = self._shared and self._ensemble.iterations > 0 and of_loss.alpha > 0
         # With weights from here a call has nothing left to iterate.
@@ -93,6 +93,11 @@ class PILELoss(torch.nn.Module):
         defaults = {name: row.default for name, row in table(LossOptions, EnsembleOptions).items()}
         by_granularity = {"iterations": self._ensemble.iterations, "step_size": self._ensemble.step_size}
         return {**defaults, **self._given, **by_granularity, "backend": self._backend}
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are weights to learn: those that all queries share, for a distillation that counts."""
+        return self._learns
 
     def forward(
         self,
@@ -208,7 +213,7 @@ class PILELoss(torch.nn.Module):
         teachers = pulls.shape[-1]
         if self._counts:
             self.labelled_queries += total[2 * teachers].to(self.labelled_queries.dtype)
-        if self._accumulation_steps > 1:
+        if self.accumulation_steps > 1:
             total = self._accumulate(total)
         exponents = shared.step(self.exponents, total, self.labelled_queries, self._ensemble)
         self.exponents.copy_(exponents)
@@ -220,7 +225,7 @@ class PILELoss(torch.nn.Module):
         `pending` counts the calls where `shared.totals` has the losses.
         """
         total = torch.cat([total[:-1], total.new_ones(1)]) + self.pending
-        due = total[-1] >= self._accumulation_steps
+        due = total[-1] >= self.accumulation_steps
         self.pending.copy_(torch.where(due, 0.0, total))
         return torch.where(due, total, 0.0)
 

@@ -26,6 +26,8 @@ from pile_fast.data.collator import (
     queries_of,
 )
 from pile_fast.data.lists import RankedLists
+from pile_fast.data.rows import default_names
+from pile_fast.data.teacher_weights import FILE_NAME, TeacherWeights
 from pile_fast.ensembles.pile import pile_with_weights
 from pile_fast.evaluation.metrics import average_precision, mrr, ndcg, pnr
 from pile_fast.extras import needs_extra
@@ -36,11 +38,15 @@ from pile_fast.students import BiEncoderConfig
 from pile_fast.students.gradient_cache import forward_in_passes, logits_of
 from pile_fast.students.ranker import longest_text, serve_logits
 from pile_fast.students.step_check import StepCheck, check_weights, shown
-from pile_fast.students.training_data import NamedLists, check_data, teachers_of
+from pile_fast.students.training_data import NamedLists, check_data, is_stream, labelled_targets, teachers_of
 
 with needs_extra("train"):
-    from transformers import EvalPrediction, Trainer, TrainingArguments
+    from tqdm import tqdm
+    from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+
+# Of a checkpoint, where weights of teachers are learned in training: the state of the loss.
+_LOSS_STATE = "pile_loss.pt"
 
 
 def ranking_quality(
@@ -73,7 +79,8 @@ def loss_components(
 
     Returns:
         `distillation_loss` and `label_loss`, each over the queries that have such a pair and before `alpha` weighs them;
-        `teacher_weight/<name>`, the mean over the documents that some teacher scored (queries, with granularity "query");
+        `teacher_weight/<name>`, the loss's weights that all queries share; with granularity "document" or "query" the mean over
+        the documents that some teacher scored, or over the queries;
         `teacher_weight_entropy` in nats, between 0 (one teacher has all the weight) and log M. Without teachers only the
         label loss.
     """
@@ -85,7 +92,11 @@ def loss_components(
     if teachers.shape[1] == 0:
         return components
     of_ensemble: dict[str, Any] = {name: options[name] for name in (*EnsembleOptions._fields, "backend")}
-    ensemble = pile_with_weights(teachers, labels, cu_seqlens=cu_seqlens, prior=loss.prior, **of_ensemble)
+    prior = loss.prior
+    if loss.learns:  # the weights are there, or else the prior's until a first step
+        prior = loss.weights if len(loss.weights) else prior
+        of_ensemble["iterations"] = 0
+    ensemble = pile_with_weights(teachers, labels, cu_seqlens=cu_seqlens, prior=prior, **of_ensemble)
     distillation = distillation_loss(logits, ensemble.logits, kind=options["distillation"], **pairs)
     weights = ensemble.weights[ensemble.weights.sum(-1) > 0]
     mean = weights.mean(0).tolist()
@@ -153,6 +164,11 @@ def pile_compute_loss_func(**options: Any) -> Callable[..., Tensor]:
     A loss that is not finite raises FloatingPointError, which names the queries. To know costs a reading of the device per
     batch, which the Trainer's own filter (``logging_nan_inf_filter``) does anyway.
 
+    The function's attribute `loss` is its `PILELoss`. Fit the weights of the teachers before training:
+    ``compute_loss.loss.fit(loader)``, see `pile_fast.PILELoss.fit`. Without that they are learned step by step, for which
+    `accumulation_steps` is that of the Trainer, and are not in its checkpoints: resume with ``compute_loss.loss.state_dict()``.
+    An evaluation never changes them.
+
     Args:
         **options: of `PILELoss`, but for `reduction`.
 
@@ -169,13 +185,19 @@ def pile_compute_loss_func(**options: Any) -> Callable[..., Tensor]:
     def compute_loss(outputs: Any, labels: RankingTargets, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         nonlocal warned
         warned = warn_of_infinite(_packed(labels), warned)
-        losses = query_losses(loss, logits_of(outputs), labels)
+        logits = logits_of(outputs)
+        # A Trainer says of its model alone whether it is trained and where it is.
+        loss.train(logits.requires_grad)
+        if loss.fitted.device != logits.device:
+            loss.to(logits.device)
+        losses = query_losses(loss, logits, labels)
         if not (finite := losses.detach().isfinite()).all():
             bad = [name for name, good in zip(queries_of(labels), finite.tolist(), strict=True) if not good]
             raise FloatingPointError(f"the loss is not finite for queries {shown(bad)}")
         # In training the Trainer counts the step's items, which are queries (RankingTargets.ne), and divides no further.
         return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
 
+    compute_loss.loss = loss  # type: ignore[attr-defined]
     return compute_loss
 
 
@@ -213,6 +235,12 @@ def _is_whole(checkpoint: Path, processes: int) -> bool:
 
 class PileTrainer(Trainer):
     """A `Trainer` whose rows are queries and whose loss is a function of (student, teachers, labels).
+
+    Before the first step a `PILELoss` learns the teachers' weights that all queries share from all rows of `train_dataset`, one
+    pass over teachers and labels with a progress bar; a loss that was fitted already keeps its weights. Rows that are read as
+    they come cannot be read twice: there each optimiser step of training takes a step of the weights. Evaluation uses the
+    weights as they are. They are saved beside the student in `teacher_weights.json` (`pile_fast.data.TeacherWeights`), and
+    checkpoints hold the state of the loss, so that resumed training goes on with the same weights.
 
     An optimiser step lowers the mean loss over all of its queries, whatever `gradient_accumulation_steps` and the
     number of processes: 1 × 32 queries and 4 × 8 take the same step. A query without a pair counts with a loss of 0.
@@ -291,6 +319,8 @@ class PileTrainer(Trainer):
         # What `loss_is_scaled_for_ga` says to versions of transformers that do not know it.
         self.model_accepts_loss_kwargs = True
         self._log_components = log_components
+        self._epochs = _Epochs(self.loss)
+        self.add_callback(self._epochs)
         self._last_batch: tuple[Tensor, RankingTargets] | None = None
         self._check = StepCheck(self.accelerator)
         self._teachers: Sequence[str] | None = None
@@ -328,6 +358,8 @@ class PileTrainer(Trainer):
             self._say("no loss", "evaluation: the rows have no teachers, so there is no loss, only metrics")
             losses = logits.new_full((len(targets["cu_seqlens"]) - 1,), torch.nan)
         else:
+            if isinstance(self.loss, nn.Module):
+                self.loss.train(model.training)
             losses = query_losses(self.loss, logits, targets)
         if model.training and num_items_in_batch is not None:
             self._last_batch = (logits.detach(), targets)
@@ -374,6 +406,8 @@ class PileTrainer(Trainer):
         """
         if self.is_in_train:
             check_weights(self.model, self.state.global_step, self._check.queries)
+        elif self.train_dataset is not None:
+            self._fit()
         self._lossless, self._evaluated = False, []
         output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
@@ -385,9 +419,20 @@ class PileTrainer(Trainer):
         return output
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, of a model that is whole."""
+        """The Trainer's, of a model that is whole, and the teachers' weights beside it."""
         check_weights(self.model, self.state.global_step, self._check.queries)
         super().save_model(*args, **kwargs)
+        folder = Path(cast(str, kwargs.get("output_dir", args[0] if args else None) or self.args.output_dir))
+        if self.args.should_save and (weights := self.teacher_weights()) is not None:
+            weights.save(folder / FILE_NAME)
+
+    def teacher_weights(self) -> TeacherWeights | None:
+        """The teachers' weights that all queries share; None where the loss learns none, or has not yet."""
+        loss = self.loss
+        if not isinstance(loss, PILELoss) or not loss.learns or not len(loss.weights):
+            return None
+        names = self._teachers or teachers_of(self.train_dataset) or default_names(len(loss.weights))
+        return TeacherWeights.of(loss, names)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -427,11 +472,43 @@ class PileTrainer(Trainer):
             best_metric=None if metrics is None else self.args.metric_for_best_model, metrics=metrics,
         )  # fmt: skip
         self._check, self._teachers = StepCheck(self.accelerator), None
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            self._load_loss(Path(resume_from_checkpoint))
+        self._fit()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self._check.queries)
         return output
 
+    def _fit(self) -> None:
+        """Let the loss learn the teachers' weights from the training rows, or prepare it to do so in training."""
+        loss = self.loss
+        if not isinstance(loss, PILELoss) or not loss.learns or bool(loss.fitted):
+            return
+        if is_stream(self.train_dataset):
+            loss.accumulation_steps = self.args.gradient_accumulation_steps
+            return
+        hide = self.args.disable_tqdm or not self.is_world_process_zero()
+        with tqdm(total=len(cast(Any, self.train_dataset)), desc="Teachers' weights", unit=" queries", disable=hide) as bar:
+
+            def batches() -> Iterator[RankingTargets]:
+                for rows, targets in labelled_targets(self.train_dataset, self.data_collator):
+                    if targets is not None:
+                        yield self._matched(_packed(targets))
+                    bar.update(rows)
+
+            loss.fit(batches(), sharded=False)
+
+    def _load_loss(self, checkpoint: Path) -> None:
+        """The state of the loss in a checkpoint, if it has one."""
+        if isinstance(self.loss, PILELoss) and (path := checkpoint / _LOSS_STATE).is_file():
+            saved = torch.load(path, map_location=self.args.device, weights_only=True)
+            self.loss.load_state_dict(saved["loss"])
+            self._epochs.passes = saved["passes"]
+
     def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save and self.teacher_weights() is not None:
+            state = {"loss": cast(PILELoss, self.loss).state_dict(), "passes": self._epochs.passes - 1}
+            torch.save(state, Path(output_dir) / _LOSS_STATE)
         super()._save_rng_state(output_dir)
         # The first process writes the checkpoint's last file next, and then removes older checkpoints.
         self.accelerator.wait_for_everyone()
@@ -465,6 +542,19 @@ def _collator_for(model: Any, tokenizer: Any) -> Callable[[Sequence[dict]], dict
         return FeatureCollator()
     kind = BiEncoderCollator if config.model_type == BiEncoderConfig.model_type else CrossEncoderCollator
     return kind(tokenizer, longest_text(tokenizer, model))
+
+
+class _Epochs(TrainerCallback):
+    """Tells the loss which pass over the rows begins: the Trainer's own count knows none of rows without a length."""
+
+    def __init__(self, loss: Callable[..., Tensor]):
+        self._loss = loss
+        self.passes = 0
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self._loss, PILELoss):
+            self._loss.set_epoch(self.passes)
+        self.passes += 1
 
 
 class RankingMetrics:

@@ -46,7 +46,9 @@ def test_every_method(capsys, method):
     write_rows("fit.jsonl", make_rows(20, seed=1))
     arguments = ["--method", method, *(["--fit", "fit.jsonl"] if method == "stacking" else [])]
     assert main(["ensemble", "a.parquet", "--output", "b.parquet", *arguments]) == 0
-    assert capsys.readouterr() == ("Wrote b.parquet.\n", "")  # no progress bar off a terminal
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "Wrote b.parquet." and err == ""  # no progress bar off a terminal
+    assert out.startswith("Teachers' weights") == (method in ("pile", "stacking"))
     table = pq.read_table("b.parquet")
     fit = pa.Table.from_pylist(list(make_rows(20, seed=1)), table.schema) if method == "stacking" else None
     wanted = OfflineEnsemble(method, fit=fit)(pq.read_table("a.parquet"))
@@ -58,7 +60,7 @@ def test_options_reach_the_ensemble():
     write_rows("a.parquet", make_rows())
     options = ["--iterations", "3", "--step-size", "0.5", "--granularity", "query", "--normalize", "center"]
     options += ["--temperature", "2", "--margin", "0.25", "--pair-weight", "label_gap"]
-    assert main(["ensemble", "a.parquet", "--output", "b.parquet", "--weights", *options]) == 0
+    assert main(["ensemble", "a.parquet", "--output", "b.parquet", "--keep-weights", *options]) == 0
     ensemble = OfflineEnsemble(
         "pile", keep_weights=True, iterations=3, step_size=0.5, granularity="query", normalize="center",
         temperature=2.0, margin=0.25, pair_weight="label_gap",
@@ -99,7 +101,11 @@ def test_what_the_user_can_put_right_is_one_line(capsys, tmp_path):
     (tmp_path / "junk.parquet").write_bytes(b"junk")
     assert error_of(capsys, "junk.parquet", "--output", "b.parquet").startswith("junk.parquet: damaged file")
     pq.write_table(pq.read_table("a.parquet").drop_columns("labels"), "unlabelled.parquet")
-    assert "missing column labels" in error_of(capsys, "unlabelled.parquet", "--output", "b.parquet")
+    document = ["--granularity", "document"]
+    assert "missing column labels" in error_of(capsys, "unlabelled.parquet", "--output", "b.parquet", *document)
+    assert error_of(capsys, "a.parquet", "--output", "b.parquet", "--weights", "junk.parquet").startswith("junk.parquet: expec")
+    line = error_of(capsys, "a.parquet", "--output", "b.parquet", "--missing", "bottom", "--normalize", "logit")
+    assert line.startswith("--missing bottom: does not go with --normalize logit")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "junk.parquet", "unlabelled.parquet"]
 
 
@@ -146,13 +152,102 @@ def test_nothing_to_learn_from_and_no_labels_to_go_by(capsys, tmp_path):
         for fit in ("none.jsonl", "all.jsonl"):
             line = error_of(capsys, "a.jsonl", "--output", "b.jsonl", "--method", method, "--fit", fit)
             assert line.startswith(f"{fit}: nothing to learn from, in no query two documents have labels that differ")
-    line = error_of(capsys, "none.jsonl", "--output", "b.jsonl")
-    assert line == ("none.jsonl: no document has a label, and the method pile goes by labels; mean, rrf and ebkd need none")
-    assert main(["ensemble", "all.jsonl", "--output", "b.jsonl"]) == 0
-    assert capsys.readouterr().err == (
-        "pile-fast: warning: all.jsonl: in no query two documents have labels that differ, and the method pile goes by such "
-        "pairs\n"
+    for own in ("document", "query"):
+        line = error_of(capsys, "none.jsonl", "--output", "b.jsonl", "--granularity", own)
+        assert line == "none.jsonl: no document has a label, and the method pile goes by labels; mean, rrf and ebkd need none"
+    warning = "in no query two documents have labels that differ, and the method pile goes by such pairs"
+    assert main(["ensemble", "all.jsonl", "--output", "b.jsonl", "--granularity", "document"]) == 0
+    assert capsys.readouterr().err == f"pile-fast: warning: all.jsonl: {warning}\n"
+    # Weights that all queries share then are the mean's.
+    for data in ("all.jsonl", "none.jsonl", "bare.parquet"):
+        if data == "bare.parquet":
+            write_rows("full.parquet", make_rows(5))
+            pq.write_table(pq.read_table("full.parquet").drop_columns("labels"), data)
+        assert main(["ensemble", data, "--output", "b.jsonl"]) == 0
+        line = f"pile-fast: warning: {data}: {warning}: all teachers count the same, as in the mean\n"
+        assert capsys.readouterr().err == line
+        assert main(["ensemble", data, "--output", "mean.jsonl", "--method", "mean"]) == 0
+        one, two = ([row["ensemble_logits"] for row in read_rows(path)] for path in ("b.jsonl", "mean.jsonl"))
+        assert one == [pytest.approx(values, abs=1e-6) for values in two]
+        capsys.readouterr()
+
+
+# A teacher that is right and one that is wrong; the labels of the last rows are not known.
+def judged_rows(queries=60, seed=0, names=("good", "bad"), unlabelled=0.0):
+    rows = []
+    generator = random.Random(seed)
+    for q in range(queries):
+        labels = [generator.randrange(3) for _ in range(generator.randint(2, 6))]
+        logits = [[label + generator.random(), generator.random() - label] for label in labels]
+        logits = [scores if names[0] == "good" else scores[::-1] for scores in logits]
+        labels = [None] * len(labels) if q >= queries * (1 - unlabelled) else labels
+        rows.append(check_row({"query_id": f"q{q}", "labels": labels, "teacher_logits": logits, "teachers": list(names)}))
+    return rows
+
+
+def logits_of(path):
+    return [row["ensemble_logits"] for row in read_rows(path)]
+
+
+def test_weights_are_learned_from_the_whole_input_first_and_printed(capsys, monkeypatch):
+    rows = judged_rows(unlabelled=0.5)
+    write_rows("a.parquet", rows)
+    assert main(["ensemble", "a.parquet", "--output", "whole.parquet", "--keep-weights"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Teachers' weights (from ") and "labelled queries): good 1, bad " in out
+    # In parts, as JSON lines, from several files and from a folder: the same bits.
+    monkeypatch.setattr("pile_fast.data.parquet.BATCH_VALUES", 40)
+    assert main(["ensemble", "a.parquet", "--output", "parts.parquet", "--keep-weights"]) == 0
+    assert pq.read_table("parts.parquet").equals(pq.read_table("whole.parquet"))
+    assert main(["ensemble", "a.parquet", "--output", "parts.jsonl"]) == 0
+    os.mkdir("data")
+    write_rows("data/1.parquet", rows[:7])
+    write_rows("data/2.parquet", rows[7:])
+    assert main(["ensemble", "data", "--output", "folder.parquet"]) == 0
+    assert logits_of("parts.jsonl") == logits_of("folder.parquet") == logits_of("whole.parquet")
+
+
+def test_saved_weights_are_used_by_name(capsys, tmp_path):
+    write_rows("dev.jsonl", judged_rows())
+    fitted = OfflineEnsemble("pile").fitted([], ["good", "bad"])  # no pair: the mean
+    assert fitted.learnt == [0.5, 0.5]
+    write_rows("test.jsonl", judged_rows(9, seed=1, names=("bad", "good"), unlabelled=1.0))
+    assert main(["ensemble", "test.jsonl", "--output", "fit.jsonl", "--fit", "dev.jsonl", "--normalize", "center"]) == 0
+    weights = capsys.readouterr().out.splitlines()[0]
+    from pile_fast.offline.ensemble import read_fit
+
+    learned = OfflineEnsemble("pile", fit=read_fit("dev.jsonl"), normalize="center").weights
+    assert str(learned) in weights
+    learned.save("teacher_weights.json")
+    # The scale of the teachers is that of the file, unless another one is asked for.
+    assert main(["ensemble", "test.jsonl", "--output", "saved.jsonl", "--weights", "teacher_weights.json"]) == 0
+    assert logits_of("saved.jsonl") == logits_of("fit.jsonl")
+    capsys.readouterr()
+    assert (
+        main(["ensemble", "test.jsonl", "--output", "none.jsonl", "--weights", "teacher_weights.json", "--normalize", "none"])
+        == 0
     )
+    assert logits_of("none.jsonl") != logits_of("fit.jsonl")
+    capsys.readouterr()
+    line = error_of(capsys, "test.jsonl", "--output", "x.jsonl", "--weights", "teacher_weights.json", "--fit", "dev.jsonl")
+    assert line == "weights: are for the method pile, and in the place of fit"
+
+
+@pytest.mark.parametrize("data", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("method", ["pile", "mean"])
+def test_many_missing_scores_are_told_and_may_be_the_bottom(capsys, data, method):
+    rows = judged_rows(30)
+    for row in rows:
+        row["teacher_logits"] = [[good, bad if i == 0 else None] for i, (good, bad) in enumerate(row["teacher_logits"])]
+    write_rows(data, rows)
+    missing = sum(len(row["labels"]) - 1 for row in rows)
+    scores = 2 * sum(len(row["labels"]) for row in rows)
+    assert main(["ensemble", data, "--output", "b.jsonl", "--method", method]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"pile-fast: warning: {data}: {missing:,} of {scores:,} scores of the teachers are missing (")
+    assert "--missing bottom reads them as below the end of the teacher's list" in err and err.count("\n") == 1
+    assert main(["ensemble", data, "--output", "c.jsonl", "--method", method, "--missing", "bottom"]) == 0
+    assert capsys.readouterr().err == "" and logits_of("b.jsonl") != logits_of("c.jsonl")
 
 
 # C8, and a folder without --ray
@@ -198,7 +293,7 @@ def test_runs_as_they_come(capsys, tmp_path):
     assert best == "d1"
     capsys.readouterr()
     assert "no document has a label, and the method pile goes by labels (of runs: by qrels)" in error_of(
-        capsys, "a.run", "b.run", "--output", "d.run"
+        capsys, "a.run", "b.run", "--output", "d.run", "--granularity", "document"
     )
     assert not os.path.exists("d.run")
 
@@ -294,7 +389,7 @@ parts, rng = Path("b.parquet.parts"), random.Random(int(sys.argv[1]))
 def run(output):
     child = os.fork()
     if child == 0:
-        os._exit(main(["ensemble", "a.parquet", "--output", output, "--weights"]))
+        os._exit(main(["ensemble", "a.parquet", "--output", output, "--keep-weights"]))
     return child
 
 def whole():

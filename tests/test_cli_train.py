@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import pile_fast
 from pile_fast.cli import main, train
-from pile_fast.data import make_synthetic, write_rows
+from pile_fast.data import TeacherWeights, make_synthetic, missing_as_bottom, write_rows
 from pile_fast.students import BiEncoder, FeatureRanker, FeatureRankerConfig, load_ranker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +96,10 @@ def test_feature_student_from_files_to_a_saved_ranker(capsys, features):
     assert [len(s) for s in scores] == [len(row["labels"]) for row in features[30:]]
     logs = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
     assert logs[0]["label_loss"] > 0 and 0 < logs[0]["teacher_weight/teacher 1"] < 1
+    weights = TeacherWeights.load("out/teacher_weights.json")  # as they were when training began
+    assert logs[0]["teacher_weight/teacher 1"] == pytest.approx(weights.weights["teacher 1"])
+    assert list(weights.weights) == features[0]["teachers"] and 0 < weights.labelled_queries <= 30
+    assert f"Teachers' weights (from {weights.labelled_queries} labelled queries): {weights}." in out.splitlines()
 
 
 @pytest.mark.parametrize("student, extra", [("cross-encoder", []), ("bi-encoder", ["--pooling", "cls", "--scale", "9"])])
@@ -153,13 +157,53 @@ def test_ensemble_logits_are_distilled_as_they_are(kind, text, features, text_ro
     for row in rows:
         logits = torch.tensor([[torch.nan if t is None else t for t in scores] for scores in row["teacher_logits"]])
         labels = torch.tensor([torch.nan if y is None else float(y) for y in row["labels"]])
-        row["ensemble_logits"] = as_lists(pile_fast.pile_ensemble(logits[None], labels[None], iterations=3).logits[0])
+        own = pile_fast.pile_ensemble(logits[None], labels[None], iterations=3, granularity="document")
+        row["ensemble_logits"] = as_lists(own.logits[0])
     write("ensembled.jsonl", rows)
     offline = run("ensembled.jsonl", *student, "--ensemble-logits", output="offline")
-    online = run("ensembled.jsonl", *student, "--iterations", "3", output="online")
+    assert not Path("offline/teacher_weights.json").exists()
+    online = run("ensembled.jsonl", *student, "--iterations", "3", "--granularity", "document", output="online")
     for name in online:
         torch.testing.assert_close(offline[name], online[name], rtol=1e-3, atol=1e-5)
     assert not same(online, run("ensembled.jsonl", *student, "--iterations", "0", output="mean"))
+
+
+@pytest.mark.parametrize("kind", ["features", "text"])
+def test_shared_weights_offline_are_those_of_training(kind, text, features, text_rows):
+    student = ("--student", "features") if kind == "features" else ("--student", "cross-encoder", "--model", "encoder")
+    write("all.jsonl", features if kind == "features" else text_rows(20))
+    online = run("all.jsonl", *student, output="online")
+    assert main(["ensemble", "all.jsonl", "--output", "ensembled.jsonl"]) == 0
+    offline = run("ensembled.jsonl", *student, "--ensemble-logits", output="offline")
+    weighed = ["ensemble", "all.jsonl", "--output", "weighed.jsonl", "--weights", "online/teacher_weights.json"]
+    assert main(weighed) == 0
+    assert Path("weighed.jsonl").read_text() == Path("ensembled.jsonl").read_text()
+    for name in online:
+        torch.testing.assert_close(offline[name], online[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["features", "text"])
+@pytest.mark.parametrize("chosen", [[], ["--teacher-columns", "t1"]])
+def test_many_missing_scores_are_told_and_may_be_the_bottom(capsys, kind, chosen, text, features, text_rows):
+    student = ("--student", "features") if kind == "features" else ("--student", "cross-encoder", "--model", "encoder")
+    rows, filled = [], []
+    for row in features if kind == "features" else text_rows(20):
+        scores = [[s[0], s[1] if i % 4 == 0 else None] for i, s in enumerate(row["teacher_logits"])]
+        rows.append(row | {"teacher_logits": scores, "teachers": ["t0", "t1"]})
+        logits = torch.tensor([[torch.nan if t is None else t for t in own] for own in scores])
+        bottom = as_lists(missing_as_bottom(logits, torch.tensor([0, len(scores)])))
+        filled.append(rows[-1] | {"teacher_logits": bottom})
+    write("cut.jsonl", rows)
+    write("filled.jsonl", filled)
+    capsys.readouterr()
+    as_missing = run("cut.jsonl", *student, *chosen, output="nan")
+    lost, total = (sum(t is None for row in rows for s in row["teacher_logits"] for t in s[len(chosen) // 2 :]),
+                   sum(len(s[len(chosen) // 2 :]) for row in rows for s in row["teacher_logits"]))  # fmt: skip
+    err = capsys.readouterr().err
+    assert f"pile-fast: warning: cut.jsonl: {lost:,} of {total:,} scores of the teachers are missing (" in err
+    read = run("cut.jsonl", *student, *chosen, "--missing", "bottom", output="bottom")
+    assert "are missing" not in capsys.readouterr().err
+    assert same(read, run("filled.jsonl", *student, *chosen, output="filled")) and not same(read, as_missing)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])

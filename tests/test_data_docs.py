@@ -19,7 +19,7 @@ def test_examples_run_as_written(tmp_path, monkeypatch, capsys):
     failed, tried = doctest.testfile(str(PAGE), module_relative=False)
     assert tried > 10 and failed == 0, capsys.readouterr().out
     commands = [line for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 14
+    assert len(commands) == 16
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "pile-fast" and main(arguments) == 0, (command, capsys.readouterr().err)

@@ -10,9 +10,7 @@ from contract.problems import SCALES, make, relative_error
 from scipy.optimize import minimize
 
 import pile_fast.ensembles as ensembles
-from pile_fast import pile_ensemble
-from pile_fast.data import make_synthetic
-from pile_fast.ensembles import ENSEMBLES, NEEDS_LABELS, NEEDS_STUDENT, StackingEnsemble, shared_prior
+from pile_fast.ensembles import ENSEMBLES, NEEDS_LABELS, NEEDS_STUDENT, StackingEnsemble
 
 NAN = math.nan
 
@@ -509,44 +507,6 @@ def test_some_pairs_of_many():
     assert torch.equal(alone[1], above[first]) and torch.equal(alone[2], below[first])
 
 
-def test_shared_prior():
-    """Of teachers that are right, useless and wrong; a query that a teacher is missing from tells nothing about it."""
-    lists = make_synthetic(100, documents=(4, 12), seed=2)
-    right = lists.labels + 0.5 * torch.randn(len(lists.labels))
-    right[: int(lists.cu_seqlens[30])] = torch.nan
-    teachers = torch.stack([-lists.labels, right, torch.randn(len(right))], 1)
-    weights = shared_prior(teachers, lists.labels, cu_seqlens=lists.cu_seqlens)
-    assert weights.sum() == pytest.approx(1, abs=1e-5)
-    assert weights[1] > 0.8 and weights[0] < 0.01
-    assert torch.equal(shared_prior(teachers, lists.labels, cu_seqlens=lists.cu_seqlens, iterations=0), torch.full((3,), 1 / 3))
-    # It is the mirror descent step: the pairwise loss that all queries share falls.
-    losses = [
-        pile_ensemble(
-            teachers, lists.labels, cu_seqlens=lists.cu_seqlens, iterations=0, prior=prior, return_trace=True
-        ).trace.mean()
-        for prior in (None, shared_prior(teachers, lists.labels, cu_seqlens=lists.cu_seqlens, iterations=3), weights)
-    ]  # fmt: skip
-    assert losses[0] > losses[1] > losses[2]
-    lengths = lists.cu_seqlens.diff().tolist()
-    padded = [torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) for x in (teachers, lists.labels)]
-    mask = torch.arange(max(lengths)) < lists.cu_seqlens.diff()[:, None]
-    torch.testing.assert_close(shared_prior(*padded, mask=mask), weights, rtol=1e-5, atol=1e-7)
-
-
-def test_shared_prior_of_bad_input():
-    teachers, labels = torch.zeros(1, 3, 2), torch.tensor([[1.0, 0.0, 0.0]])
-    assert torch.equal(shared_prior(teachers, labels), torch.full((2,), 0.5))  # constant teachers: nothing to learn
-    assert torch.equal(shared_prior(teachers, torch.zeros(1, 3)), torch.full((2,), 0.5))  # no pair
-    for arguments, message in (
-        ({"iterations": -1}, "iterations: expected an int >= 0, got -1"),
-        ({"step_size": "x"}, "step_size: expected a number"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            shared_prior(teachers, labels, **arguments)
-    with pytest.raises(ValueError, match=r"labels: expected \(Q, N\) = \(1, 3\) like teacher_logits, got \(1, 2\)"):
-        shared_prior(teachers, labels[:, :2])
-
-
 # -- scales
 
 
@@ -566,4 +526,3 @@ def test_infinite_logits_count_as_missing(name):
         broken[0, 3, 1], missing[0, 3, 1] = value, NAN
         a, b = (call(name, x, y, z) for x in (broken, missing))
         assert torch.equal(a.logits, b.logits) and torch.equal(a.weights, b.weights)
-        assert torch.equal(*(shared_prior(x, y) for x in (broken, missing)))

@@ -21,6 +21,8 @@ from transformers import BertConfig, BertModel, BertTokenizer  # noqa: E402
 from pile_fast.integrations.lightning_ir import PILELoss  # noqa: E402
 
 B, N, M = 3, 5, 2
+# Weights of each document's own: they need no `fit` to be compared with `pile_fast.pile_loss` on a batch.
+OWN = {"granularity": "document"}
 WORDS = "panda bamboo paris city grass france".split()
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +41,7 @@ def parts():
 
 
 @pytest.mark.parametrize("column", [0, 1, -1])
-@pytest.mark.parametrize("options", [{}, {"alpha": 0.5, "granularity": "query", "prior": [1.0, 3.0]}])
+@pytest.mark.parametrize("options", [OWN, {"alpha": 0.5, "granularity": "query", "prior": [1.0, 3.0]}])
 def test_takes_labels_and_teachers_apart(parts, column, options):
     scores, labels, teachers = parts
     columns = list(teachers.unbind(-1))
@@ -60,11 +62,11 @@ def test_takes_labels_and_teachers_apart(parts, column, options):
 def test_missing_value(parts):
     scores, labels, teachers = parts
     teachers[0, :2, 1] = torch.nan
-    wanted = pile_fast.pile_loss(scores, teachers.float(), labels)
+    wanted = pile_fast.pile_loss(scores, teachers.float(), labels, **OWN)
     filled = torch.cat([labels.unsqueeze(-1), teachers.nan_to_num(0.0)], -1)
     output = CrossEncoderOutput(scores=scores)
-    torch.testing.assert_close(PILELoss(missing_value=0.0).compute_loss(output, batch(filled)), wanted)
-    assert not torch.isclose(PILELoss().compute_loss(output, batch(filled)), wanted)
+    torch.testing.assert_close(PILELoss(missing_value=0.0, **OWN).compute_loss(output, batch(filled)), wanted)
+    assert not torch.isclose(PILELoss(**OWN).compute_loss(output, batch(filled)), wanted)
 
 
 def test_bad_targets(parts):
@@ -99,13 +101,13 @@ def test_without_teachers_or_labels(parts):
 
 def test_infinite_logits_count_as_missing_and_are_told_of_once(parts, caplog):
     scores, labels, teachers = parts
-    output, loss = CrossEncoderOutput(scores=scores), PILELoss()
+    output, loss = CrossEncoderOutput(scores=scores), PILELoss(**OWN)
     teachers[1, 2, 0] = -torch.inf
     got = loss.compute_loss(output, batch(torch.cat([labels.unsqueeze(-1), teachers], -1)))
     loss.compute_loss(output, batch(torch.cat([labels.unsqueeze(-1), teachers], -1)))
     assert caplog.messages == ["PILELoss: teacher 1 gave an infinite logit for query 'b'; it counts as missing."]
     teachers[1, 2, 0] = torch.nan
-    torch.testing.assert_close(got, pile_fast.pile_loss(scores, teachers.float(), labels))
+    torch.testing.assert_close(got, pile_fast.pile_loss(scores, teachers.float(), labels, **OWN))
 
 
 def test_targets_of_a_run_file(tmp_path):
@@ -118,11 +120,34 @@ def test_targets_of_a_run_file(tmp_path):
     pandas.DataFrame(run).to_parquet(tmp_path / "run.parquet")
     data = RunDataset(tmp_path / "run.parquet", targets="score", depth=2, sample_size=2)
     scores = torch.randn(2, 2)
-    got = PILELoss(missing_value=0.0).compute_loss(
+    got = PILELoss(missing_value=0.0, **OWN).compute_loss(
         CrossEncoderOutput(scores=scores), batch(torch.stack([data[query].targets for query in range(2)]))
     )
     labels, bm25, encoder = (torch.tensor(run[name], dtype=torch.float32).view(2, 2) for name in list(run)[-3:])
-    torch.testing.assert_close(got, pile_fast.pile_loss(scores, torch.stack([bm25, encoder], -1), labels))
+    torch.testing.assert_close(got, pile_fast.pile_loss(scores, torch.stack([bm25, encoder], -1), labels, **OWN))
+
+
+def test_weights_that_all_queries_share_are_fitted_to_the_batches(parts):
+    scores, labels, teachers = parts
+    batches = [batch(torch.cat([own.unsqueeze(-1), teachers], -1)) for own in (labels, labels.flip(1))]
+    batches[1].targets = batches[1].targets.flatten(0, 1)  # as in its validation
+    loss = PILELoss().fit(batches)
+    wanted = pile_fast.PILELoss().fit([(teachers.float(), own) for own in (labels, labels.flip(1))])
+    assert torch.equal(loss.loss.weights, wanted.weights) and loss.loss.fitted
+    got = loss.compute_loss(CrossEncoderOutput(scores=scores), batches[0])
+    torch.testing.assert_close(got, pile_fast.pile_loss(scores, teachers.float(), labels, prior=wanted.weights, iterations=0))
+    assert torch.equal(loss.loss.weights, wanted.weights)
+
+
+def test_without_fit_training_takes_steps_of_the_weights_and_validation_none(parts):
+    scores, labels, teachers = parts
+    targets = batch(torch.cat([labels.unsqueeze(-1), teachers], -1))
+    loss = PILELoss()
+    loss.compute_loss(CrossEncoderOutput(scores=scores), targets)
+    weights = loss.loss.weights.clone()
+    assert weights[0] != weights[1]
+    loss.compute_loss(CrossEncoderOutput(scores=scores.detach()), targets)
+    assert torch.equal(loss.loss.weights, weights)
 
 
 def test_trains_a_cross_encoder(tmp_path, parts):

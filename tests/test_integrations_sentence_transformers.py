@@ -25,6 +25,8 @@ from sentence_transformers.cross_encoder.losses import LambdaLoss  # noqa: E402
 from pile_fast.integrations.sentence_transformers import PILELoss  # noqa: E402
 
 WORDS = "panda bamboo paris city grass france eats is a the what bear".split()
+# Weights of each document's own: they need no `fit` to be compared with `pile_fast.pile_loss` on a batch.
+OWN = {"granularity": "document"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -85,7 +87,7 @@ def gradient(model, loss):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "query", "pair_weight": "label_gap"}, {"prior": [1.0, 0.0]}])
+@pytest.mark.parametrize("options", [OWN, {"granularity": "query", "pair_weight": "label_gap"}, {"prior": [1.0, 0.0]}])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("alpha", [1.0, 0.6, 0.0])
 def test_is_the_loss_of_the_models_logits(model, alpha, reduction, options):
@@ -124,17 +126,17 @@ def test_the_terms_divide_by_the_queries_with_a_pair(model):
 def test_mini_batches_do_not_change_it(model, size):
     rows, calls = make_rows(), []
     model.register_forward_hook(lambda module, args, output: calls.append(len(args[0]["input_ids"])))
-    loss = PILELoss(model, mini_batch_size=size)(*as_batch(rows))
+    loss = PILELoss(model, mini_batch_size=size, **OWN)(*as_batch(rows))
     total = sum(map(len, rows["docs"]))
     chunk = {None: 8, -1: total}.get(size, size)
     assert calls == [min(chunk, total - begin) for begin in range(0, total, chunk)]
-    torch.testing.assert_close(loss, expected(model, rows))
+    torch.testing.assert_close(loss, expected(model, rows, **OWN))
 
 
 def test_teachers_may_come_one_per_column_or_with_the_labels(model):
     rows = make_rows()
     inputs, labels = as_batch(rows)
-    loss = PILELoss(model)
+    loss = PILELoss(model).fit(Dataset.from_dict(rows))
     wanted = loss(inputs, labels)
     columns = [[[row[m] for row in query] for query in rows["teachers"]] for m in range(2)]
     torch.testing.assert_close(loss([*inputs[:2], *columns], labels), wanted)
@@ -145,6 +147,51 @@ def test_teachers_may_come_one_per_column_or_with_the_labels(model):
     torch.testing.assert_close(loss(inputs[:2], both), wanted)
     torch.testing.assert_close(loss(inputs, [own.nan_to_num(1).long() for own in labels]),
                                loss(inputs, [own.nan_to_num(1) for own in labels]))  # fmt: skip
+
+
+def fitted(rows):
+    """The weights that the rows' queries share."""
+    teachers = torch.tensor([[np.nan if t is None else t for t in row] for query in rows["teachers"] for row in query])
+    cu_seqlens = torch.tensor([0, *np.cumsum([len(docs) for docs in rows["docs"]])])
+    labels = torch.tensor(sum(rows["labels"], []))
+    return pile_fast.PILELoss().fit([(teachers.float(), labels, None, cu_seqlens)]).weights
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_weights_that_all_queries_share_are_fitted_to_a_data_set(model, tmp_path, alpha):
+    rows = make_rows(600)
+    data = Dataset.from_dict(rows)
+    loss = PILELoss(model, alpha=alpha).fit(data)
+    weights = fitted(rows)
+    assert weights[0] > 0.8 and torch.equal(loss.loss.weights, weights)
+    for same in ({"a": data.select(range(300)), "b": data.select(range(300, 600))}, data.with_format("numpy")):
+        assert torch.equal(PILELoss(model).fit(same).loss.weights, weights)
+    train(model, tmp_path, data, loss, max_steps=2).evaluate()
+    assert torch.equal(loss.loss.weights, weights)
+    small = make_rows(8)
+    found = loss(*as_batch(small))
+    found = found if alpha == 1 else sum(found.values())
+    torch.testing.assert_close(found, expected(model, small, alpha, prior=weights, iterations=0))
+
+
+def test_without_fit_training_takes_steps_of_the_weights_and_evaluation_none(model, tmp_path):
+    loss = PILELoss(model)
+    trainer = train(model, tmp_path, Dataset.from_dict(make_rows(16)), loss, num_train_epochs=2)
+    weights = loss.loss.weights.clone()
+    assert not loss.loss.fitted and weights[0] > weights[1]
+    trainer.evaluate()
+    assert torch.equal(loss.loss.weights, weights)
+    assert loss.get_config_dict()["granularity"] == "shared"
+
+
+def test_rows_that_cannot_be_fitted_to(model):
+    rows = make_rows(4)
+    with pytest.raises(RuntimeError, match="PILELoss.fit: nothing to fit"):
+        PILELoss(model, granularity="query").fit(Dataset.from_dict(rows))
+    with pytest.raises(ValueError, match=r"documents: expected a list of texts, got a string \(column 'query'\)"):
+        PILELoss(model).fit(Dataset.from_dict({"id": list("abcd"), **rows}))
+    with pytest.warns(UserWarning, match="no query has two documents whose labels differ"):
+        PILELoss(model).fit(Dataset.from_dict({name: rows[name] for name in ("query", "docs", "teachers")}))
 
 
 def train(model, folder, rows, loss, evaluator=None, **arguments):
@@ -274,7 +321,7 @@ def by_hand(model, documents, teachers, labels, alpha):
     rows["labels"] = [[np.nan if label is None else label for label in own] for own in labels]
     rows["teachers"] = teachers
     with torch.no_grad():
-        return expected(model.eval(), rows, alpha)
+        return expected(model.eval(), rows, alpha, **OWN)
 
 
 # C3: each may be left out where the loss needs none; a null label is unlabelled.
@@ -290,7 +337,7 @@ def test_rows_with_nulls_and_without_teachers_or_labels(model, tmp_path, caplog,
     blank = [[None] * len(docs) for docs in ROWS["docs"]]
     labels = NULL if "labels" in columns else blank
     teachers = ROWS["teachers"] if "teachers" in columns else [[[None]] * len(docs) for docs in ROWS["docs"]]
-    loss = first_loss(model, tmp_path, only(ROWS, *columns), PILELoss(model, alpha=alpha))
+    loss = first_loss(model, tmp_path, only(ROWS, *columns), PILELoss(model, alpha=alpha, **OWN))
     torch.testing.assert_close(loss, by_hand(model, ROWS["docs"], teachers, labels, alpha), rtol=1e-4, atol=1e-5)
     told = [record for record in caplog.records if "in the first batch, query" in record.message]
     assert [record.message.removeprefix("PILELoss: in the first batch, query: column 'query', documents: column 'docs', ")
@@ -302,7 +349,7 @@ def test_rows_with_nulls_and_without_teachers_or_labels(model, tmp_path, caplog,
 def test_a_text_per_column(model, tmp_path, caplog, alpha):
     documents = [list(pair) for pair in zip(TUPLES["positive"], TUPLES["negative"], strict=True)]
     teachers, labels = [[[t] for t in row] for row in TUPLES["label"]], [[1, 0]] * 4
-    loss = first_loss(model, tmp_path, TUPLES, PILELoss(model, alpha=alpha))
+    loss = first_loss(model, tmp_path, TUPLES, PILELoss(model, alpha=alpha, **OWN))
     assert "documents: column 'positive' to column 'negative'" in caplog.text
     if alpha == 0:
         labels = TUPLES["label"]
@@ -320,9 +367,9 @@ def test_a_text_per_column_with_labels_and_teachers_of_ones_own(model, tmp_path)
     texts = only(TUPLES, "query", "positive", "negative")
     both = [[[label, *own] for label, own in zip(*pair, strict=True)] for pair in zip(labels, teachers, strict=True)]
     for columns in ({"label": both}, {"teachers": teachers, "label": labels}):
-        loss = first_loss(model, tmp_path, texts | columns, PILELoss(model, alpha=0.5))
+        loss = first_loss(model, tmp_path, texts | columns, PILELoss(model, alpha=0.5, **OWN))
         torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
-    loss = first_loss(model, tmp_path, texts | {"teachers": teachers}, PILELoss(model, alpha=0.5))
+    loss = first_loss(model, tmp_path, texts | {"teachers": teachers}, PILELoss(model, alpha=0.5, **OWN))
     torch.testing.assert_close(loss, by_hand(model, documents, teachers, [[1, 0]] * 4, 0.5), rtol=1e-4, atol=1e-5)
 
 
@@ -419,7 +466,7 @@ def test_gradient_accumulation_takes_the_mean_of_the_batches(model_folder, tmp_p
             str(tmp_path), **sizes, max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
             optim="sgd", learning_rate=1.0, max_grad_norm=1e9, lr_scheduler_type="constant",
         )  # fmt: skip
-        trainer = CrossEncoderTrainer(model, arguments, train_dataset=rows, loss=PILELoss(model))
+        trainer = CrossEncoderTrainer(model, arguments, train_dataset=rows, loss=PILELoss(model).fit(rows))
         trainer.train()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)

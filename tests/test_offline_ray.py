@@ -51,7 +51,8 @@ def by_query(table):
 def test_the_command_and_the_example_give_what_one_process_gives(ray, folder, capsys):
     wanted = by_query(OfflineEnsemble(iterations=3)(pq.read_table("data")))
     assert main(["ensemble", "data", "--output", "ensembled", "--ray", "--iterations", "3"]) == 0
-    assert "Wrote ensembled." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Teachers' weights (from " in out and "Wrote ensembled." in out
     assert by_query(pq.read_table("ensembled")) == wanted
     assert {path.name for path in folder.iterdir()} == {"data", "ensembled"}
 
@@ -59,6 +60,15 @@ def test_the_command_and_the_example_give_what_one_process_gives(ray, folder, ca
     assert len(example.splitlines()) <= 10
     exec(example)
     assert by_query(pq.read_table("with_ensemble")) == by_query(OfflineEnsemble()(pq.read_table("data")))
+
+
+def test_a_batch_alone_does_not_learn_what_all_queries_share(ray):
+    from pile_fast.offline.ray import RayEnsemble
+
+    with pytest.raises(ValueError, match="fit: weights that all queries share are not a batch's to learn"):
+        RayEnsemble("pile")
+    for options in ({"iterations": 0}, {"granularity": "document"}):
+        RayEnsemble("pile", **options)
 
 
 def test_what_the_user_can_put_right_is_one_line(ray, folder, capsys):
@@ -71,7 +81,9 @@ def test_what_the_user_can_put_right_is_one_line(ray, folder, capsys):
     assert error_of("data", "--output", "data").endswith("data: it is there already, name a new folder")
     table = pq.read_table("data/a.parquet")
     pq.write_table(table.drop_columns("labels"), "unlabelled.parquet")
-    assert "unlabelled.parquet: missing column labels, there are query_id" in error_of("unlabelled.parquet", "--output", "out")
+    document = ["--granularity", "document"]
+    line = error_of("unlabelled.parquet", "--output", "out", *document)
+    assert "unlabelled.parquet: missing column labels, there are query_id" in line
     assert {path.name for path in folder.iterdir()} == {"data", "unlabelled.parquet"}
 
 

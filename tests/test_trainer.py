@@ -65,7 +65,7 @@ def test_accumulated_small_batches_take_the_same_steps_as_large_ones(tmp_path, a
 
 
 def test_a_step_is_gradient_descent_on_the_mean_over_its_queries(tmp_path):
-    loss = pile_fast.PILELoss(reduction="none", backend="torch")
+    loss = pile_fast.PILELoss(reduction="none", backend="torch").fit([vars(LISTS)])
     model = student()
     logits = model(LISTS.features)
     losses = loss(logits, LISTS.teacher_logits, LISTS.labels, cu_seqlens=LISTS.cu_seqlens)
@@ -103,7 +103,7 @@ def test_evaluation_sees_every_document_once(tmp_path):
     metrics = run.evaluate()
     with torch.no_grad():
         logits = model(LISTS.features)
-        losses = run.loss(logits, LISTS.teacher_logits, LISTS.labels, cu_seqlens=LISTS.cu_seqlens)
+        losses = run.loss.eval()(logits, LISTS.teacher_logits, LISTS.labels, cu_seqlens=LISTS.cu_seqlens)
     for name, value in ranking_quality(logits, LISTS.labels, cu_seqlens=LISTS.cu_seqlens).items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-6)
     assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)

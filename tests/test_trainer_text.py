@@ -188,7 +188,16 @@ def test_two_processes_take_the_same_steps_as_one(folder):
     assert re.fullmatch(message, results.pop("spoiled"))
     message = r"step 1: the gradient of layers.0.weight is not finite; the step's queries: ('q\d+', ){4}'q\d+' and 3 more"
     assert re.fullmatch(message, results.pop("spoiled gradient"))
+    fitted = worker.LEARNED[0]
     expected["stream"] = worker.steps(folder, "features", stream=True, evaluation=True)
+    # The teachers' weights: the same bits on both processes; fitted, also those of one process.
+    first, second = (torch.load(folder / f"learned{rank}.pt") for rank in range(2))
+    for name, state in first.items():
+        if "own" not in cases[name]:
+            assert all(torch.equal(value, second[name][key]) for key, value in state.items()), name
+            wanted = worker.LEARNED[0] if name == "stream" else fitted
+            assert state["fitted"] == (name != "stream") and state["labelled_queries"] == wanted["labelled_queries"] > 0
+            torch.testing.assert_close(state["weights"], wanted["weights"], rtol=1e-5 if name == "stream" else 0, atol=0)
     cases["stream"]["kind"] = "stream"
     for name, (weights, _, metrics) in results.items():
         one, _, one_metrics = expected[cases[name]["kind"]]
@@ -280,6 +289,7 @@ def test_rows_in_any_form_train_a_feature_ranker(tmp_path, form):
     nan = torch.nan
     teachers = torch.tensor([[1.0, 0.0], [0.5, 0.2], [nan, nan], [0.1, 0.3], [nan, 0.1]])
     labels = torch.tensor([2.0, 0.0, nan, 0.0, 1.0])
+    # The batch is all of the training rows: the weights are those that it is fitted to.
     expected = pile_fast.pile_loss(logits, teachers, labels, cu_seqlens=torch.tensor([0, 3, 5]), alpha=0.5)
     run = PileTrainer(
         model, arguments(tmp_path), loss=pile_fast.PILELoss(alpha=0.5, reduction="none"), train_dataset=form(FEATURES)
@@ -379,9 +389,16 @@ def test_components_are_the_parts_of_the_loss(tiny_tokenizer, text_rows, options
     _, targets = batch("cross-encoder", tiny_tokenizer, text_rows(12))
     logits = torch.randn(len(targets["labels"]))
     layout = (targets["teacher_logits"], targets["labels"], None, targets["cu_seqlens"])
-    found = loss_components(pile_fast.PILELoss(alpha=0.3, **options), logits, targets, ["a", "b"])
+    loss = pile_fast.PILELoss(alpha=0.3, **options)
+    if loss.learns:
+        loss.fit([targets])
+    found = loss_components(loss, logits, targets, ["a", "b"])
     for name, alpha in (("distillation_loss", 1.0), ("label_loss", 0.0)):
-        assert found[name] == pytest.approx(pile_fast.PILELoss(alpha=alpha, **options)(logits, *layout).item(), rel=1e-5)
+        part = pile_fast.PILELoss(alpha=alpha, **options)
+        part = part.fit([targets]) if part.learns else part
+        assert found[name] == pytest.approx(part(logits, *layout).item(), rel=1e-5)
+    if loss.learns:
+        assert [found["teacher_weight/a"], found["teacher_weight/b"]] == pytest.approx(loss.weights.tolist())
     mean = loss_components(pile_fast.PILELoss(iterations=0), logits, targets)
     if not options:  # teachers that are both there weigh the same before the first step
         assert mean["teacher_weight_entropy"] > found["teacher_weight_entropy"]

@@ -14,6 +14,8 @@ from pile_fast.students import load_ranker
 from pile_fast.trainer import PileTrainer, pile_compute_loss_func
 
 LOSS = {"alpha": 0.5, "backend": "torch"}
+# State of the loss of the last `steps`.
+LEARNED: list[dict] = []
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -49,6 +51,7 @@ def trainer(
     if own:
         collator = (BiEncoderCollator if kind == "bi-encoder" else CrossEncoderCollator)(tokenizer)
         loss = pile_compute_loss_func(**LOSS)
+        loss.loss.fit([collator(rows)], sharded=False)
         return Trainer(model, TrainingArguments(**arguments), collator, compute_loss_func=loss, **common)
     return PileTrainer(
         model, TrainingArguments(**arguments), loss=PILELoss(reduction="none", **LOSS), processing_class=tokenizer,
@@ -60,6 +63,8 @@ def steps(*args, **kwargs):
     """(weights after training, logged losses, metrics if there is an evaluation set)."""
     run = trainer(*args, **kwargs)
     run.train()
+    if isinstance(run, PileTrainer):
+        LEARNED[:] = [run.loss.state_dict()]
     return (
         torch.cat([p.detach().flatten() for p in run.model.parameters()]),
         [entry["loss"] for entry in run.state.log_history if "loss" in entry],
@@ -69,12 +74,14 @@ def steps(*args, **kwargs):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    results = {}
+    results, learned = {}, {}
     for name, case in json.loads(sys.argv[2]).items():
         try:
             results[name] = steps(folder, **case)
+            learned[name] = LEARNED[0]
         except FloatingPointError as error:
             results[name] = str(error)
+    torch.save(learned, folder / f"learned{torch.distributed.get_rank()}.pt")
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.barrier()

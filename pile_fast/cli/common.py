@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pile_fast.cli.errors import UserError
-from pile_fast.data import BadRows, atomic_path
+from pile_fast.data import BadRows, TeacherWeights, atomic_path
 from pile_fast.data.formats import FORMATS
+from pile_fast.data.missing import MISSING
 from pile_fast.extras import EXTRAS
 from pile_fast.options import Option, Options, table
 from pile_fast.printable import printable
@@ -84,6 +85,14 @@ def add_skip_bad_rows(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave broken rows out, and report how many and why")
 
 
+def add_missing(parser: argparse._ActionsContainer) -> None:
+    """--missing: how to read scores that a teacher did not give."""
+    parser.add_argument(
+        "--missing", choices=MISSING, default="nan", help="a document that a teacher did not score: 'nan' = the teacher says "
+        "nothing about it, 'bottom' = it is below the end of the teacher's list, as in runs cut at a depth (default: nan)",
+    )  # fmt: skip
+
+
 def flags_of(*sets: Options) -> dict[str, Option]:
     """The options of the sets that a command line has: all but how pairs are summed and the losses reduced."""
     rows = table(*sets)  # type: ignore[arg-type]
@@ -145,6 +154,13 @@ def print_left_out(bad_rows: BadRows | None) -> None:
         shown = "" if bad_rows.count == len(bad_rows.reasons) else f", the first {len(bad_rows.reasons)}"
         reasons = map(printable, bad_rows.reasons)
         print(f"Left out {bad_rows.count:,} broken rows or lines{shown}:", *reasons, sep="\n  ", file=sys.stderr)
+
+
+def print_weights(weights: TeacherWeights | None) -> None:
+    """How much each teacher counts, if that was learned."""
+    if weights is not None:
+        learned = f" (from {weights.labelled_queries:,} labelled queries)" if weights.labelled_queries else ""
+        print(f"Teachers' weights{learned}: {printable(str(weights))}.")
 
 
 def progress(rows: Iterable[dict]) -> Iterable[dict]:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pile_fast.cli.common import add_format, add_options, add_qrels, flags_of, given
+from pile_fast.cli.common import add_format, add_missing, add_options, add_qrels, flags_of, given, print_weights
 from pile_fast.cli.errors import UserError
 from pile_fast.data.files import refuse_same_file
 from pile_fast.ensembles import OFFLINE
@@ -29,7 +29,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "ensemble",
         help="add an ensemble of the teachers to a file of any size",
         description="Reads queries with teacher_logits (and labels), and writes the same rows with a column more: "
-        "ensemble_logits, a number per document, null where no teacher scored it. From Parquet to Parquet the memory does not "
+        "ensemble_logits, a number per document, null where no teacher scored it. PILE learns one weight per teacher from all "
+        "labelled queries of the input first, and prints them. From Parquet to Parquet the memory does not "
         "grow with the file, and a command that was killed resumes when it is run again.",
     )
     parser.add_argument(
@@ -42,10 +43,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--method", choices=OFFLINE, default="pile", help="(default: %(default)s)")
     parser.add_argument(
         "--fit", metavar="FILE",
-        help="rows with labels: 'stacking' learns its weights from them (required), 'best' the one teacher to take "
-        "(default: each query's best by its own labels), 'pile' the weights to start from (default: equal)",
+        help="rows with labels: 'pile' learns the teachers' weights from them (default: from the input), 'stacking' too "
+        "(required), 'best' the one teacher to take (default: each query's best by its own labels)",
     )  # fmt: skip
-    parser.add_argument("--weights", action="store_true", help="keep the teachers' weights: ensemble_weights")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="pile: weights learned before, a teacher_weights.json of pile-fast train"
+    )
+    add_missing(parser)
+    parser.add_argument("--keep-weights", action="store_true", help="keep the teachers' weights: ensemble_weights")
     parser.add_argument(
         "--replace", action="store_true", help="put the ensemble in the place of the teachers, as the one teacher 'ensemble'"
     )
@@ -64,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if unknown := sorted(name for name in options if not _takes(args.method, name)):
         flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise UserError(f"{flags}: not an option of --method {args.method}")
+    if args.missing == "bottom" and args.normalize == "logit":
+        raise UserError("--missing bottom: does not go with --normalize logit, there is nothing below a probability of 0")
+    from pile_fast.data import TeacherWeights
     from pile_fast.data.trec import named_runs
     from pile_fast.offline.ensemble import OfflineEnsemble, ensemble_file, read_fit
 
@@ -71,12 +79,18 @@ def run(args: argparse.Namespace) -> int:
     if args.fit:
         refuse_same_file(Path(args.output), [args.fit])
         fit = read_fit(args.fit)
+    weights = TeacherWeights.load(args.weights) if args.weights else None
+    if weights is not None and "normalize" in weights.options:  # they are for teachers on this scale
+        options = {"normalize": weights.options["normalize"]} | options
     try:
-        ensemble = OfflineEnsemble(args.method, keep_weights=args.weights, replace=args.replace, fit=fit, **options)
+        ensemble = OfflineEnsemble(
+            args.method, keep_weights=args.keep_weights, replace=args.replace, fit=fit, weights=weights, missing=args.missing,
+            **options,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error).replace("fit:", f"{args.fit}:", 1) if args.fit else str(error)) from error
     if args.ray:
-        _on_ray(args, ensemble)
+        ensemble = _on_ray(args, ensemble)
     else:
         import torch
         from tqdm import tqdm
@@ -86,18 +100,19 @@ def run(args: argparse.Namespace) -> int:
         inputs, teachers = named_runs(args.inputs)
         runs = {"qrels": args.qrels, "unjudged": args.unjudged, "teachers": teachers}
         with tqdm(unit=" queries", disable=None) as progress:  # None: only on a terminal
-            ensemble_file(inputs, args.output, ensemble, format=args.source, progress=progress.update, **runs)
+            ensemble = ensemble_file(inputs, args.output, ensemble, format=args.source, progress=progress.update, **runs)
+    print_weights(ensemble.weights)
     print(f"Wrote {printable(args.output)}.")
     return 0
 
 
-def _on_ray(args: argparse.Namespace, ensemble: Any) -> None:
+def _on_ray(args: argparse.Namespace, ensemble: Any) -> Any:
     if len(args.inputs) > 1 or args.source not in (None, "parquet") or args.qrels or args.unjudged is not None:
         raise UserError("--ray: expected one INPUT, a Parquet file or a folder of them, and no --qrels and --unjudged")
     from pile_fast.offline.ray import ensemble_folder
 
     logging.disable(logging.ERROR)  # Ray tells every step, and every error once more
     try:
-        ensemble_folder(args.inputs[0], args.output, ensemble)
+        return ensemble_folder(args.inputs[0], args.output, ensemble)
     finally:
         logging.disable(logging.NOTSET)

@@ -21,12 +21,14 @@ import torch
 import pile_fast
 from pile_fast.cli.common import (
     add_format,
+    add_missing,
     add_options,
     add_skip_bad_rows,
     flags_of,
     given,
     made_folders,
     print_left_out,
+    print_weights,
     quiet_loading,
     whole_number,
     writable_folder,
@@ -127,8 +129,8 @@ def _parser(stub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         prog=stub.prog,
         usage="%(prog)s DATA [DATA ...] --student KIND --output-dir DIR [--model NAME] [options]",
         description="Distil the teachers' logits in DATA (JSON lines, Parquet, ...; see docs/data.md) into a student: a small "
-        "network on features, a cross-encoder or a bi-encoder. How the teachers of a query are weighed is found from its "
-        "labels (PILE).",
+        "network on features, a cross-encoder or a bi-encoder. How much each teacher counts is learned from all labelled "
+        "queries before the first step (PILE), and saved as teacher_weights.json.",
         epilog="Several processes: torchrun --nproc-per-node=2 -m pile_fast train ...",
         parents=[own, trainer],
         add_help=False,
@@ -148,6 +150,7 @@ def _own_options() -> argparse.ArgumentParser:
     add_format(data, "all files")
     add_skip_bad_rows(data)
     data.add_argument("--teacher-columns", nargs="+", metavar="NAME", help="the teachers to learn from, by name (default: all)")
+    add_missing(data)
     data.add_argument("--ensemble-logits", action="store_true", help="learn from the ensemble that `pile-fast ensemble` wrote "
                       "into the data, as it is, instead of from the teachers")  # fmt: skip
 
@@ -265,6 +268,8 @@ def _train(args: argparse.Namespace) -> int:
         names = _teachers_of(train)
         validation = _rows(args, args.validation, evaluated=names) if args.validation else None
     _check_teachers(args, names)
+    if settings.should_log:
+        _warn_of_missing(args, train, names)
     transformers.set_seed(settings.seed)
     model, tokenizer, collator = _student(args, train)
     with _options_need_libraries():
@@ -281,6 +286,7 @@ def _train(args: argparse.Namespace) -> int:
             print(", ".join(f"{name.removeprefix('eval_')} {metrics[name]:.4f}" for name in metrics if _is_quality(name)))
     _save(trainer, output)
     if trainer.is_world_process_zero():
+        print_weights(trainer.teacher_weights())
         print(f"Wrote {output}.")
     if torch.distributed.is_initialized():
         _leave(DONE)
@@ -309,7 +315,11 @@ def _loss(args: argparse.Namespace) -> pile_fast.PILELoss:
         if idle := [*given(args, (*_ENSEMBLE_OPTIONS, "teacher_columns"))]:
             flag = idle[0].replace("_", "-")
             raise UserError(f"--{flag}: does not go with --ensemble-logits, which is an ensemble already")
+        if args.missing == "bottom":
+            raise UserError("--missing bottom: is for `pile-fast ensemble`, which made what --ensemble-logits reads")
         options |= {"iterations": 0, "normalize": "none"}
+    elif args.missing == "bottom" and args.normalize == "logit":
+        raise UserError("--missing bottom: does not go with --normalize logit, there is nothing below a probability of 0")
     if "prior" in options:
         options["prior"] = torch.tensor(options["prior"])
     return pile_fast.PILELoss(reduction="none", **options)
@@ -331,22 +341,32 @@ def _rows(args: argparse.Namespace, paths: list[str], evaluated: Sequence[str] |
     Args:
         evaluated: for rows of evaluation, the teachers of training. Theirs are the same or none.
     """
-    from pile_fast.data import BadRows, RankedLists, load_dataset, read_rows
+    from pile_fast.data import BadRows, RankedLists, load_dataset, missing_as_bottom, read_rows
 
     bad_rows = BadRows() if args.skip_bad_rows else None
     if args.student == "features":
         rows = read_rows(paths, format=args.source, bad_rows=bad_rows)
         data = RankedLists.from_rows(_choose_teachers(row, args, evaluated) for row in rows)
+        if args.missing == "bottom":
+            data = data.with_teachers(missing_as_bottom(data.teacher_logits, data.cu_seqlens), data.teacher_names)
     else:
         data = load_dataset(paths, format=args.source, bad_rows=bad_rows)
         for column in ("query", "documents"):
             if missing := data.data.column(column).is_null().index(True).as_py() + 1:
                 of = f"{', '.join(paths)}: query {data[missing - 1]['query_id']!r}"
                 raise UserError(f"{of}: no {column!r}, which a {args.student} needs")
-        if _choose_teachers(data[0], args, evaluated)["teachers"] != data[0]["teachers"]:
-            data = data.with_transform(lambda columns: _each_row(columns, lambda row: _choose_teachers(row, args, evaluated)))
+        other = _choose_teachers(data[0], args, evaluated)["teachers"] != data[0]["teachers"]
+        if other or args.missing == "bottom":
+            data = data.with_transform(lambda columns: _each_row(columns, lambda row: _as_told(row, args, evaluated)))
     print_left_out(bad_rows)
     return data
+
+
+def _as_told(row: dict, args: argparse.Namespace, evaluated: Sequence[str] | None) -> dict:
+    from pile_fast.data.missing import row_with_bottom
+
+    row = _choose_teachers(row, args, evaluated)
+    return row_with_bottom(row) if args.missing == "bottom" else row
 
 
 def _each_row(columns: dict[str, list], change: Callable[[dict], dict]) -> dict[str, list]:
@@ -377,6 +397,23 @@ def _choose_teachers(row: dict, args: argparse.Namespace, evaluated: Sequence[st
 
 def _teachers_of(data: Any) -> Sequence[str]:
     return data.teacher_names if hasattr(data, "teacher_names") else data[0]["teachers"]
+
+
+def _warn_of_missing(args: argparse.Namespace, data: Any, names: Sequence[str]) -> None:
+    """Say that many of the scores to learn from are missing."""
+    from pile_fast.data.missing import many_missing
+
+    if args.missing == "bottom" or args.ensemble_logits or not names:
+        return
+    if hasattr(data, "teacher_logits"):
+        missing = data.teacher_logits.isnan()
+    else:  # of the file's teachers those that are learned from
+        flat = data.data.column("teacher_logits").combine_chunks().flatten().flatten()
+        every = data.with_format(None)[0]["teachers"]
+        missing = torch.from_numpy(flat.is_null().to_numpy(zero_copy_only=False)).view(-1, len(every))
+        missing = missing[:, [every.index(name) for name in names]]
+    if text := many_missing(int(missing.sum()), missing.numel()):
+        warnings.warn(f"{', '.join(args.data)}: {text}", stacklevel=2)
 
 
 def _check_teachers(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -110,6 +110,18 @@ class BiEncoderCollator:
         }
 
 
+def pack_targets(rows: Sequence[dict[str, Any]]) -> RankingTargets:
+    """The targets of rows alone, whatever a student reads: teachers matched by their names, as the collators do.
+
+    Raises:
+        ValueError: a row is broken or has no teachers; the message names the query.
+
+    >>> pack_targets([{"labels": [1, None], "teacher_logits": [[0.3], [None]]}])["labels"]
+    tensor([1., nan])
+    """
+    return _targets(rows, "teacher_logits")
+
+
 def _tokenize(collator: Any, *texts: list[str]) -> dict[str, Tensor]:
     return dict(collator.tokenizer(*texts, padding=True, truncation=True, max_length=collator.max_length, return_tensors="pt"))
 

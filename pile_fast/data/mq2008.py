@@ -23,6 +23,7 @@ from pile_fast.data.files import read_lines
 from pile_fast.data.letor import read_letor
 from pile_fast.data.lists import RankedLists
 from pile_fast.data.locate import find_file
+from pile_fast.data.missing import MISSING, missing_as_bottom
 from pile_fast.data.rows import DataError, parse_number
 
 SYSTEMS = range(1, 26)
@@ -49,7 +50,7 @@ def load_mq2008(folder: str | os.PathLike, *, systems: Iterable[int] | None = No
         FileNotFoundError: a file is missing; the message names it.
         ValueError: a line is broken, or the two sets do not match; the message names file and line.
     """
-    if missing not in ("nan", "bottom"):
+    if missing not in MISSING:
         raise ValueError(f"missing: expected 'nan' or 'bottom', got {missing!r}")
     systems = tuple(s for s in SYSTEMS if s not in UNCLEAR_SYSTEMS) if systems is None else tuple(systems)
     if not systems or not set(systems) <= set(SYSTEMS):
@@ -99,7 +100,5 @@ def _read_systems(path: Path, lists: RankedLists) -> np.ndarray:
 def _calibrate(values: np.ndarray, cu_seqlens: Tensor, missing: str) -> Tensor:
     starts = cu_seqlens[:-1].numpy()
     highest = np.repeat(np.fmax.reduceat(values, starts, axis=0), cu_seqlens.diff().numpy(), axis=0)
-    logits = values / highest
-    if missing == "bottom":
-        logits = np.where(np.isnan(values) & ~np.isnan(highest), np.float32(0), logits)
-    return torch.from_numpy(logits)
+    logits = torch.from_numpy(values / highest)
+    return missing_as_bottom(logits, cu_seqlens, value=0.0) if missing == "bottom" else logits

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pile_fast.data.rows import default_names
 from pile_fast.extras import needs_extra
 
 with needs_extra("train"):
@@ -127,11 +128,6 @@ def teacher_names(table: pa.Table, count: int, *, first_row: int = 0, expected: 
         wanted = wanted if len(wanted) == count else f"{count} names"
         raise ValueError(f"row {first_row + row + 1}: teachers: expected {wanted}, got {names[row].as_py()}")
     return wanted
-
-
-def default_names(count: int) -> list[str]:
-    """The names of teachers for which the data has none."""
-    return [f"teacher {m}" for m in range(1, count + 1)]
 
 
 def orders_pairs(teacher_logits: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -220,9 +220,14 @@ def scores_of(row: dict, teacher: str | None) -> tuple[str, list[float | None]]:
     return teacher, [logits[column] for logits in row["teacher_logits"]]
 
 
+def default_names(count: int) -> list[str]:
+    """The names of teachers for which the data has none."""
+    return [f"teacher {m}" for m in range(1, count + 1)]
+
+
 def _teacher_names(names: object, count: int, default: list[str] | None) -> list[str]:
     if names is None:
-        return default if default is not None and len(default) == count else [f"teacher {m}" for m in range(1, count + 1)]
+        return default if default is not None and len(default) == count else default_names(count)
     if not isinstance(names, list):
         raise ValueError(f"teachers: expected a list of names, got {show(names)}")
     names = [_name(f"teachers[{m}]", name) for m, name in enumerate(names)]

@@ -25,7 +25,6 @@ from pile_fast.ensembles.govern import govern_ensemble
 from pile_fast.ensembles.mean import mean_ensemble
 from pile_fast.ensembles.pile import pile_with_weights
 from pile_fast.ensembles.rrf import rrf_ensemble
-from pile_fast.ensembles.shared import shared_prior
 from pile_fast.ensembles.stacking import StackingEnsemble
 
 # By name. `labels` has no default where a method needs them; `student_logits` is there where the target moves with the student.
@@ -49,5 +48,4 @@ OFFLINE["stacking"] = StackingEnsemble
 __all__ = [
     "ENSEMBLES", "NEEDS_LABELS", "NEEDS_STUDENT", "OFFLINE", "Ensemble", "StackingEnsemble", "ae_kd_ensemble",
     "best_teacher_ensemble", "ca_mkd_ensemble", "ebkd_ensemble", "govern_ensemble", "mean_ensemble", "rrf_ensemble",
-    "shared_prior",
 ]  # fmt: skip

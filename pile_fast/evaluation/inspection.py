@@ -273,7 +273,9 @@ def _pile_weights(contents: Contents) -> list[dict]:
         return [{} for _ in contents.teachers]
     present = ~logits[used].isnan()
     equal = (present / present.sum(1, keepdim=True)).double().mean(0)
-    weights = pile.weights[used].double().mean(0)
+    # Of each document, rescaled to the teachers that scored it.
+    weights = torch.where(present, pile.weights, 0.0).double()
+    weights = (weights / weights.sum(1, keepdim=True)).mean(0)
     return [{"pile_weight": float(w), "mean_weight": float(e)} for w, e in zip(weights, equal, strict=True)]
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 import pile_fast
 from pile_fast.checks import number
 from pile_fast.extras import needs_extra
 from pile_fast.integrations.columns import (
+    LABEL_COLUMNS,
     Names,
     RankedBatch,
     is_list_of_texts_or_numbers,
@@ -40,6 +42,8 @@ if int(library.__version__.split(".")[0]) < 6:
     )
 CrossEncoderTrainer, SentenceTransformerTrainer = library.CrossEncoderTrainer, library.SentenceTransformerTrainer
 logger = logging.getLogger(__name__)
+# Rows at a time, where a data set is read before training.
+_ROWS = 256
 
 
 class _PILELoss(nn.Module):
@@ -78,8 +82,47 @@ class _PILELoss(nn.Module):
         columns = [[re.sub("^<code>|</code>$", "", name) for name in dataset.get("columns", ())] for dataset in datasets]
         return Names.of(columns, inputs, labels)
 
+    def fit(self, dataset: Any) -> Self:
+        """Learn the teachers' weights that all queries share from a data set, before training; then they stay.
+
+        Without it, and of a data set that is read as it comes, each batch of training takes a step of the weights; evaluation
+        never does. The trainer's checkpoints do not hold the weights: to resume with the same ones, fit.
+
+        Args:
+            dataset: the `datasets.Dataset` that the trainer gets, or a dict of them by name. In distributed training all
+                processes give the whole of it.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ValueError: a row does not fit; the message names column and row, counted from 0 in each 256 rows.
+            RuntimeError: the options have no weights that all queries share, see `pile_fast.PILELoss.fit`.
+        """
+        datasets = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+        self.loss.fit((batch for own in datasets for batch in self._batches(own)), sharded=False)
+        return self
+
+    def _batches(self, dataset: Any) -> Iterator[dict[str, Tensor]]:
+        """Teachers and labels of a data set."""
+        label = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
+        inputs = [name for name in dataset.column_names if name != label]
+        names = Names.of([dataset.column_names], len(inputs), label is not None)
+        plain = dataset.with_format(None)
+        for start in range(0, len(plain), _ROWS):
+            rows = plain[start : start + _ROWS]
+            batch = self._read([rows[name] for name in inputs], None if label is None else rows[label], names)
+            if batch.teachers is not None and batch.labels is not None:
+                cu_seqlens = torch.tensor([0, *itertools.accumulate(batch.lengths)])
+                yield {"teacher_logits": batch.teachers, "labels": batch.labels, "cu_seqlens": cu_seqlens}
+
+    def _read(self, inputs: list, labels: Any, names: Names) -> RankedBatch:
+        """Columns of rows as they are in a data set."""
+        raise NotImplementedError
+
     def _targets(self, batch: RankedBatch, queries: list | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(teachers (D, M), labels (D,), cu_seqlens) on the device, NaN for what is missing."""
+        self.loss.train(self.model.training)  # the trainer tells the model alone when it evaluates
         documents = sum(batch.lengths)
         teachers = torch.full((documents, 1), torch.nan) if batch.teachers is None else batch.teachers
         if not self._told:
@@ -147,7 +190,8 @@ class PILELoss(_PILELoss):
 
     At the first batch a warning says how each column was read.
 
-    The loss is `pile_fast.pile_loss` on the model's logits of all documents of the batch. With 0 < alpha < 1 it is returned as
+    The loss is that of `pile_fast.PILELoss` on the model's logits of all documents of the batch. Call `fit` with the training
+    data before training, so that the teachers' weights are learned from all of it at once. With 0 < alpha < 1 it is returned as
     its two weighted terms, ``{"distillation": ..., "labels": ...}``, which the trainer adds up and logs each.
 
     Args:
@@ -163,6 +207,7 @@ class PILELoss(_PILELoss):
             row. Never TypeError from a batch: the trainer would take it for a missing argument and run the forward again.
 
     >>> loss = PILELoss(CrossEncoder("microsoft/MiniLM-L12-H384-uncased", num_labels=1), alpha=0.7)  # doctest: +SKIP
+    >>> loss.fit(dataset)  # doctest: +SKIP
     >>> CrossEncoderTrainer(model=loss.model, train_dataset=dataset, loss=loss).train()  # doctest: +SKIP
     """
 
@@ -209,6 +254,9 @@ class PILELoss(_PILELoss):
             term = term / _queries_with_a_pair(teachers, labels, cu_seqlens, self.loss.prior).clamp(min=1)
         return {"distillation": loss - term, "labels": term}
 
+    def _read(self, inputs: list, labels: Any, names: Names) -> RankedBatch:
+        return read_lists(inputs, labels, self.loss.options["alpha"], names)[1]
+
     def _logits(self, queries: list, documents: list[list], prompt: Any, task: Any) -> Tensor:
         """The model's logits of all pairs (D,), float32."""
         pairs = [(query, document) for query, docs in zip(queries, documents, strict=True) for document in docs]
@@ -246,7 +294,8 @@ class BiEncoderPILELoss(_PILELoss):
     None or NaN = unlabelled, or not scored. The trainer takes the first of ``label``, ``labels``, ``score``, ``scores`` that it
     finds for this column. Rows with lists of documents: `pile_fast.trainer.PileTrainer` trains on them.
 
-    The loss is `pile_fast.pile_loss` on `scale` times the similarity of query and document. It composes with `MatryoshkaLoss`.
+    The loss is that of `pile_fast.PILELoss` on `scale` times the similarity of query and document. Call `fit` with the training
+    data before training, so that the teachers' weights are learned from all of it at once. It composes with `MatryoshkaLoss`.
 
     Args:
         model: the `SentenceTransformer` to train.
@@ -258,7 +307,7 @@ class BiEncoderPILELoss(_PILELoss):
     Raises:
         ValueError: the model is no `SentenceTransformer`, or a batch does not fit; the message says how.
 
-    >>> loss = BiEncoderPILELoss(SentenceTransformer("microsoft/mpnet-base"))  # doctest: +SKIP
+    >>> loss = BiEncoderPILELoss(SentenceTransformer("microsoft/mpnet-base")).fit(dataset)  # doctest: +SKIP
     >>> SentenceTransformerTrainer(model=loss.model, train_dataset=dataset, loss=loss).train()  # doctest: +SKIP
     """
 
@@ -299,6 +348,9 @@ class BiEncoderPILELoss(_PILELoss):
         teachers, labels, cu_seqlens = self._targets(batch, None, queries.device)
         logits = torch.stack([self.similarity_fct(queries, own) for own in documents], 1).flatten()
         return self.loss(self.scale * logits, teachers, labels, cu_seqlens=cu_seqlens)
+
+    def _read(self, inputs: list, labels: Any, names: Names) -> RankedBatch:
+        return read_tuples(len(inputs[0]), len(inputs) - 1, labels, self.loss.options["alpha"], names)
 
     def get_config_dict(self) -> dict:
         return {

@@ -6,11 +6,12 @@ Columns stay in Arrow: what an ensemble does not need passes through as it is.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-import inspect
+import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,26 @@ import torch
 from torch import Tensor
 
 import pile_fast
+from pile_fast.checks import choice
 from pile_fast.data.files import ahead, refuse_same_file
 from pile_fast.data.formats import format_of, write_rows
-from pile_fast.data.packed import default_names, orders_pairs, pack, teacher_names
-from pile_fast.data.rows import RowChecker
-from pile_fast.ensembles import NEEDS_LABELS, NEEDS_STUDENT, OFFLINE, best_teacher_ensemble, mean_ensemble, shared_prior
+from pile_fast.data.missing import MISSING, many_missing, missing_as_bottom
+from pile_fast.data.packed import orders_pairs, pack, teacher_names
+from pile_fast.data.rows import RowChecker, default_names
+from pile_fast.data.teacher_weights import TeacherWeights
+from pile_fast.ensembles import NEEDS_LABELS, NEEDS_STUDENT, OFFLINE, best_teacher_ensemble, mean_ensemble
 from pile_fast.extras import needs_extra
 from pile_fast.functional import pile_ensemble
+from pile_fast.loss import PILELoss
 from pile_fast.offline.parts import DataSet, Part
 from pile_fast.offline.resumable import ResumableOutput
+from pile_fast.options import EnsembleOptions, ensemble_options
 
 with needs_extra("train"):
     import pyarrow as pa
 
+# (teacher_logits, labels, cu_seqlens), see `pack`.
+Packed = tuple[Tensor, Tensor, Tensor]
 # Methods that work on padded lists get at most this many slots at a time.
 _PADDED_SLOTS = 2**20
 
@@ -48,15 +56,20 @@ class OfflineEnsemble:
         keep_weights: also add `ensemble_weights`, documents × teachers, as they are before they are rescaled to the
             teachers that scored a document.
         replace: put the ensemble in the place of the teachers, as the one teacher "ensemble", instead of adding a column.
-        fit: a table with labels from which "stacking" learns its weights (required), "best" the one teacher to take
-            for all queries (None: it takes each query's best by the query's own labels), and "pile" the weights it starts
-            from, `pile_fast.ensembles.shared_prior` (None: equal ones). What is learnt of a teacher holds for the teacher
-            of that name, in any order; by position only if neither side has names.
-        options: of the ensemble's function, e.g. ``iterations=5``.
+        fit: a table with labels from which "pile" learns the weights that all queries share (None: from the rows themselves,
+            see `fitted`), "stacking" its weights (required), and "best" the one teacher to take for all queries (None: it
+            takes each query's best by the query's own labels). What is learnt of a teacher holds for the teacher of that name,
+            in any order; by position only if neither side has names.
+        weights: for "pile", weights that were learnt before, in the place of `fit`.
+        missing: how to read a score that a teacher did not give: "nan" = it says nothing about the document, "bottom" = see
+            `pile_fast.data.missing_as_bottom`. The column `teacher_logits` stays as it is.
+        options: of the ensemble's function, e.g. ``iterations=5``. With granularity "query" or "document" PILE goes on from
+            weights of `fit` or `weights` by each query's own labels.
 
     Attributes:
-        learnt: the teachers' weights learnt from `fit`, or None.
+        learnt: the teachers' weights learnt from `fit`, or given; None = none yet.
         teachers: whose they are, or None.
+        labelled_queries: how many queries they were learnt from, or None.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or `fit` has no query with two documents whose labels differ; the
@@ -75,6 +88,8 @@ class OfflineEnsemble:
         keep_weights: bool = False,
         replace: bool = False,
         fit: pa.Table | None = None,
+        weights: TeacherWeights | None = None,
+        missing: str = "nan",
         **options: Any,
     ):
         if method in NEEDS_STUDENT:
@@ -85,40 +100,90 @@ class OfflineEnsemble:
             raise ValueError("fit: stacking needs data with labels to learn its weights from")
         if fit is not None and method not in ("stacking", "best", "pile"):
             raise ValueError(f"fit: {method} learns nothing from data, only stacking, best and pile do")
+        if weights is not None and (method != "pile" or fit is not None):
+            raise ValueError("weights: are for the method pile, and in the place of fit")
         self.method = method
         self.keep_weights = keep_weights
         self.replace = replace
         self.options = options
-        # A choice that was learnt from other rows does not use the labels of these.
-        self.needs_labels = method in NEEDS_LABELS and (fit is None or method == "pile")
+        self.missing = choice("missing", missing, MISSING)
         self.learnt: list[float] | None = None
         self.teachers: list[str] | None = None
+        self.labelled_queries: int | None = None
+        # Only PILE's weights that all queries share can be learnt from the rows themselves first.
+        self._shared = method == "pile" and _options(options).granularity == "shared"
+        if weights is not None:
+            self.learnt, self.teachers = [*weights.weights.values()], [*weights.weights]
+            self.labelled_queries = weights.labelled_queries
         self._function = self._make_function(None if fit is None else self._packed_fit(fit))
+        # A choice that was learnt from other rows does not use the labels of these.
+        self.needs_labels = method in NEEDS_LABELS and (self.learnt is None or method == "pile" and not self._shared)
         if self.learnt is None:  # wrong options raise now, not at the first table
             self._function(torch.zeros(2, 2), torch.zeros(2), cu_seqlens=torch.tensor([0, 2]))
 
-    def _packed_fit(self, fit: pa.Table) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def fits_first(self) -> bool:
+        """Whether weights that all queries share have to be learnt before a part of the rows can be done."""
+        return self._shared and self.learnt is None and _options(self.options).iterations > 0
+
+    def fitted(self, parts: Iterable[Packed], teachers: Sequence[str]) -> OfflineEnsemble:
+        """The ensemble with the weights that all queries of the parts share. Without a pair of labels: equal ones, or `prior`.
+
+        Args:
+            parts: (teacher_logits, labels, cu_seqlens), as `pile_fast.data.packed.pack` makes them.
+            teachers: their names.
+        """
+        copied = copy.copy(self)
+        copied.teachers = list(teachers)
+        copied._learn(self._read(part) for part in parts)
+        copied._function, copied.needs_labels = copied._make_function(None), False
+        return copied
+
+    def _read(self, packed: Packed) -> Packed:
+        teacher_logits, labels, cu_seqlens = packed
+        if self.missing == "bottom":
+            teacher_logits = missing_as_bottom(teacher_logits, cu_seqlens)
+        return teacher_logits, labels, cu_seqlens
+
+    def _learn(self, parts: Iterable[Packed]) -> None:
+        """PILE's weights that all queries share, from the parts."""
+        options = {
+            name: value for name, value in self.options.items() if name in (*EnsembleOptions._fields, "prior", "backend")
+        }
+        if not self._shared:  # what it starts from; these two are of its own steps
+            options = {name: value for name, value in options.items() if name not in ("iterations", "step_size")}
+        loss = PILELoss(**options | {"granularity": "shared"})
+        useful = (part for part in parts if orders_pairs(*part).any())
+        first = next(useful, None)
+        if first is None:
+            prior = loss.prior if loss.prior is not None else torch.ones(len(self.teachers or [""]))
+            self.learnt, self.labelled_queries = (prior / prior.sum()).tolist(), 0
+            return
+        loss.fit(((logits, labels, None, starts) for logits, labels, starts in itertools.chain([first], useful)), sharded=False)
+        self.learnt, self.labelled_queries = loss.weights.tolist(), int(loss.labelled_queries)
+
+    def _packed_fit(self, fit: pa.Table) -> Packed:
         try:
-            packed = pack(fit, labelled=True)
+            packed = self._read(pack(fit, labelled=True))
             self.teachers = teacher_names(fit, packed[0].shape[1])
         except ValueError as error:
             raise ValueError(f"fit: {error}") from None
-        if not orders_pairs(*packed).any():
+        if not (pairs := orders_pairs(*packed)).any():
             raise ValueError(
                 "fit: nothing to learn from, in no query two documents have labels that differ (and a teacher's logit)"
             )
+        self.labelled_queries = int(pairs.sum())
         return packed
 
-    def _make_function(self, fit: tuple[Tensor, Tensor, Tensor] | None) -> Callable:
+    def _make_function(self, fit: Packed | None) -> Callable:
         if fit is not None:
             teacher_logits, labels, cu_seqlens = fit
         if self.method == "pile":
             options = dict(self.options)
             if fit is not None:
-                names = inspect.signature(shared_prior).parameters.keys() - {"iterations", "step_size"}
-                shared = {name: value for name, value in options.items() if name in names}
-                options["prior"] = shared_prior(teacher_logits, labels, cu_seqlens=cu_seqlens, **shared)
-                self.learnt = options["prior"].tolist()
+                self._learn([fit])
+            if self.learnt is not None:
+                options |= {"prior": torch.tensor(self.learnt)} | ({"iterations": 0} if self._shared else {})
             return functools.partial(pile_ensemble, return_weights=self.keep_weights, **options)
         if self.method == "stacking":
             stacking = OFFLINE["stacking"](**self.options).fit(teacher_logits, labels, cu_seqlens=cu_seqlens)
@@ -134,9 +199,16 @@ class OfflineEnsemble:
         return functools.partial(OFFLINE[self.method], **self.options)
 
     @property
+    def weights(self) -> TeacherWeights | None:
+        """The weights that were learnt, by the teachers' names."""
+        if self.learnt is None or self.teachers is None:
+            return None
+        return TeacherWeights(dict(zip(self.teachers, self.learnt, strict=True)), self.labelled_queries or 0, self.options)
+
+    @property
     def settings(self) -> dict:
         """What decides the result, as JSON."""
-        names = ("method", "options", "keep_weights", "replace", "learnt", "teachers")
+        names = ("method", "options", "keep_weights", "replace", "learnt", "teachers", "missing")
         return {name: getattr(self, name) for name in names} | {"pile_fast": pile_fast.__version__}
 
     @property
@@ -177,10 +249,15 @@ class OfflineEnsemble:
         Raises:
             ValueError: a column is missing or a row is broken: "row 7: reason", counted from 1.
         """
+        if self.fits_first:
+            part = pack(table, labelled=True, first_row=first_row, teachers=len(teachers or [""]))
+            names = teacher_names(table, part[0].shape[1], first_row=first_row, expected=teachers)
+            return self.fitted([part], names)(table, first_row=first_row, teachers=teachers)
         expected = teachers or self.teachers or [""]
         labelled = self.needs_labels and (self.learnt is None or "labels" in table.column_names)
-        teacher_logits, labels, cu_seqlens = pack(table, labelled=labelled, first_row=first_row, teachers=len(expected))
-        if self.needs_labels and not labelled:
+        packed = pack(table, labelled=labelled, first_row=first_row, teachers=len(expected))
+        teacher_logits, labels, cu_seqlens = self._read(packed)
+        if labels is None and self.method == "pile":
             labels = torch.full((len(teacher_logits),), torch.nan)
         count = teacher_logits.shape[1]
         names = teacher_names(table, count, first_row=first_row, expected=teachers)
@@ -212,6 +289,27 @@ class OfflineEnsemble:
             values = pa.ListArray.from_arrays(_steps(*weights.shape), values)
             table = _with_column(table, "ensemble_weights", pa.ListArray.from_arrays(offsets, values))
         return table
+
+
+def _options(given: dict[str, Any]) -> EnsembleOptions:
+    return ensemble_options(**{name: value for name, value in given.items() if name in EnsembleOptions._fields})
+
+
+class MissingScores:
+    """How many of the teachers' scores are missing in the tables that came by."""
+
+    def __init__(self) -> None:
+        self.missing = self.scores = 0
+
+    def add(self, table: pa.Table) -> None:
+        scores = pa.compute.list_flatten(pa.compute.list_flatten(table["teacher_logits"]))
+        self.missing += scores.null_count
+        self.scores += len(scores)
+
+    def warn(self, name: str, ensemble: OfflineEnsemble) -> None:
+        """Say of a data set that they are many, if they are and nothing was done about it."""
+        if ensemble.missing == "nan" and (text := many_missing(self.missing, self.scores)):
+            warnings.warn(f"{name}: {text}", stacklevel=4)
 
 
 def _with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
@@ -282,8 +380,12 @@ def ensemble_file(
     format: str | None = None,
     progress: Callable[[int], None] = lambda rows: None,
     **options: Any,
-) -> None:
+) -> OfflineEnsemble:
     """Run an ensemble over a data set of any size, a part at a time.
+
+    PILE's weights that all queries share are learnt first, from the labelled queries of the whole data set, unless the ensemble
+    has some: a pass over teachers and labels, which are held in memory. With what the fit makes of them, that is some 200 bytes
+    a labelled document for 4 teachers. So the result does not depend on the parts.
 
     A Parquet output is a `ResumableOutput`: it resumes after a kill. Other formats are written in one pass.
 
@@ -296,8 +398,12 @@ def ensemble_file(
         progress: called with the number of rows done since the last call.
         options: of the input's format, see `pile_fast.data.read_rows`.
 
+    Returns:
+        The ensemble that was run, with what it learnt.
+
     Warns:
-        UserWarning: the method needs labels, and in no query two documents have labels that differ.
+        UserWarning: the method goes by labels, and in no query two documents have labels that differ; or more than a third of
+            the teachers' scores are missing, of those that this run read.
 
     Raises:
         ValueError: a row is broken ("file: row 7: reason"), its teachers are not those of the first row or of what the
@@ -309,10 +415,11 @@ def ensemble_file(
     data = DataSet(paths, format=format, **options)
     refuse_same_file(output, data.files)
     target = format_of(output)
-    check_data(data, ensemble)
+    ensemble = prepare(data, ensemble)
+    missing = MissingScores()
     settings = {"input": data.fingerprint(), "format": data.format, "ensemble": ensemble.settings}
     if target != "parquet":
-        tables = ensemble_tables(data, ensemble)
+        tables = ensemble_tables(data, ensemble, missing=missing)
 
         # JSON lines take any column; other formats have room for what the schema has, so for its rows alone.
         checked = (lambda row: row) if target == "jsonl" else RowChecker()
@@ -327,15 +434,18 @@ def ensemble_file(
             _check_unchanged(data, settings)
 
         write_rows(output, rows(), format=target)
-        return
+        missing.warn(data.name, ensemble)
+        return ensemble
     with ResumableOutput(output, settings) as out:
         try:
-            _write_parts(out, ensemble_tables(data, ensemble, frozenset(out.done)), progress)
+            _write_parts(out, ensemble_tables(data, ensemble, frozenset(out.done), missing), progress)
             _check_unchanged(data, settings)
         except ValueError:
             out.discard()  # only a changed input can help, and with that nothing resumes
             raise
         out.finish()
+    missing.warn(data.name, ensemble)
+    return ensemble
 
 
 def _write_parts(out: ResumableOutput, tables: Iterator[tuple[Part, pa.Table]], progress: Callable[[int], None]) -> None:
@@ -351,19 +461,52 @@ def _write_parts(out: ResumableOutput, tables: Iterator[tuple[Part, pa.Table]], 
             writing.result()
 
 
-def check_data(data: DataSet, ensemble: OfflineEnsemble) -> None:
-    """What can be known before the work: whether a data set has the columns, teachers and labels that an ensemble needs.
+def prepare(data: DataSet, ensemble: OfflineEnsemble, missing: MissingScores | None = None) -> OfflineEnsemble:
+    """What comes before the work: a data set has the columns, teachers and labels that an ensemble needs, and it has learnt.
+
+    Args:
+        missing: counts the scores of the rows, if they all have to be read here.
+
+    Returns:
+        The ensemble that any part of the data set can be given to.
 
     Warns, Raises: see `ensemble_file`.
     """
+    optional = ensemble.learnt or ensemble.fits_first  # learnt weights mean something without labels, too
     for name in ensemble.columns:
-        if data.columns is not None and name not in data.columns and not (name == "labels" and ensemble.learnt):
+        if data.columns is not None and name not in data.columns and not (name == "labels" and optional):
             raise ValueError(f"{data.name}: missing column {name}, there are {', '.join(data.columns)}")
     if ensemble.teachers is not None and (teachers := first_teachers(data)) is not None:
         with _located(data.name):
             ensemble.order(teachers)
-    if ensemble.needs_labels and not ensemble.learnt:  # learnt weights mean something without labels, too
+    if ensemble.fits_first:
+        return _fitted_to(data, ensemble, missing)
+    if ensemble.needs_labels and not optional:
         _check_labels(data, ensemble)
+    return ensemble
+
+
+def _fitted_to(data: DataSet, ensemble: OfflineEnsemble, missing: MissingScores | None) -> OfflineEnsemble:
+    names = first_teachers(data) or default_names(1)
+
+    def parts() -> Iterator[Packed]:
+        for part in ahead(data.parts(columns=("teacher_logits", "labels", "teachers"))):
+            with _located(part.path):
+                labelled = "labels" in part.table.column_names
+                logits, labels, starts = pack(part.table, labelled=labelled, first_row=part.first_row, teachers=len(names))
+                teacher_names(part.table, logits.shape[1], first_row=part.first_row, expected=names)
+            if missing is not None:
+                missing.add(part.table)
+            yield logits, torch.full((len(logits),), torch.nan) if labels is None else labels, starts
+
+    fitted = ensemble.fitted(parts(), names)
+    if not fitted.labelled_queries:
+        warnings.warn(
+            f"{data.name}: in no query two documents have labels that differ, and the method {ensemble.method} goes by such "
+            "pairs: all teachers count the same, as in the mean",
+            stacklevel=4,
+        )
+    return fitted
 
 
 def _check_labels(data: DataSet, ensemble: OfflineEnsemble) -> None:
@@ -391,9 +534,9 @@ def _check_unchanged(data: DataSet, settings: dict) -> None:
 
 
 def ensemble_tables(
-    data: DataSet, ensemble: OfflineEnsemble, done: frozenset[int] = frozenset()
+    data: DataSet, ensemble: OfflineEnsemble, done: frozenset[int] = frozenset(), missing: MissingScores | None = None
 ) -> Iterator[tuple[Part, pa.Table]]:
-    """Each part that is not done, and its rows with the ensemble.
+    """Each part that is not done, and its rows with the ensemble; `missing` counts their scores.
 
     Raises:
         ValueError: see `ensemble_file`.
@@ -403,6 +546,8 @@ def ensemble_tables(
         teachers = teachers or _first_teachers(part)
         with _located(part.path):
             table = ensemble(part.table, first_row=part.first_row, teachers=teachers)
+        if missing is not None:
+            missing.add(part.table)
         yield part, table
 
 

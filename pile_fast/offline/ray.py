@@ -21,7 +21,7 @@ with needs_extra("ray"):  # before the modules below, whose own need names anoth
     import ray
     import ray.data
 
-from pile_fast.offline.ensemble import OfflineEnsemble, check_data, ensemble_tables, first_teachers
+from pile_fast.offline.ensemble import MissingScores, OfflineEnsemble, ensemble_tables, first_teachers, prepare
 from pile_fast.offline.parts import DataSet
 
 
@@ -33,7 +33,8 @@ class RayEnsemble:
         teachers: the names that all rows' teachers must have, in this order; None = those of a batch's first row.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
+        ValueError, TypeError: an argument does not fit, or PILE's weights that all queries share are neither given nor to be
+            learnt from `fit`: a batch alone cannot tell them. The message names it.
 
     >>> batch = pa.table({"query_id": ["q"], "labels": [[1, 0]], "teacher_logits": [[[3.0, 0.0], [1.0, 2.0]]]})
     >>> RayEnsemble("mean", normalize="none")(batch)["ensemble_logits"].to_pylist()
@@ -42,6 +43,11 @@ class RayEnsemble:
 
     def __init__(self, method: str | OfflineEnsemble = "pile", *, teachers: Sequence[str] | None = None, **arguments: Any):
         self.ensemble = method if isinstance(method, OfflineEnsemble) else OfflineEnsemble(method, **arguments)
+        if self.ensemble.fits_first:
+            raise ValueError(
+                "fit: weights that all queries share are not a batch's to learn: give fit=read_fit(...), weights=..., or "
+                "granularity='document'"
+            )
         self.teachers = teachers
 
     # Ray takes an object for a function if it has a name.
@@ -52,13 +58,18 @@ class RayEnsemble:
         return self.ensemble(batch, teachers=self.teachers)
 
 
-def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble: OfflineEnsemble) -> None:
+def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble: OfflineEnsemble) -> OfflineEnsemble:
     """Run an ensemble over a Parquet file, or a folder of them, on Ray; connected to a cluster if ``RAY_ADDRESS`` names one.
+
+    Weights that all queries share are learnt first, here, by one pass over teachers and labels.
 
     Args:
         path: a Parquet file, or a folder of them.
         output: a folder of Parquet files, which must not be there yet; it appears once it is whole.
         ensemble: what to add to the rows.
+
+    Returns:
+        The ensemble that was run, with what it learnt.
 
     Warns:
         UserWarning: see `pile_fast.offline.ensemble.ensemble_file`.
@@ -77,7 +88,9 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
         raise ValueError(f"{output}: it is there already, name a new folder")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{output}: cannot write there: no such folder as {output.absolute().parent}")
-    check_data(data, ensemble)
+    missing = MissingScores()
+    ensemble = prepare(data, ensemble, missing)
+    missing.warn(data.name, ensemble)
     teachers = first_teachers(data)
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -95,6 +108,7 @@ def ensemble_folder(path: str | os.PathLike, output: str | os.PathLike, ensemble
                     pass
                 raise ValueError(f"{path}: in a block of it: {broken[1]}") from None
             raise
+    return ensemble
 
 
 def _paths(path: Path, data: DataSet) -> str | list[str]:

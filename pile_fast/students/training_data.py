@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pile_fast.data.collator import RankingTargets, order_of_teachers, queries_of
+from pile_fast.data.collator import RankingTargets, order_of_teachers, pack_targets, queries_of
 from pile_fast.data.lists import RankedLists
 
+# Rows at a time, where teachers and labels are read before training.
+_ROWS = 256
 # Beside the metrics, of every evaluation.
 _MEASURED = {"loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"}
 
@@ -87,6 +89,48 @@ def _first_batch(dataset: Any, collator: Any, called: str) -> Mapping[str, Any] 
         raise ValueError(f"{called}: no rows")
     batch = collator([dataset[0]])
     return batch if isinstance(batch, Mapping) and isinstance(batch.get("labels"), RankingTargets) else None
+
+
+def labelled_targets(dataset: Any, collator: Any) -> Iterator[tuple[int, Any]]:
+    """Teachers and labels of a data set that is no stream, without its texts and features: (rows, their targets) in turn.
+
+    None for rows of which none has labels. Rows without `teacher_logits` are for a collator of the user's to read.
+
+    Raises:
+        ValueError: a row is broken; the message names the query.
+    """
+    if isinstance(dataset, NamedLists):
+        lists = dataset.lists
+        targets = RankingTargets(
+            labels=lists.labels, teacher_logits=lists.teacher_logits, cu_seqlens=lists.cu_seqlens, queries=lists.query_ids,
+            teachers=list(lists.teacher_names), infinite=None,
+        )  # fmt: skip
+        yield len(lists), targets
+        return
+    plain = isinstance(first := dataset[0], Mapping) and first.get("teacher_logits") is not None
+    for start in range(0, len(dataset), _ROWS):
+        count = min(_ROWS, len(dataset) - start)
+        if not plain:
+            yield count, collator([dataset[i] for i in range(start, start + count)]).get("labels")
+            continue
+        rows = [row for row in _rows_of(dataset, start, start + count) if row.get("labels") is not None]
+        yield count, pack_targets(rows) if rows else None
+
+
+def _rows_of(dataset: Any, start: int, end: int) -> Sequence[dict[str, Any]]:
+    """Some rows; of a `datasets.Dataset` without a transform of the user's only the columns that are needed."""
+    form = getattr(dataset, "format", None)
+    names = getattr(dataset, "column_names", None)
+    if isinstance(form, Mapping) and isinstance(names, list) and form.get("type") != "custom":
+        wanted = [name for name in ("query_id", "labels", "teacher_logits", "teachers") if name in names]
+        columns = dataset.with_format(None).select_columns(wanted)[start:end]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [dataset[i] for i in range(start, end)]
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether its rows come one after the other, once a pass."""
+    return not _has_first_row(dataset)
 
 
 def _has_first_row(dataset: Any) -> bool:
