@@ -75,7 +75,7 @@ def cross_validate(
 ) -> Outcome:
     """Train every run on four of the five parts of the data and judge it on the fifth.
 
-    Nothing is chosen by results, so no part is needed for that. Within a repeat all runs have the same initial weights, the
+    A run chooses nothing by its results, so no part is needed for that. Within a repeat all runs have the same initial weights, the
     same order of queries and the same labelled queries.
 
     Args:
