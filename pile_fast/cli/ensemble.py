@@ -30,8 +30,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="add an ensemble of the teachers to a file of any size",
         description="Reads queries with teacher_logits (and labels), and writes the same rows with a column more: "
         "ensemble_logits, a number per document, null where no teacher scored it. PILE learns one weight per teacher from all "
-        "labelled queries of the input first, and prints them. From Parquet to Parquet the memory does not "
-        "grow with the file, and a command that was killed resumes when it is run again.",
+        "labelled queries of the input first, and prints them. From Parquet to Parquet only the labelled queries' logits "
+        "are held in memory, whatever the size of the file, and a command that was killed resumes when it is run again.",
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
