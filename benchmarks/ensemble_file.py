@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=float, nargs="+", default=[4e6, 32e6])
     parser.add_argument("--words", type=int, nargs="+", default=[0, 40])
     parser.add_argument("--method", default="pile")
+    parser.add_argument("--granularity", default="shared", help="of the method pile")
     args = parser.parse_args()
     print("| pairs | words a document | input MB | seconds | pairs/s | processor seconds | peak MiB |")
     print("|---|---|---|---|---|---|---|")
@@ -89,6 +90,7 @@ def main() -> None:
         for pairs, words in [(1, 0), *((int(pairs), words) for words in args.words for pairs in args.pairs)]:
             count = make_file(source, pairs, words)
             arguments = ["ensemble", str(source), "--output", str(target), "--method", args.method]
+            arguments += ["--granularity", args.granularity] if args.method == "pile" else []
             start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             result = subprocess.run([sys.executable, "-c", COMMAND, *arguments], check=True, capture_output=True, text=True)
             seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
