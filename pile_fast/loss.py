@@ -138,7 +138,7 @@ class PILELoss(torch.nn.Module):
     def fit(self, batches: Iterable[Any], *, sharded: bool = True) -> Self:
         """Learn the weights from labelled queries, in place of what was learned before; then they stay.
 
-        All labelled queries are held in memory at once, with what the fit makes of them: some 200 bytes a document for 4 teachers.
+        All labelled queries are held in memory at once, with what the fit makes of them some 200 bytes a document (4 teachers).
 
         Args:
             batches: a data loader, or any iterable, of batches: a mapping with "teacher_logits" (Q, N, M) or (D, M),

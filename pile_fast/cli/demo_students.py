@@ -75,8 +75,8 @@ def cross_validate(
 ) -> Outcome:
     """Train every run on four of the five parts of the data and judge it on the fifth.
 
-    A run chooses nothing by its results, so no part is needed for that. Within a repeat all runs have the same initial weights, the
-    same order of queries and the same labelled queries.
+    A run chooses nothing by its results, so no part is needed for that. Within a repeat all runs have the same initial weights,
+    the same order of queries and the same labelled queries.
 
     Args:
         lists: queries in the parts S1 .. S5.
