@@ -78,10 +78,11 @@ class EnsembleQuery {
   // Iterate after prepare(); then logits() and weights are ready. `trace`: T + 1 losses, or nullptr. `with_pulls`: also pulls().
   void run(const Member& m, T* trace, bool with_pulls) {
     for (int64_t it = 0; active_ && it < options_->iterations; ++it) {
-      if (n_ >= kPollIteration || it % 256 == 255) m.poll();
       if (by_document_) {
+        if (n_ >= kPollIteration || it % 256 == 255) m.poll();
         sweep(m, trace ? trace + it : nullptr, it);
       } else {
+        if (it % 256 == 255) m.poll();
         pull(m, trace ? trace + it : nullptr);
         if (m.leads()) {
           for (int t = 0; t < teachers_.count; ++t) teachers_.energy[t] += T(options_->step_size * g_[t]);
@@ -198,6 +199,7 @@ class EnsembleQuery {
   }
 
   void pull(const Member& m, T* loss) {
+    if (n_ >= kPollIteration) m.poll();
     sweep(m, loss, 0);
     if (!m.leads()) return;
     for (int t = 0; t < teachers_.count; ++t) {
