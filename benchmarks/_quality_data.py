@@ -26,7 +26,7 @@ DATA_SETS = {
     MQ2008: ("MQ2008", "six models fitted to other training queries"),
     BOTTOM: ("MQ2008", "23 TREC systems; a document not returned is below the end of the list"),
     NAN: ("MQ2008", "23 TREC systems; a document not returned has no score"),
-    CAST: ("CAsT 2021", "three neural runs; a document not returned is below the end of the run"),
+    CAST: ("CAsT 2021", "the organisers' five runs; a document not returned is below the end of the run"),
     EXAMPLE: ("LightGBM's example", "six models fitted to other training queries"),
 }
 FITTED = (MQ2008, EXAMPLE)
@@ -75,9 +75,9 @@ def _dealt(lists: RankedLists) -> RankedLists:
     return dataclasses.replace(lists, parts=tuple(parts))
 
 
-# The student's features come from two cheap runs; the neural runs are the teachers.
+# All runs are teachers; the student's features come from the two that are cheap to have.
 CAST_FEATURES = ("org_manual_bm25", "org_manual_ance")
-CAST_TEACHERS = ("org_convdr", "org_convdr_bert", "org_manual_ance_bert")
+CAST_TEACHERS = (*CAST_FEATURES, "org_convdr", "org_convdr_bert", "org_manual_ance_bert")
 
 
 def _cast(folder: Path, missing: str) -> RankedLists:
@@ -85,18 +85,17 @@ def _cast(folder: Path, missing: str) -> RankedLists:
 
     The turns of a conversation are in one part, as they are about one topic.
     """
-    names = CAST_FEATURES + CAST_TEACHERS
-    rows = read_runs([folder / f"{name}.run.xz" for name in names], teachers=names, qrels=folder / "qrels.txt.xz")
+    runs = [folder / f"{name}.run.xz" for name in CAST_TEACHERS]
+    rows = read_runs(runs, teachers=CAST_TEACHERS, qrels=folder / "qrels.txt.xz")
     judged = [row for row in rows if any(label is not None for label in row["labels"])]
     conversations = list(dict.fromkeys(row["query_id"].split("_")[0] for row in judged))
     features, labels, logits = [], [], []
     for row in judged:
-        scores = torch.tensor(np.array(row["teacher_logits"], dtype=np.float64))  # None becomes NaN
+        teachers = torch.tensor(np.array(row["teacher_logits"], dtype=np.float64))  # None becomes NaN
         sources = [[doc.startswith(source) for source in ("MARCO", "KILT", "WAPO")] for doc in row["doc_ids"]]
-        columns = [feature for run in scores[:, : len(CAST_FEATURES)].T for feature in _run_features(run)]
+        columns = [feature for run in teachers[:, : len(CAST_FEATURES)].T for feature in _run_features(run)]
         features.append(torch.cat([torch.stack(columns, 1), torch.tensor(sources, dtype=torch.float64)], 1))
         labels.append(torch.tensor(np.array(row["labels"], dtype=np.float64)))
-        teachers = scores[:, len(CAST_FEATURES) :]
         if missing == "bottom":
             lowest = teachers.nan_to_num(nan=torch.inf).amin(0)
             step = (teachers.nan_to_num(nan=-torch.inf).amax(0) - lowest) / teachers.isfinite().sum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +10,9 @@ import torch
 from _quality_students import MovingTarget, Student
 from torch import Tensor
 
-from pile_fast import ensembles, pile_ensemble, ranking_loss
+from pile_fast import PILEEnsemble, ensembles, pile_ensemble, ranking_loss
 from pile_fast.data import RankedLists
 
-LEARNING_RATES = (5e-3, 2e-2)
 TEMPERATURES = (0.5, 1.0, 2.0)
 ALPHAS = (0.3, 0.6, 1.0)  # 1: no labels after all
 # The epochs at whose start the targets that move with the student are computed. To solve AE-KD's programmes in every
@@ -27,7 +25,7 @@ class Method(NamedTuple):
 
     Attributes:
         student: (training lists, knob=value) -> Student.
-        knob: what is tuned beside the learning rate.
+        knob: what is tuned.
         values: of the knob, as many for every method.
         labelled: whether the student depends on the training queries' labels.
     """
@@ -39,12 +37,7 @@ class Method(NamedTuple):
 
     def points(self) -> list[dict]:
         """The grid."""
-        return [{self.knob: value, "learning_rate": rate} for value, rate in itertools.product(self.values, LEARNING_RATES)]
-
-    def students(self, lists: RankedLists, points: list[dict]) -> list[Student]:
-        """One for each point; what to distil is computed once for points that differ in the learning rate alone."""
-        make = functools.lru_cache(lambda value: self.student(lists, **{self.knob: value}))
-        return [make(point[self.knob])._replace(learning_rate=point["learning_rate"]) for point in points]
+        return [{self.knob: value} for value in self.values]
 
 
 def by(ensemble: Callable, **fixed) -> Callable[..., Tensor]:
@@ -62,15 +55,9 @@ def stacking(lists: RankedLists, **options) -> Tensor:
     return fitted(lists.teacher_logits, **layout).logits
 
 
-def calibrated(lists: RankedLists, normalize: str = "zscore") -> Tensor:
-    """(D, M) teachers' logits as every method sees them; "minmax" takes each teacher's list to 0 .. 1."""
-    if normalize == "minmax":
-        parts = []
-        for t in lists.teacher_logits.split(lists.cu_seqlens.diff().tolist()):
-            low, high = t.nan_to_num(nan=torch.inf).amin(0), t.nan_to_num(nan=-torch.inf).amax(0)
-            parts.append((t - low) / torch.where(high > low, high - low, 1.0))
-        return torch.cat(parts)
-    one = functools.partial(ensembles.mean_ensemble, cu_seqlens=lists.cu_seqlens, normalize=normalize)
+def calibrated(lists: RankedLists) -> Tensor:
+    """(D, M) teachers' logits as every method sees them."""
+    one = functools.partial(ensembles.mean_ensemble, cu_seqlens=lists.cu_seqlens)
     return torch.stack([one(t[:, None]).logits for t in lists.teacher_logits.T], 1)
 
 
@@ -81,32 +68,12 @@ def weighted(t: Tensor, weights: Tensor) -> Tensor:
     return torch.where(present.any(1), (t.nan_to_num() * weights).sum(1) / share, torch.nan)
 
 
-def shared_weights(
-    lists: RankedLists, *, iterations: int = 40, step_size: float = 3.0, shrinkage: float = 1.0, temperature: float = 1.0,
-    normalize: str = "zscore",
-) -> Tensor:  # fmt: skip
-    """(M,) weights that all queries share, docs/algorithm.md's rule."""
-    t = calibrated(lists, normalize)
-    query = torch.arange(len(lists)).repeat_interleave(lists.cu_seqlens.diff())
-    here = torch.zeros(len(lists), t.shape[1]).index_add(0, query, t.isfinite().float()) > 0
-    pairs = _has_pair(lists)
-    n, seen = int(pairs.sum()), (here & pairs[:, None]).sum(0)
-    a = torch.zeros(t.shape[1])
-    for _ in range(iterations if n else 0):
-        w = torch.softmax(a, 0).requires_grad_()
-        loss = ranking_loss(weighted(t, w) / temperature, lists.labels, cu_seqlens=lists.cu_seqlens, reduction="sum")
-        pull = -torch.autograd.grad(loss, w)[0] * temperature / seen.clamp(min=1)
-        a = (a - a.mean() + step_size * pull) / (1 + step_size * shrinkage / n)
-    return torch.softmax(a, 0)
+def pile(lists: RankedLists, **options) -> PILEEnsemble:
+    return pile_ensemble(lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens, return_weights=True, **options)
 
 
-def _has_pair(lists: RankedLists) -> Tensor:
-    labels = [y[y.isfinite()] for y in lists.labels.split(lists.cu_seqlens.diff().tolist())]
-    return torch.tensor([len(y) > 0 and bool(y.max() > y.min()) for y in labels])
-
-
-def pile_shared(lists: RankedLists, *, normalize: str = "zscore", **options) -> Tensor:
-    return weighted(calibrated(lists, normalize), shared_weights(lists, normalize=normalize, **options))
+def pile_shared(lists: RankedLists, **options) -> Tensor:
+    return pile(lists, granularity="shared", **options).logits
 
 
 def distil(
@@ -181,7 +148,8 @@ def _fitted(lists: RankedLists, t: Tensor, *, pull: bool) -> Tensor:
     """(M,) β ≥ 0 of the least mean label loss of Σ β_m t_m, plus 1/(2n) Σ (M β_m / Σ β − 1)² with `pull`."""
     from scipy.optimize import minimize
 
-    n = max(1, int(_has_pair(lists).sum()))
+    labels = [y[y.isfinite()] for y in lists.labels.split(lists.cu_seqlens.diff().tolist())]
+    n = max(1, sum(len(y) > 0 and bool(y.max() > y.min()) for y in labels))  # queries with a pair
 
     def objective(x):
         beta = torch.tensor(x, dtype=torch.float32, requires_grad=True)

@@ -53,7 +53,7 @@ class Student(NamedTuple):
     distillation: str = "logistic"
     label_loss: str = "logistic"
     pair_weight: str | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
 
 
 class Stack:
@@ -132,7 +132,7 @@ def train(
     lists: RankedLists,
     validations: Sequence[RankedLists],
     *,
-    epochs: int = 15,
+    epochs: int = 10,
     hidden_sizes: Sequence[int] = (32,),
     dropout: float = 0.1,
 ) -> list[tuple[Stack, Tensor]]:

@@ -29,7 +29,7 @@ import _quality_data
 import _quality_report
 import torch
 from _quality_data import CAST, CAST_NAN, DAMAGES, DATA_SETS, FITTED, MQ2008, NAN, Fold, damaged, with_share
-from _quality_methods import LEARNING_RATES, MAIN, METHODS, VARIANTS, Method, calibrated, shared_weights, weighted
+from _quality_methods import MAIN, METHODS, VARIANTS, Method, calibrated, pile, weighted
 from _quality_students import Student, quality_on, train
 from _timing import OtherLoad, where
 from torch import Tensor
@@ -43,7 +43,6 @@ CACHE = Path(__file__).parent.parent / "runs" / "quality"  # fitted teachers' lo
 FOLDERS = ("mq2008", "mq2008_agg", "cast2021", "lightgbm_rank")
 PHASES = ("compare", "damage", "variants", "teachers")
 SHARES = (1.0, 0.2, 0.05)  # of the queries, whose labels are used
-TUNED_RATE = LEARNING_RATES[1]  # of the variants, which are not tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Plan:
     folds: tuple[int, ...] = (1, 2, 3, 4, 5)
     methods: tuple[str, ...] = tuple(METHODS)
     points: int | None = None  # of each method's grid; None = all
-    seeds: tuple[int, ...] = tuple(range(4))
+    seeds: tuple[int, ...] = tuple(range(2))
     damages: tuple[tuple[str, float], ...] = DAMAGES
-    epochs: int = 15
+    epochs: int = 10
 
 
 SMOKE = Plan(
@@ -150,7 +149,7 @@ def _compare(method: Method, fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
     shares, points = shares_of(unit.data), method.points()[: plan.points]
     lists, validations = _labelled(fold, shares, unit.fold)
     # A student that does not depend on the labels is trained once for all shares.
-    students = [s for of in (lists if method.labelled else lists[:1]) for s in method.students(of, points)]
+    students = [method.student(of, **p) for of in (lists if method.labelled else lists[:1]) for p in points]
     found = []
     for i, (stack, validation) in enumerate(train(students, plan.seeds, fold.train, validations, epochs=plan.epochs)):
         first = i * len(points) if method.labelled else 0
@@ -163,7 +162,7 @@ def _compare(method: Method, fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
 
 def _damage(fold: Fold, unit: Unit, plan: Plan, points: dict[str, dict]) -> list[dict]:
     lists = damaged(fold.train, unit.damage, unit.level, unit.fold)
-    students = [METHODS[name].students(lists, [point])[0] for name, point in points.items()]
+    students = [METHODS[name].student(lists, **point) for name, point in points.items()]
     ((stack, _),) = train(students, plan.seeds, lists, [fold.validation], epochs=plan.epochs)
     scores = stack.scores(fold.test.features)
     return [{"method": name} | quality_of(fold.test.labels, fold.test.cu_seqlens, scores[k]) for k, name in enumerate(points)]
@@ -174,7 +173,7 @@ def _variants(fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
     shares = (SHARES[0], SHARES[-1])
     lists, validations = _labelled(fold, shares, unit.fold)
     keys = [(i, name) for i in range(len(shares)) for name in VARIANTS]
-    students = [Student(VARIANTS[name](lists[i]), lists[i].labels, learning_rate=TUNED_RATE) for i, name in keys]
+    students = [Student(VARIANTS[name](lists[i]), lists[i].labels) for i, name in keys]
     stacks = train(students, plan.seeds, fold.train, validations, epochs=plan.epochs)
     scores = [stack.scores(fold.test.features) for stack, _ in stacks]
     return [
@@ -184,8 +183,8 @@ def _variants(fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
 
 
 def describe(fold: Fold) -> dict:
-    """The teachers: NDCG@10 on the test queries, mean correlation of two, share of missing scores; and the weights that all
-    queries share, as fitted to the training queries by each share of labels, with the ensemble's NDCG@10 on the test queries."""
+    """The teachers (NDCG@10 on the test queries, mean correlation of two, share of missing scores) and the weights that all
+    queries share, fitted to the training queries by each share of labels, with their ensemble's NDCG@10 on the test queries."""
     test, t = fold.test, calibrated(fold.test)
 
     def score(logits: Tensor) -> float:
@@ -196,7 +195,7 @@ def describe(fold: Fold) -> dict:
     found = [(a * b).nanmean() for a, b in itertools.combinations(each.T, 2)]
     weights = {}
     for share in SHARES:
-        w = shared_weights(with_share(fold.train, share, 1))
+        w = pile(with_share(fold.train, share, 1), granularity="shared").weights
         weights[str(share)] = {"weights": _rounded(w), "test": score(weighted(t, w))}
     return {
         "teachers": dict(zip(test.teacher_names, map(score, test.teacher_logits.T), strict=True)),
