@@ -13,11 +13,12 @@ from torch import Tensor
 from pile_fast import PILEEnsemble, ensembles, pile_ensemble, ranking_loss
 from pile_fast.data import RankedLists
 
-TEMPERATURES = (0.5, 1.0, 2.0)
-ALPHAS = (0.3, 0.6, 1.0)  # 1: no labels after all
+# The default, or the middle, comes first: a plan may take fewer points.
+TEMPERATURES = (1.0, 0.5, 2.0)
+ALPHAS = (0.5, 0.25, 0.75)
 # The epochs at whose start the targets that move with the student are computed. To solve AE-KD's programmes in every
 # epoch would take many times as long as to train.
-AE_KD_EPOCHS, GOVERN_EPOCHS = (0, 1, 4), range(1000)
+AE_KD_EPOCHS, GOVERN_EPOCHS = (0, 3), range(1000)
 
 
 class Method(NamedTuple):
@@ -115,16 +116,16 @@ METHODS = {
     "mean, KL": distil(_mean, labelled=False, kind="kl"),
     "mean, MarginMSE": distil(_mean, labelled=False, kind="mse"),
     "mean + labels": with_labels(_mean),
-    "RRF": distil(by(ensembles.rrf_ensemble), "k", (10.0, 60.0, 200.0), labelled=False),
-    "CA-MKD": distil(by(ensembles.ca_mkd_ensemble), "temperature", (0.3, 1.0, 3.0), labelled=True),
-    "EBKD": distil(by(ensembles.ebkd_ensemble), "temperature", (0.3, 1.0, 3.0), labelled=False),
-    "AE-KD": distil(moving(ensembles.ae_kd_ensemble, AE_KD_EPOCHS), "max_weight", (0.3, 0.5, 1.0), labelled=False),
+    "RRF": distil(by(ensembles.rrf_ensemble), "k", (60.0, 10.0, 200.0), labelled=False),
+    "CA-MKD": distil(by(ensembles.ca_mkd_ensemble), "temperature", (1.0, 0.3, 3.0), labelled=True),
+    "EBKD": distil(by(ensembles.ebkd_ensemble), "temperature", (1.0, 0.3, 3.0), labelled=False),
+    "AE-KD": distil(moving(ensembles.ae_kd_ensemble, AE_KD_EPOCHS), "max_weight", (1.0, 0.5, 0.3), labelled=False),
     "GOVERN": distil(moving(ensembles.govern_ensemble, GOVERN_EPOCHS), labelled=False),
-    "stacking": distil(stacking, "C", (0.01, 0.1, 1.0), labelled=True),
+    "stacking": distil(stacking, "C", (1.0, 0.1, 0.01), labelled=True),
     "stacking + labels": with_labels(stacking),
     "PILE, shared": distil(pile_shared, labelled=True),
     "PILE, shared + labels": with_labels(pile_shared),
-    "PILE, document": distil(by(pile_ensemble, granularity="document"), "step_size", (0.3, 1.0, 3.0), labelled=True),
+    "PILE, document": distil(by(pile_ensemble, granularity="document"), "step_size", (3.0, 1.0, 0.3), labelled=True),
     "PILE, query": distil(by(pile_ensemble, granularity="query"), "step_size", (1.0, 3.0, 10.0), labelled=True),
 }
 # Those that the parts on damage and on missing scores are run with.

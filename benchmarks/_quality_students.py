@@ -134,12 +134,12 @@ def train(
     *,
     epochs: int = 10,
     hidden_sizes: Sequence[int] = (32,),
-    dropout: float = 0.1,
+    dropout: float = 0.0,
 ) -> list[tuple[Stack, Tensor]]:
     """Train every student with every seed; each is kept as it was after its best epoch on the validation queries.
 
     Args:
-        validations: the validation queries, with more or fewer labels.
+        validations: the validation queries: all, then with fewer labels.
 
     Returns:
         For each of `validations` the stack, and the NDCG@10 (K, S) on them.
@@ -155,6 +155,7 @@ def train(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     features = (lists.features - stack.mean) * stack.scale
 
+    counted = [_labelled_queries(validation) for validation in validations]
     best = [torch.full((len(students), len(seeds)), -math.inf, dtype=torch.float64) for _ in validations]
     kept = [[p.detach().clone() for p in stack.parameters] for _ in validations]
     steps = epochs * len(_batches(lists, [torch.Generator()]))
@@ -164,9 +165,9 @@ def train(
             masks = _dropout(batch.documents.shape[1], hidden_sizes, dropout, generators)
             loss(stack.logits(features[batch.documents], masks), batch).backward()
             adam.step(1 - adam.steps / steps)
-        scores = stack.scores(validations[0].features)
-        for v, validation in enumerate(validations):
-            quality = quality_on(validation, scores)
+        values = values_on(validations[0], stack.scores(validations[0].features))
+        for v, queries in enumerate(counted):
+            quality = values[..., queries].nanmean(-1)
             better = quality > best[v]
             best[v] = torch.where(better, quality, best[v])
             for held, parameter in zip(kept[v], stack.parameters, strict=True):
@@ -176,12 +177,21 @@ def train(
 
 def quality_on(lists: RankedLists, scores: Tensor) -> Tensor:
     """Mean NDCG@10 (K, S) of scores (K, S, D) over the queries with a relevant document."""
+    return values_on(lists, scores).nanmean(-1)
+
+
+def values_on(lists: RankedLists, scores: Tensor) -> Tensor:
+    """NDCG@10 (K, S, Q) of scores (K, S, D); NaN for a query without a relevant document."""
     copies = scores.shape[0] * scores.shape[1]
     lengths = lists.cu_seqlens.diff().repeat(copies)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     labels = lists.labels.repeat(copies)
     values = ndcg(scores.flatten(), labels, cu_seqlens=cu_seqlens, k=10, ties="average", empty="skip", reduction="none")
-    return values.view(*scores.shape[:2], -1).nanmean(-1)
+    return values.view(*scores.shape[:2], -1)
+
+
+def _labelled_queries(lists: RankedLists) -> Tensor:
+    return torch.tensor([bool(y.isfinite().any()) for y in lists.labels.split(lists.cu_seqlens.diff().tolist())])
 
 
 def _dropout(documents: int, widths: Sequence[int], p: float, generators: Sequence[torch.Generator]) -> list[Tensor]:

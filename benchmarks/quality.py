@@ -29,7 +29,7 @@ import _quality_data
 import _quality_report
 import torch
 from _quality_data import CAST, CAST_NAN, DAMAGES, DATA_SETS, FITTED, MQ2008, NAN, Fold, damaged, with_share
-from _quality_methods import MAIN, METHODS, VARIANTS, Method, calibrated, pile, weighted
+from _quality_methods import MAIN, METHODS, VARIANTS, calibrated, pile, weighted
 from _quality_students import Student, quality_on, train
 from _timing import OtherLoad, where
 from torch import Tensor
@@ -41,7 +41,7 @@ from pile_fast.evaluation.metrics import average_precision, mrr, ndcg
 RESULTS = Path(__file__).with_name("results") / "quality"
 CACHE = Path(__file__).parent.parent / "runs" / "quality"  # fitted teachers' logits: data, so not in the repository
 FOLDERS = ("mq2008", "mq2008_agg", "cast2021", "lightgbm_rank")
-PHASES = ("compare", "damage", "variants", "teachers")
+PHASES = ("compare", "damage", "teachers", "variants")
 SHARES = (1.0, 0.2, 0.05)  # of the queries, whose labels are used
 
 
@@ -52,14 +52,14 @@ class Plan:
     data_sets: tuple[str, ...] = tuple(DATA_SETS)
     folds: tuple[int, ...] = (1, 2, 3, 4, 5)
     methods: tuple[str, ...] = tuple(METHODS)
-    points: int | None = None  # of each method's grid; None = all
-    seeds: tuple[int, ...] = tuple(range(2))
+    points: int = 1  # of each method's grid of three
+    seeds: tuple[int, ...] = tuple(range(3))
     damages: tuple[tuple[str, float], ...] = DAMAGES
     epochs: int = 10
 
 
 SMOKE = Plan(
-    data_sets=(MQ2008, CAST), folds=(1,), points=1, seeds=(0, 1), damages=(("negated", 2), ("scaled", 3)), epochs=2
+    data_sets=(MQ2008, CAST), folds=(1,), seeds=(0, 1), damages=(("negated", 2), ("scaled", 3)), epochs=2
 )  # fmt: skip
 
 
@@ -69,7 +69,6 @@ class Unit(NamedTuple):
     phase: str
     data: str
     fold: int
-    method: str = ""  # of `METHODS`; in the phases without, all of theirs at once
     damage: str = ""
     level: float = 0.0
 
@@ -78,19 +77,24 @@ def units(phase: str, plan: Plan) -> Iterator[Unit]:
     """In the order in which an unfinished run is of most use."""
     for fold in plan.folds:
         for data in plan.data_sets:
-            if phase == "compare":
-                yield from (Unit(phase, data, fold, method) for method in plan.methods)
-            elif phase == "damage":
+            if phase == "damage":
                 if data in FITTED:
-                    yield from (Unit(phase, data, fold, "", *damage) for damage in plan.damages)
-            elif data != NAN or phase == "teachers":
+                    yield from (Unit(phase, data, fold, *damage) for damage in plan.damages)
+            elif data != NAN or phase != "variants":
                 yield Unit(phase, data, fold)
         if phase == "compare" and CAST in plan.data_sets:
-            yield from (Unit(phase, CAST_NAN, fold, method) for method in plan.methods if method in MAIN)
+            yield Unit(phase, CAST_NAN, fold)
 
 
-def shares_of(data: str) -> tuple[float, ...]:
-    return (1.0,) if data in (NAN, CAST_NAN) else SHARES
+def runs_of(data: str, methods: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
+    """The methods that are run on a data set, and the shares of labels that they are run with.
+
+    With fewer labels those run that do not depend on the labels, which costs nothing more, and the main ones.
+    """
+    if data == CAST_NAN:
+        return [(method, SHARES[:1]) for method in methods if method in MAIN]
+    every = data != NAN
+    return [(m, SHARES if every and (m in MAIN or not METHODS[m].labelled) else SHARES[:1]) for m in methods]
 
 
 class Results:
@@ -128,7 +132,7 @@ def work(unit: Unit, plan: Plan, folder: Path | None, points: dict[str, dict] | 
     fold = _fold(unit.data, unit.fold, folder)
     record = {"seeds": list(plan.seeds), "epochs": plan.epochs}
     if unit.phase == "compare":
-        record["found"] = _compare(METHODS[unit.method], fold, unit, plan)
+        record["found"] = _compare(fold, unit, plan)
     elif unit.phase == "damage":
         record["found"] = _damage(fold, unit, plan, points)
     elif unit.phase == "variants":
@@ -144,19 +148,27 @@ def _labelled(fold: Fold, shares: Sequence[float], number: int) -> tuple[list[Ra
     return train, [with_share(fold.validation, share, number, keep_few=True) for share in shares]
 
 
-def _compare(method: Method, fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
-    """For each share of labels the point of the best mean over the seeds on the validation queries, and its students there."""
-    shares, points = shares_of(unit.data), method.points()[: plan.points]
-    lists, validations = _labelled(fold, shares, unit.fold)
-    # A student that does not depend on the labels is trained once for all shares.
-    students = [method.student(of, **p) for of in (lists if method.labelled else lists[:1]) for p in points]
+def _compare(fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
+    """For each method and share of labels its students at the point of the best mean on the validation queries."""
+    lists, validations = _labelled(fold, SHARES, unit.fold)
+    students: list[Student] = []
+    runs = []  # method, share, its point, its student
+    for name, shares in runs_of(unit.data, plan.methods):
+        method = METHODS[name]
+        for i in range(len(shares)):
+            points = method.points()[: plan.points]
+            if method.labelled or i == 0:  # one that does not depend on the labels is trained once
+                first = len(students)
+                students += [method.student(lists[i], **point) for point in points]
+            runs.append((name, i, points, first))
+    stacks = train(students, plan.seeds, fold.train, validations, epochs=plan.epochs)
+    scores = [stack.scores(fold.test.features) for stack, _ in stacks]
     found = []
-    for i, (stack, validation) in enumerate(train(students, plan.seeds, fold.train, validations, epochs=plan.epochs)):
-        first = i * len(points) if method.labelled else 0
-        best = first + int(validation[first : first + len(points)].mean(1).argmax())
-        chosen = {"share": shares[i], "point": points[best - first], "validation": _rounded(validation[best])}
-        scores = stack.scores(fold.test.features)[best]
-        found.append(chosen | quality_of(fold.test.labels, fold.test.cu_seqlens, scores, MRR_AND_MAP))
+    for name, i, points, first in runs:
+        validation = stacks[i][1][first : first + len(points)].mean(1)
+        best = int(validation.argmax())
+        chosen = {"method": name, "share": SHARES[i], "point": points[best], "validation": round(float(validation[best]), 4)}
+        found.append(chosen | quality_of(fold.test.labels, fold.test.cu_seqlens, scores[i][first + best], MRR_AND_MAP))
     return found
 
 
@@ -246,7 +258,7 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
             todo = [unit for unit in units(phase, plan) if unit not in results[phase].records]
             futures = {}
             for unit in todo:
-                points = _chosen(results["compare"], unit, plan) if phase == "damage" else None
+                points = _chosen(results["compare"], unit) if phase == "damage" else None
                 futures[pool.submit(work, unit, plan, data, points)] = unit
             try:
                 done = concurrent.futures.as_completed(futures)
@@ -261,15 +273,12 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
     note({"units": finished, "minutes": round(minutes, 1), "cores_taken_by_others": others.cores()})
 
 
-def _chosen(results: Results, unit: Unit, plan: Plan) -> dict[str, dict]:
+def _chosen(results: Results, unit: Unit) -> dict[str, dict]:
     """The points that the comparison chose with all labels, without damage."""
-    points = {}
-    for method in (m for m in plan.methods if m in MAIN):
-        compared = results.records.get(Unit("compare", unit.data, unit.fold, method))
-        if compared is None:
-            raise SystemExit(f"damage: needs the phase compare first ({unit.data}, fold {unit.fold}, {method})")
-        points[method] = compared["found"][0]["point"]
-    return points
+    compared = results.records.get(Unit("compare", unit.data, unit.fold))
+    if compared is None:
+        raise SystemExit(f"damage: needs the phase compare first ({unit.data}, fold {unit.fold})")
+    return {f["method"]: f["point"] for f in compared["found"] if f["share"] == SHARES[0] and f["method"] in MAIN}
 
 
 def _end_with_the_parent() -> None:
