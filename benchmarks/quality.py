@@ -28,7 +28,7 @@ from typing import NamedTuple
 import _quality_data
 import _quality_report
 import torch
-from _quality_data import CAST, CAST_NAN, DAMAGES, DATA_SETS, FITTED, MQ2008, NAN, Fold, damaged, with_share
+from _quality_data import CAST, CAST_NAN, DAMAGES, DATA_SETS, EXAMPLE, FITTED, NAN, Fold, damaged, with_share
 from _quality_methods import MAIN, METHODS, VARIANTS, calibrated, pile, weighted
 from _quality_students import Student, quality_on, train
 from _timing import OtherLoad, where
@@ -59,7 +59,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    data_sets=(MQ2008, CAST), folds=(1,), seeds=(0, 1), damages=(("negated", 2), ("scaled", 3)), epochs=2
+    data_sets=(CAST, EXAMPLE), folds=(1,), seeds=(0, 1), damages=(("negated", 2), ("scaled", 3)), epochs=2
 )  # fmt: skip
 
 
@@ -301,8 +301,7 @@ def check(folder: Path) -> None:
             values = [v for v in found["queries"] if v is not None]
             assert values and all(0 <= v <= 1 for v in values) and all(0 < v <= 1 for v in found["test"]["ndcg@10"]), record
     for record in records["teachers"]:
-        # A random order of these lists has an NDCG@10 of 0.5 at most.
-        assert min(record["mean"], record["shared"]["1.0"]["test"]) > 0.5, record
+        assert record["shared"]["1.0"]["test"] > min(record["teachers"].values()), record  # weights that know the labels
         assert all(abs(sum(of["weights"]) - 1) < 0.01 for of in record["shared"].values()), record
 
 

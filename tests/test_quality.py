@@ -39,7 +39,8 @@ def test_a_student_of_the_stack_is_a_feature_ranker_trained_by_pile_loss(lists, 
     import _quality_students as students
 
     pile = dict(alpha=0.6, temperature=2.0, pair_weight="label_gap", learning_rate=3e-3)
-    target = pile_fast.pile_ensemble(lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens, pair_weight="label_gap")
+    per_document = dict(pair_weight="label_gap", granularity="document")
+    target = pile_fast.pile_ensemble(lists.teacher_logits, lists.labels, cu_seqlens=lists.cu_seqlens, **per_document)
     ((stack, _),) = students.train(
         [students.Student(None, lists.labels, 0.0), students.Student(target.logits, lists.labels, **pile)],
         [5, 7], lists, [lists], epochs=3, hidden_sizes=(8, 4), dropout=0.0,
@@ -56,7 +57,7 @@ def test_a_student_of_the_stack_is_a_feature_ranker_trained_by_pile_loss(lists, 
             batch = pack_queries([lists[q] for q in queries.tolist()])
             losses = pile_fast.pile_loss(
                 model(batch["features"]), batch["teacher_logits"], batch["labels"], cu_seqlens=batch["cu_seqlens"],
-                alpha=0.6, distillation="logistic:temperature=2", pair_weight="label_gap", reduction="none",
+                alpha=0.6, distillation="logistic:temperature=2", reduction="none", **per_document,
             )  # fmt: skip
             optimizer.zero_grad()
             losses.mean().backward()
@@ -295,7 +296,7 @@ def test_cross_fitted_teachers_saw_neither_the_query_nor_its_labels(tmp_path, mo
 def test_results_survive_a_kill(tmp_path):
     import quality
 
-    unit = quality.Unit("compare", "CAsT 2021", 1, "mean")
+    unit = quality.Unit("compare", "CAsT 2021", 1)
     results = quality.Results(tmp_path, "compare")
     results.add(unit, {"found": []})
     results.add(unit._replace(fold=2), {"found": []})
@@ -313,29 +314,50 @@ def test_a_small_run_goes_on_where_it_was_stopped_and_reports(tmp_path, monkeypa
 
     monkeypatch.setattr(quality, "VARIANTS", {name: quality.VARIANTS[name] for name in ("mean", "default")})
     plan = dataclasses.replace(
-        quality.SMOKE, data_sets=("LightGBM's example",), methods=("labels", "mean", "PILE, shared"), epochs=1,
-        damages=(("negated", 2),),
-    )  # fmt: skip
-    monkeypatch.setattr(quality, "CACHE", tmp_path / "cache")
+        quality.SMOKE, data_sets=(quality.CAST,), methods=("labels", "mean", "PILE, shared", "PILE, query"), epochs=1, points=3
+    )
     quality.run(list(quality.PHASES), plan, None, tmp_path, 1)
-    quality.check(tmp_path)
     compare = tmp_path / "compare.jsonl"
     lines = compare.read_text().splitlines()
-    assert [json.loads(line)["method"] for line in lines] == ["labels", "mean", "PILE, shared"]
-    assert [found["share"] for found in json.loads(lines[0])["found"]] == [1.0, 0.2, 0.05]
-    compare.write_text("\n".join(lines[:1] + lines[2:]) + "\n")
+    records = [json.loads(line) for line in lines]
+    assert [record["data"] for record in records] == ["CAsT 2021", "CAsT 2021, NaN"]
+    shares = {(found["method"], found["share"]) for found in records[0]["found"]}
+    main = itertools.product(("labels", "mean", "PILE, shared"), (1.0, 0.2, 0.05))
+    assert shares == {*main, ("PILE, query", 1.0)}
+    compare.write_text(lines[1] + "\n")
     quality.run(["compare"], plan, None, tmp_path, 1)
 
     def without_time(line):
         return {name: value for name, value in json.loads(line).items() if name not in ("seconds", "run")}
 
     resumed = compare.read_text().splitlines()
-    assert resumed[:2] == lines[:1] + lines[2:] and without_time(resumed[2]) == without_time(lines[1])
+    assert resumed[0] == lines[1] and without_time(resumed[1]) == without_time(lines[0])
     blocks = _quality_report.tables(tmp_path)
-    assert all(f"| {name} |" in blocks["students"] for name in ("labels", "mean", "**PILE, shared**"))
-    assert "| two of six teachers negated | PILE, shared − mean |" in blocks["tests"]
-    assert "| negated 2 |" in blocks["damage"] and "| default |" in blocks["variants"] and "shared, 5%" in blocks["teachers"]
-    assert all(text for text in blocks.values()) and "Not measured" in blocks["missing"]
+    assert all(f"| {name} |" in blocks["students"] for name in ("labels", "mean", "**PILE, shared**", "**PILE, query**"))
+    assert "| all, 20% of the labels | PILE, shared − mean |" in blocks["tests"]
+    assert "| default |" in blocks["variants"] and "shared, 5% of labels" in blocks["teachers"]
+    assert "| CAsT 2021 | mean |" in blocks["missing"]
+
+
+def test_the_point_is_chosen_on_the_validation_queries(lists, monkeypatch, one_thread):
+    """And a method's students are those that a training of it alone gives."""
+    import _quality_methods as methods
+    import _quality_students as students
+    import quality
+
+    fold = quality.Fold(lists, lists, lists)
+    plan = dataclasses.replace(quality.SMOKE, methods=("mean", "PILE, shared"), points=3)
+    found = quality._compare(fold, quality.Unit("compare", quality.CAST, 1), plan)
+    method = methods.METHODS["PILE, shared"]
+    train, validations = quality._labelled(fold, quality.SHARES, 1)
+    (of,) = (of for of in found if (of["method"], of["share"]) == ("PILE, shared", 0.05))
+    each = [method.student(train[2], **point) for point in method.points()]
+    stacks = students.train(each, plan.seeds, lists, validations, epochs=plan.epochs)
+    stack, quality_there = stacks[2]
+    best = int(quality_there.mean(1).argmax())
+    assert of["point"] == method.points()[best]
+    wanted = quality.quality_of(lists.labels, lists.cu_seqlens, stack.scores(lists.features)[best])
+    assert of["queries"] == wanted["queries"]
 
 
 def test_statistics():
@@ -361,12 +383,12 @@ def test_the_family_is_tested_together(tmp_path):
     rng = np.random.default_rng(0)
     names = ("labels", "mean", "mean + labels", "stacking", "PILE, shared", "PILE, shared + labels")
     lines = []
-    for fold, name in itertools.product((1, 2), names):
+    for fold in (1, 2):
         found = [
-            {"share": share, "point": {}, "test": {}, "queries": (rng.random(20) + 0.1 * name.startswith("PILE")).tolist()}
-            for share in (1.0, 0.2)
+            {"method": name, "share": share, "test": {}, "queries": (rng.random(20) + 0.1 * name.startswith("PILE")).tolist()}
+            for name, share in itertools.product(names, (1.0, 0.2))
         ]
-        lines.append(json.dumps({"phase": "compare", "data": "CAsT 2021", "fold": fold, "method": name, "found": found}))
+        lines.append(json.dumps({"phase": "compare", "data": "CAsT 2021", "fold": fold, "found": found}))
     (tmp_path / "compare.jsonl").write_text("\n".join(lines) + "\n")
     rows = [(pair.where, pair.ours, pair.theirs) for pair, _, _ in tested(tmp_path)]
     assert len(set(rows)) == len(rows) == 5 + 3 + 1 + 6
