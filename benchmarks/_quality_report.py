@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from _quality_data import BOTTOM, CAST, CAST_NAN, DATA_SETS, FITTED, NAN
+from _quality_data import BOTTOM, CAST, CAST_NAN, DAMAGES, DATA_SETS, FITTED, NAN
 from scipy import stats
 
 SHARED, SHARED_LABELS = "PILE, shared", "PILE, shared + labels"
@@ -58,6 +58,8 @@ grid points are those chosen without damage.
 - *negated*: so many are negated.
 - *scaled*: so many are replaced by the exponential of three times their z-scores: the order is the same.
 - *missing*: this share of all scores is NaN.
+
+In parentheses: the difference to the mean's student with half its 95 % interval.
 
 Mean over the queries of both data sets.
 
@@ -261,8 +263,8 @@ def _students(folder: Path) -> str:
     rows = []
     for method in sorted(everything[1.0], key=lambda m: -np.nanmean(everything[1.0][m])):
         values = [everything[1.0][method], *(found[data, 1.0][method].queries for data in datas)]
-        values += [of[method] for of in list(everything.values())[1:]]
-        rows.append([_name(method), *(f"{np.nanmean(v):.4f}" for v in values)])
+        values += [of.get(method) for of in list(everything.values())[1:]]
+        rows.append([_name(method), *("–" if v is None else f"{np.nanmean(v):.4f}" for v in values)])
     return table(head, rows)
 
 
@@ -304,7 +306,9 @@ def _metrics(folder: Path) -> str:
 def damages(folder: Path) -> dict[tuple[str, float], dict[str, np.ndarray]]:
     """Kind and level → method → values of the queries of both data sets."""
     out = {}
-    for (kind, level), records in grouped(flat(folder, "damage"), "damage", "level").items():
+    groups = grouped(flat(folder, "damage"), "damage", "level")
+    for kind, level in (damage for damage in DAMAGES if damage in groups):
+        records = groups[kind, level]
         found: dict[Key, dict[str, Found]] = {}
         for (data, method), of in grouped(records, "data", "method").items():
             found.setdefault((data, 1.0), {})[method] = joined(of)
@@ -318,9 +322,8 @@ def _damage(folder: Path) -> str:
         return ""
     methods = list(next(iter(hurt.values())))
     whole = pooled(compared(folder), 1.0, FITTED)
-    rows = [[what, *(f"{np.nanmean(of[m]):.4f}" for m in methods)] for what, of in [("none", whole)]]
-    for (kind, level), of in hurt.items():
-        rows.append([f"{kind} {level:g}", *(f"{np.nanmean(of[m]):.4f}" for m in methods)])
+    everything = {"none": whole} | {f"{kind} {level:g}": of for (kind, level), of in hurt.items()}
+    rows = [[what, *(_beside(of[m], of["mean"]) for m in methods)] for what, of in everything.items()]
     return table(["damage", *map(_name, methods)], rows)
 
 
@@ -347,7 +350,9 @@ def _variants(folder: Path) -> str:
 
 def _teachers(folder: Path) -> str:
     rows = []
-    for (data,), records in grouped(whole_folds(read(folder, "teachers")), "data").items():
+    groups = grouped(whole_folds(read(folder, "teachers")), "data")
+    for data in (data for data in DATA_SETS if (data,) in groups):
+        records = groups[data,]
 
         def mean(values: Iterable[float]) -> str:
             return f"{np.mean(list(values)):.3f}"
@@ -437,6 +442,8 @@ def _plot_students(folder: Path, path: Path) -> None:
     for axes, (share, of) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
         for y, method in enumerate(order):
             # Differences to the mean's student vary less between queries than the values: their interval is the one that tells.
+            if method not in of:
+                continue
             difference, low, high, _ = paired(of[method], of["mean"])
             color = "tab:green" if method.startswith("PILE") else "tab:gray"
             axes.errorbar(difference, y, xerr=[[difference - low], [high - difference]], fmt="o", color=color, capsize=2)
