@@ -24,7 +24,8 @@ figures are NDCG@10 on test queries.
 ## Students
 
 *All*: the mean over the queries of all collections. MQ2008's queries have several sets of teachers; a query counts once,
-with its mean over them. The best with all labels comes first.
+with its mean over them. The set with NaN was run with all labels only, so compare within a column. The best with all labels
+comes first.
 
 {students}
 
