@@ -99,7 +99,7 @@ bench-ensemble: setup
 text: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail -c "$$(sed -n '/^```bash/,/^```/{/^```/d;p}' docs/text.md)"
 
-# Needs MQ2008 (PILE_FAST_DATA or data/); resumes after a stop, then writes all tables and plots to benchmarks/results/quality.
+# Needs the collections of benchmarks/README.md (PILE_FAST_DATA or data/); resumes after a stop, then writes all tables.
 quality: setup
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quality.py --report

@@ -7,6 +7,7 @@ student; those that do (AE-KD, GOVERN) are computed again at the start of some e
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -20,7 +21,7 @@ from pile_fast.data import RankedLists
 from pile_fast.evaluation.metrics import ndcg
 from pile_fast.students import FeatureRanker, FeatureRankerConfig
 
-QUERIES_PER_STEP = 32
+STEPS_PER_EPOCH = 15  # in every collection, whatever its size: 32 queries a step on MQ2008
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -38,8 +39,10 @@ class Student(NamedTuple):
         target: (D,) logits to distil (NaN = none); None = labels alone.
         labels: (D,) the labels of the label loss.
         alpha: weight of the distillation.
-        temperature: τ of the distillation.
-        pair_weight: ω of the label loss.
+        temperature: τ of the distillation; of the label loss "softmax".
+        distillation: "logistic", "mse" or "kl".
+        label_loss: "logistic" or "softmax".
+        pair_weight: ω of the logistic label loss.
         learning_rate: of Adam, falling linearly to 0.
     """
 
@@ -47,8 +50,10 @@ class Student(NamedTuple):
     labels: Tensor
     alpha: float = 1.0
     temperature: float = 1.0
+    distillation: str = "logistic"
+    label_loss: str = "logistic"
     pair_weight: str | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
 
 
 class Stack:
@@ -74,6 +79,12 @@ class Stack:
                 x = torch.relu(x)
                 x = x * masks[i].repeat(students, 1, 1) if masks else x
         return x.view(students, seeds, -1)
+
+    def holding(self, parameters: list[Tensor]) -> Stack:
+        """One like this with other parameters."""
+        other = copy.copy(self)
+        other.parameters = parameters
+        return other
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
@@ -103,7 +114,7 @@ def _batches(lists: RankedLists, generators: Sequence[torch.Generator]) -> list[
     starts, lengths = lists.cu_seqlens[:-1], lists.cu_seqlens.diff()
     orders = torch.stack([torch.randperm(len(lists), generator=g) for g in generators])
     batches = []
-    for queries in orders.split(QUERIES_PER_STEP, 1):
+    for queries in orders.split(math.ceil(len(lists) / STEPS_PER_EPOCH), 1):
         sizes = lengths[queries]
         most = int(sizes.sum(1).max())
         documents = torch.zeros(len(generators), most, dtype=torch.long)
@@ -119,16 +130,19 @@ def train(
     students: Sequence[Student],
     seeds: Sequence[int],
     lists: RankedLists,
-    validation: RankedLists,
+    validations: Sequence[RankedLists],
     *,
-    epochs: int = 15,
-    hidden_sizes: Sequence[int] = (64, 64),
-    dropout: float = 0.1,
-) -> tuple[Stack, Tensor]:
+    epochs: int = 10,
+    hidden_sizes: Sequence[int] = (32,),
+    dropout: float = 0.0,
+) -> list[tuple[Stack, Tensor]]:
     """Train every student with every seed; each is kept as it was after its best epoch on the validation queries.
 
+    Args:
+        validations: the validation queries: all, then with fewer labels.
+
     Returns:
-        The stack, and the NDCG@10 (K, S) on the validation queries.
+        For each of `validations` the stack, and the NDCG@10 (K, S) on them.
     """
     config = FeatureRankerConfig(num_features=lists.features.shape[1], hidden_sizes=hidden_sizes, dropout=dropout)
     models = []
@@ -141,32 +155,43 @@ def train(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     features = (lists.features - stack.mean) * stack.scale
 
-    best = torch.full((len(students), len(seeds)), -math.inf, dtype=torch.float64)
-    kept = [p.detach().clone() for p in stack.parameters]
-    steps = epochs * math.ceil(len(lists) / QUERIES_PER_STEP)
+    counted = [_labelled_queries(validation) for validation in validations]
+    best = [torch.full((len(students), len(seeds)), -math.inf, dtype=torch.float64) for _ in validations]
+    kept = [[p.detach().clone() for p in stack.parameters] for _ in validations]
+    steps = epochs * len(_batches(lists, [torch.Generator()]))
     for epoch in range(epochs):
         loss.move_targets(epoch, lambda: stack.scores(lists.features))
         for batch in _batches(lists, generators):
             masks = _dropout(batch.documents.shape[1], hidden_sizes, dropout, generators)
             loss(stack.logits(features[batch.documents], masks), batch).backward()
             adam.step(1 - adam.steps / steps)
-        quality = quality_on(validation, stack.scores(validation.features))
-        better = quality > best
-        best = torch.where(better, quality, best)
-        for held, parameter in zip(kept, stack.parameters, strict=True):
-            held.copy_(torch.where(better[..., None, None], parameter.detach(), held))
-    stack.parameters = kept
-    return stack, best
+        values = values_on(validations[0], stack.scores(validations[0].features))
+        for v, queries in enumerate(counted):
+            quality = values[..., queries].nanmean(-1)
+            better = quality > best[v]
+            best[v] = torch.where(better, quality, best[v])
+            for held, parameter in zip(kept[v], stack.parameters, strict=True):
+                held.copy_(torch.where(better[..., None, None], parameter.detach(), held))
+    return [(stack.holding(parameters), quality) for parameters, quality in zip(kept, best, strict=True)]
 
 
 def quality_on(lists: RankedLists, scores: Tensor) -> Tensor:
     """Mean NDCG@10 (K, S) of scores (K, S, D) over the queries with a relevant document."""
+    return values_on(lists, scores).nanmean(-1)
+
+
+def values_on(lists: RankedLists, scores: Tensor) -> Tensor:
+    """NDCG@10 (K, S, Q) of scores (K, S, D); NaN for a query without a relevant document."""
     copies = scores.shape[0] * scores.shape[1]
     lengths = lists.cu_seqlens.diff().repeat(copies)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     labels = lists.labels.repeat(copies)
     values = ndcg(scores.flatten(), labels, cu_seqlens=cu_seqlens, k=10, ties="average", empty="skip", reduction="none")
-    return values.view(*scores.shape[:2], -1).nanmean(-1)
+    return values.view(*scores.shape[:2], -1)
+
+
+def _labelled_queries(lists: RankedLists) -> Tensor:
+    return torch.tensor([bool(y.isfinite().any()) for y in lists.labels.split(lists.cu_seqlens.diff().tolist())])
 
 
 def _dropout(documents: int, widths: Sequence[int], p: float, generators: Sequence[torch.Generator]) -> list[Tensor]:
@@ -183,15 +208,17 @@ class _Loss:
         self.alpha = torch.tensor([s.alpha for s in students])
         self.temperature = torch.tensor([s.temperature for s in students])
         self.labels = torch.stack([s.labels for s in students])[:, None]
-        self.distilled = [k for k, s in enumerate(students) if s.alpha > 0]
         self.moving = {k: s.target for k, s in enumerate(students) if isinstance(s.target, MovingTarget)}
         fixed = [s.target if isinstance(s.target, Tensor) else torch.full((documents,), torch.nan) for s in students]
         # A row for each seed only where seeds differ.
         self.targets = torch.stack(fixed)[:, None].repeat(1, seeds if self.moving else 1, 1)
-        self.labelled: dict[str | None, list[int]] = {}
+        self.distilled: dict[str, list[int]] = {}
+        self.labelled: dict[tuple[str, str | None], list[int]] = {}
         for k, s in enumerate(students):
+            if s.alpha > 0:
+                self.distilled.setdefault(s.distillation, []).append(k)
             if s.alpha < 1:
-                self.labelled.setdefault(s.pair_weight, []).append(k)
+                self.labelled.setdefault((s.label_loss, s.pair_weight), []).append(k)
 
     def move_targets(self, epoch: int, scores: Callable[[], Tensor]) -> None:
         due = [k for k, target in self.moving.items() if epoch in target.when]
@@ -202,14 +229,16 @@ class _Loss:
 
     def __call__(self, z: Tensor, batch: _Batch) -> Tensor:
         total = z.new_zeros(())
-        if of := self.distilled:
-            # BCE(σ(Δz/τ), σ(Δs/τ)) with a τ for each student is that of τ = 1 on logits divided by τ.
+        for kind, of in self.distilled.items():
+            # A τ for each student: the loss of τ = 1 on logits divided by τ. "mse" has no τ; there it scales the target.
             tau = self.temperature[of, None, None]
-            targets = self._gather(self.targets[of], batch) / tau
-            total = total + self._mean(distillation_loss, z[of] / tau, targets, self.alpha[of], batch)
-        for pair_weight, of in self.labelled.items():
-            loss = functools.partial(ranking_loss, pair_weight=pair_weight)
-            total = total + self._mean(loss, z[of], self._gather(self.labels[of], batch), 1 - self.alpha[of], batch)
+            loss = kl_loss if kind == "kl" else functools.partial(distillation_loss, kind=kind)
+            student = z[of] if kind == "mse" else z[of] / tau
+            total = total + self._mean(loss, student, self._gather(self.targets[of], batch) / tau, self.alpha[of], batch)
+        for (kind, pair_weight), of in self.labelled.items():
+            tau = 1.0 if kind == "logistic" else self.temperature[of, None, None]
+            loss = softmax_loss if kind == "softmax" else functools.partial(ranking_loss, pair_weight=pair_weight)
+            total = total + self._mean(loss, z[of] / tau, self._gather(self.labels[of], batch), 1 - self.alpha[of], batch)
         return total
 
     @staticmethod
@@ -225,6 +254,40 @@ class _Loss:
         losses = loss(logits.flatten(), to.flatten(), cu_seqlens=cu_seqlens, reduction="none")
         queries = batch.lengths.shape[1] - 1
         return (losses.view(len(weight), -1).sum(1) * weight).sum() / queries
+
+
+def kl_loss(z: Tensor, target: Tensor, *, cu_seqlens: Tensor, reduction: str = "none") -> Tensor:
+    """(Q,) KL(softmax(target) ‖ softmax(z)) over each list's documents that have a target."""
+    present = target.isfinite()
+    query, count = _owner(cu_seqlens)
+    log_p, log_q = (_log_softmax(x, present, query, count) for x in (target, z))
+    each = torch.where(present, log_p.exp() * (log_p - log_q), 0.0)
+    return z.new_zeros(count).index_add(0, query, each)
+
+
+def softmax_loss(z: Tensor, labels: Tensor, *, cu_seqlens: Tensor, reduction: str = "none") -> Tensor:
+    """(Q,) −Σ y/Σy · log softmax(z) over each list's labelled documents; 0 where Σy = 0. One positive: InfoNCE."""
+    present = labels.isfinite()
+    query, count = _owner(cu_seqlens)
+    y = torch.where(present, labels, 0.0)
+    total = y.new_zeros(count).index_add(0, query, y)
+    share = y / total.clamp(min=1e-9)[query]
+    each = torch.where(present, share * _log_softmax(z, present, query, count), 0.0)
+    return -z.new_zeros(count).index_add(0, query, each)
+
+
+def _owner(cu_seqlens: Tensor) -> tuple[Tensor, int]:
+    lengths = cu_seqlens.diff()
+    return torch.arange(len(lengths)).repeat_interleave(lengths), len(lengths)
+
+
+def _log_softmax(x: Tensor, present: Tensor, query: Tensor, count: int) -> Tensor:
+    """(D,) over the present documents of each query; the others get a finite number without meaning."""
+    x = torch.where(present, x, 0.0)
+    highest = x.detach().new_full((count,), -torch.inf).scatter_reduce(0, query, x.detach(), "amax")
+    x = x - highest[query]
+    total = x.new_zeros(count).index_add(0, query, torch.where(present, x.exp(), 0.0))
+    return x - total.clamp(min=1e-30).log()[query]
 
 
 class _Adam:

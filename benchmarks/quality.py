@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import math
 import multiprocessing.connection
@@ -20,27 +21,28 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import _quality_data
-import _quality_ensembles
 import _quality_report
 import torch
-from _quality_data import BOTTOM, CROSSFIT, DAMAGES, DATA_SETS, NAN, Fold
-from _quality_methods import DEFAULTS, METHODS
-from _quality_students import train
+from _quality_data import CAST, CAST_NAN, DAMAGES, DATA_SETS, EXAMPLE, FITTED, NAN, Fold, damaged, with_share
+from _quality_methods import MAIN, METHODS, VARIANTS, calibrated, pile, weighted
+from _quality_students import Student, quality_on, train
 from _timing import OtherLoad, where
 from torch import Tensor
 from tqdm import tqdm
 
-from pile_fast.data import find_data
-from pile_fast.evaluation.metrics import average_precision, mrr, ndcg, pair_counts
+from pile_fast.data import RankedLists, find_data
+from pile_fast.evaluation.metrics import average_precision, mrr, ndcg
 
 RESULTS = Path(__file__).with_name("results") / "quality"
-CACHE = Path(__file__).parent.parent / "runs" / "quality"  # teachers' logits on MQ2008: data, so not in the repository
-PHASES = ("ensembles", "tune", "compare", "damage", "defaults")
+CACHE = Path(__file__).parent.parent / "runs" / "quality"  # fitted teachers' logits: data, so not in the repository
+FOLDERS = ("mq2008", "mq2008_agg", "cast2021", "lightgbm_rank")
+PHASES = ("compare", "damage", "teachers", "variants")
+SHARES = (1.0, 0.2, 0.05)  # of the queries, whose labels are used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +51,15 @@ class Plan:
 
     data_sets: tuple[str, ...] = tuple(DATA_SETS)
     folds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    points: int | None = None  # of each method's grid; None = all
-    tuning_seeds: tuple[int, ...] = tuple(range(100, 104))
-    seeds: tuple[int, ...] = tuple(range(10))
-    damage_seeds: tuple[int, ...] = tuple(range(3))
-    damages: tuple[tuple[str, float], ...] = tuple((kind, level) for kind, levels in DAMAGES.items() for level in levels)
-    defaults_seeds: tuple[int, ...] = tuple(range(200, 203))
-    epochs: int = 15
+    methods: tuple[str, ...] = tuple(METHODS)
+    points: int = 1  # of each method's grid of three
+    seeds: tuple[int, ...] = tuple(range(3))
+    damages: tuple[tuple[str, float], ...] = DAMAGES
+    epochs: int = 10
 
 
 SMOKE = Plan(
-    data_sets=(CROSSFIT, BOTTOM), folds=(1,), points=1, tuning_seeds=(100,), seeds=(0, 1), damage_seeds=(0,),
-    damages=tuple((kind, levels[-1]) for kind, levels in DAMAGES.items()), defaults_seeds=(200,), epochs=3,
+    data_sets=(CAST, EXAMPLE), folds=(1,), seeds=(0, 1), damages=(("negated", 2), ("scaled", 3)), epochs=2
 )  # fmt: skip
 
 
@@ -70,25 +69,32 @@ class Unit(NamedTuple):
     phase: str
     data: str
     fold: int
-    method: str = ""  # of `METHODS`, or of `DEFAULTS` in the phase "defaults"
     damage: str = ""
     level: float = 0.0
 
 
 def units(phase: str, plan: Plan) -> Iterator[Unit]:
     """In the order in which an unfinished run is of most use."""
-    if phase == "damage":
-        for fold in plan.folds:
-            yield from (Unit(phase, CROSSFIT, fold, method, *damage) for damage in plan.damages for method in METHODS)
-        return
-    for data in plan.data_sets:
-        for fold in plan.folds:
-            if phase == "ensembles":
+    for fold in plan.folds:
+        for data in plan.data_sets:
+            if phase == "damage":
+                if data in FITTED:
+                    yield from (Unit(phase, data, fold, *damage) for damage in plan.damages)
+            elif data != NAN or phase != "variants":
                 yield Unit(phase, data, fold)
-            elif phase in ("tune", "compare"):
-                yield from (Unit(phase, data, fold, method) for method in METHODS)
-            elif data != NAN:
-                yield from (Unit(phase, data, fold, name) for name in DEFAULTS)
+        if phase == "compare" and CAST in plan.data_sets:
+            yield Unit(phase, CAST_NAN, fold)
+
+
+def runs_of(data: str, methods: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
+    """The methods that are run on a data set, and the shares of labels that they are run with.
+
+    With fewer labels those run that do not depend on the labels, which costs nothing more, and the main ones.
+    """
+    if data == CAST_NAN:
+        return [(method, SHARES[:1]) for method in methods if method in MAIN]
+    every = data != NAN
+    return [(m, SHARES if every and (m in MAIN or not METHODS[m].labelled) else SHARES[:1]) for m in methods]
 
 
 class Results:
@@ -119,66 +125,125 @@ def _fold(data: str, number: int, folder: Path | None) -> Fold:
     return _quality_data.load(data, number, folder, CACHE)
 
 
-def work(unit: Unit, plan: Plan, folder: Path | None, point: dict | None) -> dict:
-    """What a unit finds; runs in a process of its own."""
+def work(unit: Unit, plan: Plan, folder: Path | None, points: dict[str, dict] | None) -> dict:
+    """What a unit finds; runs in a process of its own. `points`: in the phase "damage" the chosen one of each method."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     fold = _fold(unit.data, unit.fold, folder)
-    if unit.phase == "ensembles":
-        return _quality_ensembles.describe(fold)
-    lists = _quality_data.damaged(fold.train, unit.damage, unit.level, unit.fold) if unit.damage else fold.train
-    if unit.phase == "defaults":
-        students, seeds = [DEFAULTS[unit.method](lists)], plan.defaults_seeds
-    elif unit.phase == "tune":
-        points, seeds = METHODS[unit.method].points()[: plan.points], plan.tuning_seeds
-        students = METHODS[unit.method].students(lists, points)
+    record = {"seeds": list(plan.seeds), "epochs": plan.epochs}
+    if unit.phase == "compare":
+        record["found"] = _compare(fold, unit, plan)
+    elif unit.phase == "damage":
+        record["found"] = _damage(fold, unit, plan, points)
+    elif unit.phase == "variants":
+        record["found"] = _variants(fold, unit, plan)
     else:
-        students, seeds = METHODS[unit.method].students(lists, [point]), plan.damage_seeds if unit.damage else plan.seeds
-    stack, validation = train(students, seeds, lists, fold.validation, epochs=plan.epochs)
-    record = {"seeds": list(seeds), "epochs": plan.epochs}
-    if unit.phase == "tune":
-        record["points"] = [p | {"validation": _rounded(v)} for p, v in zip(points, validation, strict=True)]
-    else:
-        record |= {"point": point, "validation": _rounded(validation[0])}
-        scores = stack.scores(fold.test.features)[0]
-        record |= quality_of(fold.test.labels, fold.test.cu_seqlens, scores, every_metric=unit.phase == "compare")
+        record = describe(fold)
     return record | {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def quality_of(labels: Tensor, cu_seqlens: Tensor, scores: Tensor, every_metric: bool) -> dict:
-    """Of scores (S, D): NDCG@10 per seed; with `every_metric` MRR and MAP too, and each query's means over the seeds."""
+def _labelled(fold: Fold, shares: Sequence[float], number: int) -> tuple[list[RankedLists], list[RankedLists]]:
+    """The training and the validation queries, labelled by each of the shares."""
+    train = [with_share(fold.train, share, number) for share in shares]
+    return train, [with_share(fold.validation, share, number, keep_few=True) for share in shares]
+
+
+def _compare(fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
+    """For each method and share of labels its students at the point of the best mean on the validation queries."""
+    lists, validations = _labelled(fold, SHARES, unit.fold)
+    students: list[Student] = []
+    runs = []  # method, share, its point, its student
+    for name, shares in runs_of(unit.data, plan.methods):
+        method = METHODS[name]
+        for i in range(len(shares)):
+            points = method.points()[: plan.points]
+            if method.labelled or i == 0:  # one that does not depend on the labels is trained once
+                first = len(students)
+                students += [method.student(lists[i], **point) for point in points]
+            runs.append((name, i, points, first))
+    stacks = train(students, plan.seeds, fold.train, validations, epochs=plan.epochs)
+    scores = [stack.scores(fold.test.features) for stack, _ in stacks]
+    found = []
+    for name, i, points, first in runs:
+        validation = stacks[i][1][first : first + len(points)].mean(1)
+        best = int(validation.argmax())
+        chosen = {"method": name, "share": SHARES[i], "point": points[best], "validation": round(float(validation[best]), 4)}
+        found.append(chosen | quality_of(fold.test.labels, fold.test.cu_seqlens, scores[i][first + best], MRR_AND_MAP))
+    return found
+
+
+def _damage(fold: Fold, unit: Unit, plan: Plan, points: dict[str, dict]) -> list[dict]:
+    lists = damaged(fold.train, unit.damage, unit.level, unit.fold)
+    students = [METHODS[name].student(lists, **point) for name, point in points.items()]
+    ((stack, _),) = train(students, plan.seeds, lists, [fold.validation], epochs=plan.epochs)
+    scores = stack.scores(fold.test.features)
+    return [{"method": name} | quality_of(fold.test.labels, fold.test.cu_seqlens, scores[k]) for k, name in enumerate(points)]
+
+
+def _variants(fold: Fold, unit: Unit, plan: Plan) -> list[dict]:
+    """Students of `VARIANTS`, with all labels and with the fewest."""
+    shares = (SHARES[0], SHARES[-1])
+    lists, validations = _labelled(fold, shares, unit.fold)
+    keys = [(i, name) for i in range(len(shares)) for name in VARIANTS]
+    students = [Student(VARIANTS[name](lists[i]), lists[i].labels) for i, name in keys]
+    stacks = train(students, plan.seeds, fold.train, validations, epochs=plan.epochs)
+    scores = [stack.scores(fold.test.features) for stack, _ in stacks]
+    return [
+        {"method": name, "share": shares[i]} | quality_of(fold.test.labels, fold.test.cu_seqlens, scores[i][k])
+        for k, (i, name) in enumerate(keys)
+    ]
+
+
+def describe(fold: Fold) -> dict:
+    """The teachers (NDCG@10 on the test queries, mean correlation of two, share of missing scores) and the weights that all
+    queries share, fitted to the training queries by each share of labels, with their ensemble's NDCG@10 on the test queries."""
+    test, t = fold.test, calibrated(fold.test)
+
+    def score(logits: Tensor) -> float:
+        """What has no logit ranks last."""
+        return round(float(quality_on(test, logits.nan_to_num(nan=-1e4)[None, None])), 5)
+
+    each = calibrated(fold.train)
+    found = [(a * b).nanmean() for a, b in itertools.combinations(each.T, 2)]
+    weights = {}
+    for share in SHARES:
+        w = pile(with_share(fold.train, share, 1), granularity="shared").weights
+        weights[str(share)] = {"weights": _rounded(w), "test": score(weighted(t, w))}
+    return {
+        "teachers": dict(zip(test.teacher_names, map(score, test.teacher_logits.T), strict=True)),
+        "mean": score(weighted(t, torch.ones(t.shape[1]))),
+        "shared": weights,
+        "correlation": round(float(torch.stack(found).nanmean()), 3),
+        "missing": round(float(fold.train.teacher_logits.isnan().float().mean()), 3),
+    }
+
+
+MRR_AND_MAP = {"mrr": mrr, "map": average_precision}
+
+
+def quality_of(labels: Tensor, cu_seqlens: Tensor, scores: Tensor, others: Mapping[str, Callable] = {}) -> dict:
+    """Of scores (S, D): NDCG@10 and `others` per seed, and each query's NDCG@10 as the mean over the seeds."""
     seeds = scores.shape[0]
     lengths = cu_seqlens.diff().repeat(seeds)
     layout = {"cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])}
-    scores, labels = scores.flatten(), labels.repeat(seeds)
     ranked = {"empty": "skip", "reduction": "none"} | layout
+    scores, labels = scores.flatten(), labels.repeat(seeds)
     values = {"ndcg@10": ndcg(scores, labels, k=10, ties="average", **ranked)}
-    if every_metric:
-        counts = pair_counts(scores, labels, **layout)
-        values["mrr"] = mrr(scores, labels, **ranked)
-        values["map"] = average_precision(scores, labels, **ranked)
-        values["concordant"] = counts.concordant + counts.tied / 2
-        values["discordant"] = counts.discordant + counts.tied / 2
+    values |= {name: metric(scores, labels, **ranked) for name, metric in others.items()}
     values = {name: value.view(seeds, -1).double() for name, value in values.items()}
-    quality = {"test": {name: _rounded(value.nanmean(1)) for name, value in values.items()}}
-    if every_metric:  # the queries' values are for the tests, which compare students of undamaged data only
-        quality["queries"] = {name: _rounded(value.mean(0)) for name, value in values.items()}
-    return quality
+    return {
+        "test": {name: _rounded(value.nanmean(1)) for name, value in values.items()},
+        "queries": _rounded(values["ndcg@10"].mean(0)),
+    }
 
 
 def _rounded(values: Tensor) -> list[float | None]:
-    return [None if math.isnan(v) else round(v, 5) for v in values.tolist()]
-
-
-def best_point(record: dict) -> dict:
-    """The grid point of the best mean over the tuning seeds on the validation queries."""
-    best = max(record["points"], key=lambda p: sum(p["validation"]))
-    return {name: value for name, value in best.items() if name != "validation"}
+    return [None if math.isnan(v) else round(v, 4) for v in values.tolist()]
 
 
 def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    results = {phase: Results(folder, phase) for phase in {*phases, "tune"}}
+    results = {phase: Results(folder, phase) for phase in {*phases, "compare"}}
     start, others, finished = time.monotonic(), OtherLoad(), 0
     name = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
@@ -193,13 +258,8 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
             todo = [unit for unit in units(phase, plan) if unit not in results[phase].records]
             futures = {}
             for unit in todo:
-                point = None
-                if phase in ("compare", "damage"):
-                    tuned = results["tune"].records.get(Unit("tune", unit.data, unit.fold, unit.method))
-                    if tuned is None:
-                        raise SystemExit(f"{phase}: needs the phase tune first ({unit.data}, fold {unit.fold}, {unit.method})")
-                    point = best_point(tuned)
-                futures[pool.submit(work, unit, plan, data, point)] = unit
+                points = _chosen(results["compare"], unit) if phase == "damage" else None
+                futures[pool.submit(work, unit, plan, data, points)] = unit
             try:
                 done = concurrent.futures.as_completed(futures)
                 for future in tqdm(done, desc=phase, total=len(futures), unit="unit", disable=not futures):
@@ -211,6 +271,14 @@ def run(phases: list[str], plan: Plan, data: Path | None, folder: Path, processe
     # After the workers have ended, whose time is only then known to be this run's.
     minutes = (time.monotonic() - start) / 60
     note({"units": finished, "minutes": round(minutes, 1), "cores_taken_by_others": others.cores()})
+
+
+def _chosen(results: Results, unit: Unit) -> dict[str, dict]:
+    """The points that the comparison chose with all labels, without damage."""
+    compared = results.records.get(Unit("compare", unit.data, unit.fold))
+    if compared is None:
+        raise SystemExit(f"damage: needs the phase compare first ({unit.data}, fold {unit.fold})")
+    return {f["method"]: f["point"] for f in compared["found"] if f["share"] == SHARES[0] and f["method"] in MAIN}
 
 
 def _end_with_the_parent() -> None:
@@ -228,28 +296,19 @@ def check(folder: Path) -> None:
     """That a run's figures are figures: complete, in range, and better than chance."""
     records = {phase: list(Results(folder, phase).records.values()) for phase in PHASES}
     assert all(records.values()), {phase: len(found) for phase, found in records.items()}
-    for record in records["compare"]:
-        values = [v for v in record["queries"]["ndcg@10"] if v is not None]
-        assert values and all(0 <= v <= 1 for v in values), record
-    for record in records["compare"] + records["damage"] + records["defaults"]:
-        assert all(0 < v <= 1 for v in record["validation"] + record["test"]["ndcg@10"]), record
-    for record in records["ensembles"]:
-        quality = record["ensembles"]
-        # With labels PILE fits them; without it is the mean of the teachers, to the bit.
-        assert quality["pile"]["leak"] > quality["mean"]["leak"] and quality["pile"]["hidden"] == quality["mean"]["hidden"], (
-            record
-        )
-    labels = [r for r in records["compare"] if r["method"] == "labels" and r["data"] == CROSSFIT]
-    share = [sum(r["queries"]["concordant"]) / sum(r["queries"]["concordant"] + r["queries"]["discordant"]) for r in labels]
-    assert min(share) > 0.6, (
-        f"students of labels alone order {min(share):.2f} of the test pairs as the labels do: chance is 0.5"
-    )
+    for record in records["compare"] + records["damage"] + records["variants"]:
+        for found in record["found"]:
+            values = [v for v in found["queries"] if v is not None]
+            assert values and all(0 <= v <= 1 for v in values) and all(0 < v <= 1 for v in found["test"]["ndcg@10"]), record
+    for record in records["teachers"]:
+        assert record["shared"]["1.0"]["test"] > min(record["teachers"].values()), record  # weights that know the labels
+        assert all(abs(sum(of["weights"]) - 1) < 0.01 for of in record["shared"].values()), record
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PHASES), help="phases to run (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="folder with mq2008/ and mq2008_agg/ (default: $PILE_FAST_DATA, data/)")
+    parser.add_argument("--data", type=Path, help=f"folder with {', '.join(FOLDERS)} (default: $PILE_FAST_DATA, data/)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where results are and go (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing; write report.md and its plots beside the results")
@@ -262,16 +321,17 @@ def main() -> int:
         _quality_report.write(args.output)
         return 0
     data = find_data("mq2008", args.data)
-    if data is not None and not (data / "mq2008").is_dir():
-        data = None
+    missing = [name for name in FOLDERS if data is None or not (data / name).is_dir()]
     if args.smoke:
         with tempfile.TemporaryDirectory() as folder:
-            run(list(PHASES), SMOKE, data, Path(folder), args.processes)
+            run(list(PHASES), SMOKE, None if missing else data, Path(folder), args.processes)
             check(Path(folder))
             print(_quality_report.tables(Path(folder))["students"])
         return 0
-    if data is None:
-        parser.error("needs MQ2008: --data, $PILE_FAST_DATA or data/ with mq2008/ and mq2008_agg/")
+    if missing:
+        parser.error(
+            f"--data, $PILE_FAST_DATA or data/: expected a folder with {', '.join(FOLDERS)}; lacks {', '.join(missing)}"
+        )
     run(phases, Plan(), data, args.output, args.processes)
     return 0
 

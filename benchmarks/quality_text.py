@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from _timing import where
-from quality import RESULTS, quality_of
+from quality import MRR_AND_MAP, RESULTS, quality_of
 from torch import Tensor
 from tqdm import tqdm
 
 from pile_fast.data import read_rows
-from pile_fast.ensembles import shared_prior
 from pile_fast.students import load_ranker
 
 TEACHERS = ("bm25", "cosine", "fine-tuned")
@@ -38,26 +37,20 @@ TRAINING = (
 ).split()
 
 
-def methods(prior: Tensor) -> dict[str, list[str]]:
-    """Options that make each method's student; `prior` (M,) are the weights that all training questions share."""
-    return {
-        "labels": ["--alpha", "0"],
-        "mean": ["--iterations", "0"],
-        "PILE": [],
-        "PILE, query": ["--granularity", "query"],
-        "PILE, shared prior": ["--prior", *(f"{weight:.6f}" for weight in prior.tolist())],
-    }
+# Options that make each method's student.
+METHODS = {
+    "labels": ["--alpha", "0"],
+    "mean": ["--iterations", "0"],
+    "PILE, shared": ["--granularity", "shared"],
+    "PILE, document": ["--granularity", "document"],
+    "PILE, query": ["--granularity", "query"],
+}
 
 
-def packed(rows: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
-    """Teachers' logits (D, M), labels (D,) and cu_seqlens (Q + 1,)."""
-    order = [rows[0]["teachers"].index(name) for name in TEACHERS]
-    logits, labels = (
-        torch.cat([torch.from_numpy(np.array(row[name], dtype=np.float32)) for row in rows])  # None becomes NaN
-        for name in ("teacher_logits", "labels")
-    )
-    lengths = torch.tensor([0] + [len(row["labels"]) for row in rows])
-    return logits[:, order], labels, lengths.cumsum(0)
+def packed(rows: list[dict]) -> tuple[Tensor, Tensor]:
+    """Labels (D,) and cu_seqlens (Q + 1,)."""
+    labels = torch.cat([torch.from_numpy(np.array(row["labels"], dtype=np.float32)) for row in rows])  # None becomes NaN
+    return labels, torch.tensor([0] + [len(row["labels"]) for row in rows]).cumsum(0)
 
 
 def student(folder: Path, options: list[str], seed: int, path: Path) -> None:
@@ -90,13 +83,10 @@ def main() -> None:
     if "MINILM" not in os.environ:
         parser.error("MINILM: expected the model's folder in this environment variable, as docs/text.md sets it")
     torch.set_num_threads(1)
-    rows = list(read_rows(args.folder / "train-scored.parquet"))
-    teacher_logits, labels, cu_seqlens = packed(rows)
-    chosen = methods(shared_prior(teacher_logits, labels, cu_seqlens=cu_seqlens))
     kept = args.folder / "quality"
     kept.mkdir(exist_ok=True)
-    paths = {(name, seed): kept / f"{name}, seed {seed}.json" for seed in range(args.seeds) for name in chosen}
-    todo = [(args.folder, chosen[name], seed, path) for (name, seed), path in paths.items() if not path.is_file()]
+    paths = {(name, seed): kept / f"{name}, seed {seed}.json" for seed in range(args.seeds) for name in METHODS}
+    todo = [(args.folder, METHODS[name], seed, path) for (name, seed), path in paths.items() if not path.is_file()]
     with ThreadPoolExecutor(args.processes) as pool:
         futures = [pool.submit(student, *task) for task in todo]
         try:
@@ -107,10 +97,10 @@ def main() -> None:
             raise
     records, here = [], where(1)
     for data, (file, _) in SETS.items():
-        _, labels, cu_seqlens = packed(list(read_rows(args.folder / file)))
-        for name, options in chosen.items():
+        labels, cu_seqlens = packed(list(read_rows(args.folder / file)))
+        for name, options in METHODS.items():
             scores = [json.loads(paths[name, seed].read_text())[data] for seed in range(args.seeds)]
-            found = quality_of(labels, cu_seqlens, torch.tensor(scores), every_metric=True)
+            found = quality_of(labels, cu_seqlens, torch.tensor(scores), MRR_AND_MAP)
             unit = {"phase": "text", "data": data, "fold": 0, "method": name, "options": options, "where": here}
             records.append(unit | {"seeds": list(range(args.seeds))} | found)
     lines = [json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n" for record in records]
