@@ -27,8 +27,9 @@ class _Empty(torch.autograd.Function):
         return upstream.expand(ctx.shape), None, None
 
 
-# mask, cu_seqlens, prior, options, gradient, backend
-_FLAT = (None, None, None, *autograd.flat(ENSEMBLE["document"]), *autograd.flat(LOSS), True, "cpp")
+OPTIONS = {"iterations": ITERATIONS, "granularity": "document"}
+# mask, cu_seqlens, prior, options, gradient, pulls, backend
+_FLAT = (None, None, None, *autograd.flat(ENSEMBLE["document"]), *autograd.flat(LOSS), True, False, "cpp")
 
 
 class _ThroughDispatcher(torch.autograd.Function):
@@ -36,7 +37,7 @@ class _ThroughDispatcher(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teachers, labels):
-        loss, gradient = torch.ops.pile_fast.pile_loss(student, teachers, labels, *_FLAT)
+        loss, gradient, _ = torch.ops.pile_fast.pile_loss(student, teachers, labels, *_FLAT)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -56,7 +57,7 @@ def _custom_op() -> Callable:
         ctx.save_for_backward(output[1])
         ctx.inputs = len(inputs)
 
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, *_):
         return ctx.saved_tensors[0] * upstream, *[None] * (ctx.inputs - 1)
 
     op.register_autograd(backward, setup_context=keep)
@@ -72,7 +73,7 @@ def _ranknet(student, teachers, labels):
 
 def calls(data: Data) -> tuple[dict[str, Callable], set[str]]:
     """What to time, and the names of those that compute the loss and so can be checked."""
-    module = pile_fast.PILELoss(iterations=ITERATIONS)
+    module = pile_fast.PILELoss(**OPTIONS)
 
     def training(function):
         def step():
@@ -85,10 +86,10 @@ def calls(data: Data) -> tuple[dict[str, Callable], set[str]]:
 
     def no_grad():
         with torch.no_grad():
-            return pile_fast.pile_loss(data.student, data.teachers, data.labels, iterations=ITERATIONS)
+            return pile_fast.pile_loss(data.student, data.teachers, data.labels, **OPTIONS)
 
     computing = {
-        "pile_loss": training(lambda *tensors: pile_fast.pile_loss(*tensors, iterations=ITERATIONS)),
+        "pile_loss": training(lambda *tensors: pile_fast.pile_loss(*tensors, **OPTIONS)),
         "PILELoss": training(module),
         "op by define + impl, in an autograd.Function": training(_ThroughDispatcher.apply),
         "op by custom_op with register_autograd": training(_custom_op()),

@@ -56,7 +56,7 @@ def distil(lists):
 
     def run():
         scores.grad = None
-        loss = pile_fast.pile_loss(scores, teachers, labels, alpha=0.7)
+        loss = pile_fast.pile_loss(scores, teachers, labels, alpha=0.7, granularity="document")
         loss.backward()
         return loss.detach(), scores.grad
 

@@ -42,7 +42,7 @@ def pile_loss(
     batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     view = PaddedView(batch)
-    target, pulls = None, batch.teacher_logits.new_empty(0)
+    target, pulls = None, batch.teacher_logits.new_empty(0, dtype=batch.dtype)
     if of_loss.alpha > 0 or with_pulls:
         result = _ensemble(view, batch, of_ensemble, False)
         target, pulls = result.logits, result.pulls if with_pulls else pulls
