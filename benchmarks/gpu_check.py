@@ -89,7 +89,7 @@ BACKENDS: list[str] = []  # those under test, set by main()
 
 
 def hows() -> list[dict]:
-    return [dict(backend=name) for name in BACKENDS]
+    return [dict(backend=name, granularity="document") for name in BACKENDS]
 
 
 def data(queries: int, documents: int, teachers: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,7 +244,7 @@ def speed():
     if DRY:
         return dict(ok=True, skipped="needs a GPU")
 
-    ensemble, loss = pile_options()
+    ensemble, loss = pile_options(granularity="document")
 
     def plain(z, t, y):
         valid = torch.ones_like(y, dtype=torch.bool)
