@@ -321,17 +321,18 @@ def test_the_default_device_is_not_where_results_go(call, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prior_compiles_with_dynamic_shapes(backend):  # B5
-    loss_fn = pile_fast.PILELoss(prior=torch.tensor([1.0, 2.0]), backend=backend)
+    loss_fn = pile_fast.PILELoss(prior=torch.tensor([1.0, 2.0]), backend=backend).eval()
     compiled = torch.compile(loss_fn, fullgraph=True, dynamic=True, backend="aot_eager")
     for queries, slots in ((3, 6), (4, 9)):
         z, t, y = torch.randn(queries, slots), torch.randn(queries, slots, 2), torch.randint(0, 3, (queries, slots))
         torch.testing.assert_close(compiled(z, t, y), loss_fn(z, t, y))
+    options = dict(granularity="query", backend=backend)
     per_query = torch.compile(
-        lambda z, t, y, prior: pile_fast.pile_loss(z, t, y, prior=prior, backend=backend), fullgraph=True, dynamic=True,
+        lambda z, t, y, prior: pile_fast.pile_loss(z, t, y, prior=prior, **options), fullgraph=True, dynamic=True,
         backend="aot_eager",
     )  # fmt: skip
     prior = torch.rand(4, 2)
-    torch.testing.assert_close(per_query(z, t, y, prior), pile_fast.pile_loss(z, t, y, prior=prior, backend=backend))
+    torch.testing.assert_close(per_query(z, t, y, prior), pile_fast.pile_loss(z, t, y, prior=prior, **options))
 
 
 # -- options and metrics
