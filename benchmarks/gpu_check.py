@@ -386,7 +386,7 @@ def attempt(stage, *arguments) -> dict:
     start = time.perf_counter()
     try:
         result = stage(*arguments)
-    except Exception:
+    except Exception:  # whatever it is, it goes into the results; the run as a whole then fails
         result = dict(ok=False, error=traceback.format_exc())
     return dict(seconds=round(time.perf_counter() - start, 2)) | result
 

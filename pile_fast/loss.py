@@ -72,8 +72,8 @@ class PILELoss(torch.nn.Module):
         self._given = options
         self._backend = check_name(backend)
         self.accumulation_steps = positive_count("accumulation_steps", accumulation_steps)
-        self._shared = self._ensemble.granularity == "shared"
-        self._learns = self._shared and self._ensemble.iterations > 0 and of_loss.alpha > 0
+        shared_weights = self._ensemble.granularity == "shared"
+        self._learns = shared_weights and self._ensemble.iterations > 0 and of_loss.alpha > 0
         # With weights from here a call has nothing left to iterate.
         self._with_weights: PILEKeywords = {**options, "iterations": 0}
         known = labelled_queries is not None

@@ -58,12 +58,14 @@ def step(exponents: Tensor, total: Tensor, queries: Tensor | None, options: Ense
 
 def fit(backend: Backend, batch: RankingBatch, options: EnsembleOptions, return_trace: bool) -> tuple[Tensor, Tensor]:
     """(M,) exponents fitted to a batch, and the mean label loss before each iteration and after the last, if asked for."""
+    exponents = torch.zeros(batch.num_teachers, dtype=widest_dtype(batch.device), device=batch.device)
+    if options.iterations == 0 and not return_trace:
+        return exponents, exponents.new_empty(0, dtype=batch.dtype)
     own = getattr(backend, "fit_shared", None)
     if own is not None:
-        exponents, trace = own(batch, options, return_trace)
-        return exponents, trace
-    teachers, trace = batch.num_teachers, []
-    exponents = torch.zeros(teachers, dtype=widest_dtype(batch.device), device=batch.device)
+        fitted: tuple[Tensor, Tensor] = own(batch, options, return_trace)
+        return fitted
+    trace = []
     for iteration in range(options.iterations + return_trace):
         total = totals(*backend.pulls(batch.with_prior(weights_of(exponents, batch.prior)), options))
         trace.append(total[-1] / total[-2].clamp(min=1))

@@ -61,6 +61,21 @@ def test_fixed_weights_are_the_weighted_mean(how):
     same(out.weights, torch.tensor([0.75, 0.25, 0.0]))
 
 
+def test_fixed_weights_take_no_pass_of_the_fit(how, monkeypatch):
+    """They are the hot path: nothing is prepared that they do not use."""
+
+    def called(*arguments):
+        raise AssertionError("a pass over the pairs")
+
+    backend = load(how["backend"])
+    for name in ("pulls", "fit_shared"):
+        monkeypatch.setattr(backend, name, called, raising=False)
+    z, t, y = batch()
+    prior = torch.tensor([0.5, 0.3, 0.2])
+    assert pile_fast.pile_ensemble(t, y, prior=prior, iterations=0, return_weights=True, **how).logits.isfinite().all()
+    assert pile_loss(z, t, y, prior=prior, iterations=0, **how).isfinite()
+
+
 def test_the_smallest_weight_is_no_missing_score(how):
     t = torch.tensor([[[1.0, NAN], [0.0, 5.0], [NAN, 7.0]]])
     prior = torch.tensor([1.0, torch.finfo(torch.float32).tiny])
