@@ -143,14 +143,17 @@ _ensemble = _Op(
 )  # fmt: skip
 _pair_loss = _Op(
     "pair_loss",
-    {"student_logits": "Tensor", "target_logits": "Tensor?", "labels": "Tensor?", "mask": "Tensor?", "cu_seqlens": "Tensor?"},
+    {
+        "student_logits": "Tensor", "target_logits": "Tensor?", "labels": "Tensor?", "mask": "Tensor?", "cu_seqlens": "Tensor?",
+        "weights": "Tensor?", "query_weights": "Tensor?",
+    },
     [LossOptions], ["with_gradient"], 2, _fake_loss,
 )  # fmt: skip
 _pile_loss = _Op(
     "pile_loss",
     {
         "student_logits": "Tensor", "teacher_logits": "Tensor", "labels": "Tensor", "mask": "Tensor?", "cu_seqlens": "Tensor?",
-        "prior": "Tensor?",
+        "prior": "Tensor?", "weights": "Tensor?", "query_weights": "Tensor?",
     },
     [EnsembleOptions, LossOptions], ["with_gradient", "with_pulls"], 3, _fake_pile_loss,
 )  # fmt: skip

@@ -60,6 +60,8 @@ class RankingBatch:
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, starts of the queries. Its presence selects the packed layout.
         prior: (M,) or (Q, M), float >= 0 and finite, some > 0 for each query: the teachers' weights to start from.
+        weights: (Q, N) or (D,), float >= 0 and finite: what a document counts in the loss.
+        query_weights: (Q,), float >= 0 and finite: what a query counts in it.
 
     Raises:
         TypeError: an argument is not a dense tensor, or has the wrong dtype.
@@ -69,6 +71,7 @@ class RankingBatch:
 
     __slots__ = (
         "student_logits", "teacher_logits", "target_logits", "labels", "mask", "cu_seqlens", "prior",
+        "weights", "query_weights",
         "packed", "num_queries", "num_teachers", "slots", "device", "dtype", "concrete", "_compiling",
     )  # fmt: skip
 
@@ -80,6 +83,8 @@ class RankingBatch:
     mask: Tensor | None
     cu_seqlens: Tensor | None
     prior: Tensor | None
+    weights: Tensor | None
+    query_weights: Tensor | None
 
     def __init__(
         self,
@@ -91,6 +96,8 @@ class RankingBatch:
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         prior: Tensor | None = None,
+        weights: Tensor | None = None,
+        query_weights: Tensor | None = None,
     ):
         self.packed = packed = cu_seqlens is not None
         self._compiling = torch.compiler.is_compiling()
@@ -144,6 +151,8 @@ class RankingBatch:
             and (type(mask) in _PLAIN or _is_plain(mask))
             and (type(cu_seqlens) in _PLAIN or _is_plain(cu_seqlens))
             and (type(prior) in _PLAIN or _is_plain(prior))
+            and (type(weights) in _PLAIN or _is_plain(weights))
+            and (type(query_weights) in _PLAIN or _is_plain(query_weights))
         )
         if labels is not None:
             labels = self._check_labels(labels)
@@ -170,6 +179,11 @@ class RankingBatch:
                     self._mismatch("mask", mask, shape, device, first)
         if prior is not None:
             prior = self._check_prior(prior, device, first)
+        if weights is not None:
+            weights = self._check_weights("weights", weights, shape, device, first, mask, cu_seqlens)
+        if query_weights is not None:
+            of_queries = torch.Size([self.num_queries])
+            query_weights = self._check_weights("query_weights", query_weights, of_queries, device, first, None, None)
         self.student_logits = student_logits  # type: ignore[assignment]
         self.teacher_logits = teacher_logits  # type: ignore[assignment]
         self.target_logits = target_logits  # type: ignore[assignment]
@@ -177,6 +191,8 @@ class RankingBatch:
         self.mask = mask
         self.cu_seqlens = cu_seqlens
         self.prior = prior
+        self.weights = weights
+        self.query_weights = query_weights
 
     def with_prior(self, prior: Tensor) -> RankingBatch:
         """The same batch with other weights, which are not checked again."""
@@ -275,6 +291,33 @@ class RankingBatch:
                 if not any(weights):
                     raise ValueError("prior: expected a weight > 0 for some teacher (of each query), got zeros alone")
         return prior
+
+    def _check_weights(
+        self, name: str, weights: Tensor, shape: torch.Size, device: torch.device, first: str, mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weights = self._check_dense(name, weights)
+        if weights.dtype not in LOGIT_DTYPES:
+            self._wrong_type(name, weights, "a floating dtype")
+        if weights.requires_grad:
+            self._refuse_grad(name)
+        if name == "query_weights" and weights.shape != shape:
+            raise ValueError(f"{name}: expected (Q,) = ({self.num_queries},), got {tuple(weights.shape)}")
+        if weights.shape != shape or weights.device != device:
+            self._mismatch(name, weights, shape, device, first)
+        # Reading values of a device tensor would stall the stream; there a wrong weight makes its query's loss NaN.
+        if device.type == "cpu" and self.concrete:
+            right = (weights >= 0) & (weights < math.inf)
+            if not right.all():
+                if mask is not None:
+                    right |= ~mask
+                if cu_seqlens is not None:
+                    right[int(cu_seqlens[-1]) :] = True
+                if not right.all():
+                    value = weights[~right][0].item()
+                    place = tuple((~right).nonzero()[0].tolist())
+                    raise ValueError(f"{name}: expected finite weights >= 0, got {value} at {list(place)}")
+        return weights
 
 
 def _is_plain(tensor: object) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pile_fast import autograd, terms
-from pile_fast.backends import select
-from pile_fast.batch import RankingBatch
+from pile_fast.backends import load, select
+from pile_fast.batch import LABEL_LIMIT, RankingBatch
 from pile_fast.options import (
     EnsembleKeywords,
     EnsembleOptions,
@@ -117,6 +117,8 @@ def distillation_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
     kind: str | Term = "logistic",
     reduction: str = "mean",
     pairwise: str = "auto",
@@ -129,9 +131,13 @@ def distillation_loss(
         target_logits: (Q, N) or (D,), e.g. `pile_ensemble(...).logits`; NaN or ±inf = no target, the document is left out.
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        kind: the loss, by name or as an object of `pile_fast.terms`: "logistic" (soft RankNet) or "mse" (MarginMSE over all
-            pairs); their formulas are in the docstrings of `pile_fast.terms`.
-        reduction: "mean" over the queries that have a pair, "sum", or "none" for (Q,).
+        weights: (Q, N) or (D,), finite and >= 0: what each document counts in the loss, as its confidence or inverse
+            propensity; 0 = not there. A pair counts by the product of its two, a list's document as if it were there so
+            many times. Means do not divide them out, except of "kl".
+        query_weights: (Q,), finite and >= 0: what each query's loss is multiplied by; 0 = not there.
+        kind: the loss, by name or as an object of `pile_fast.terms`: "logistic" (soft RankNet), "mse" (MarginMSE over all
+            pairs) or "kl" (ListNet); their formulas are in the docstrings of `pile_fast.terms`.
+        reduction: "mean" over the queries that count (that have a pair, or a gain), "sum", or "none" for (Q,).
         pairwise: "direct", "chebyshev" or "auto", see `pile_ensemble`.
         backend: "auto" or a name from `pile_fast.available_backends()`.
 
@@ -150,7 +156,10 @@ def distillation_loss(
     options = _distillation_options(kind, reduction, pairwise)
     if student_logits is None or target_logits is None:
         raise _missing(student_logits=student_logits, target_logits=target_logits)
-    batch = RankingBatch(student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens)
+    batch = RankingBatch(
+        student_logits=student_logits, target_logits=target_logits, mask=mask, cu_seqlens=cu_seqlens, weights=weights,
+        query_weights=query_weights,
+    )  # fmt: skip
     return autograd.pair_loss(batch, options, select(backend, batch, None, options))
 
 
@@ -160,6 +169,8 @@ def ranking_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
     kind: str | Term = "logistic",
     pair_weight: str | None = None,
     reduction: str = "mean",
@@ -173,9 +184,15 @@ def ranking_loss(
         labels: (Q, N) or (D,), any real dtype, finite, larger is better; NaN = unlabelled.
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
-        kind: the loss, by name or as an object of `pile_fast.terms`: "logistic" (RankNet). The formula is there.
-        pair_weight: ω of label pairs: None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for labels of any size.
-        reduction: "mean" over the queries that have a pair, "sum", or "none" for (Q,).
+        weights: (Q, N) or (D,), finite and >= 0: what each document counts in the loss, as its confidence or inverse
+            propensity; 0 = not there. A pair counts by its preferred document's, in "softmax" and "approx_ndcg" a gain
+            by its own. Means do not divide them out.
+        query_weights: (Q,), finite and >= 0: what each query's loss is multiplied by; 0 = not there.
+        kind: the loss, by name or as an object of `pile_fast.terms`: "logistic" (RankNet), "softmax" (ListNet, InfoNCE),
+            "lambdarank" (also as "lambdarank@10") or "approx_ndcg". The formulas are there.
+        pair_weight: ω of the label pairs of "logistic": None = 1, "label_gap" = y_i − y_j, "gain_gap" = 2^y_i − 2^y_j, for
+            labels of any size.
+        reduction: "mean" over the queries that count (that have a pair, or a gain), "sum", or "none" for (Q,).
         pairwise: "direct", "chebyshev" or "auto", see `pile_ensemble`.
         backend: "auto" or a name from `pile_fast.available_backends()`.
 
@@ -194,7 +211,11 @@ def ranking_loss(
     options = _ranking_options(kind, pair_weight, reduction, pairwise)
     if student_logits is None or labels is None:
         raise _missing(student_logits=student_logits, labels=labels)
-    batch = RankingBatch(student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
+    batch = RankingBatch(
+        student_logits=student_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens, weights=weights,
+        query_weights=query_weights,
+    )  # fmt: skip
+    check_gains(batch, options)
     return autograd.pair_loss(batch, options, select(backend, batch, None, options))
 
 
@@ -207,6 +228,8 @@ def pile_loss(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     prior: Tensor | None = None,
+    weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
     backend: str = "auto",
     **options: Unpack[PILEKeywords],
 ) -> Tensor:
@@ -222,6 +245,10 @@ def pile_loss(
         mask: (Q, N) bool, True = the slot holds a document. Padded layout only.
         cu_seqlens: (Q + 1,) int32 or int64, where each query starts. Selects the packed layout.
         prior: weights of the ensemble to start from, see `pile_ensemble`.
+        weights: (Q, N) or (D,), finite and >= 0: what each document counts in the loss, as its confidence or inverse
+            propensity; 0 = not there. See `distillation_loss` and `ranking_loss`; the ensemble takes no notice of
+            them.
+        query_weights: (Q,), finite and >= 0: what each query's loss is multiplied by; 0 = not there.
         backend: "auto" or a name from `pile_fast.available_backends()`.
         {options}
 
@@ -241,18 +268,18 @@ def pile_loss(
     torch.Size([8, 40])
     """
     batch, of_ensemble, of_loss, by = _of_pile(
-        student_logits, teacher_logits, labels, mask, cu_seqlens, prior, backend, options
+        student_logits, teacher_logits, labels, mask, cu_seqlens, prior, weights, query_weights, backend, options
     )
     return autograd.pile_loss(batch, of_ensemble, of_loss, by)[0]
 
 
 def pile_loss_and_pulls(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-    prior: Tensor, backend: str, options: PILEKeywords,
+    prior: Tensor, backend: str, options: PILEKeywords, weights: Tensor | None = None, query_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`pile_loss` with the weights in `prior`, and each query's pull on them (`Backend.pulls`), in one pass."""
     batch, of_ensemble, of_loss, by = _of_pile(
-        student_logits, teacher_logits, labels, mask, cu_seqlens, prior, backend, options
+        student_logits, teacher_logits, labels, mask, cu_seqlens, prior, weights, query_weights, backend, options
     )
     loss, pulls = autograd.pile_loss(batch, of_ensemble, of_loss, by, with_pulls=True)
     assert pulls is not None
@@ -261,7 +288,7 @@ def pile_loss_and_pulls(
 
 def _of_pile(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-    prior: Tensor | None, backend: str, options: PILEKeywords,
+    prior: Tensor | None, weights: Tensor | None, query_weights: Tensor | None, backend: str, options: PILEKeywords,
 ) -> tuple[RankingBatch, EnsembleOptions, LossOptions, str]:  # fmt: skip
     """The checked call: batch, options, and the backend that serves it."""
     of_ensemble, of_loss = pile_options(**options)
@@ -269,9 +296,10 @@ def _of_pile(
         raise _missing(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
     batch = RankingBatch(
         student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
-        prior=prior,
+        prior=prior, weights=weights, query_weights=query_weights,
     )  # fmt: skip
     check_fits(batch, of_ensemble)
+    check_gains(batch, of_loss)
     return batch, of_ensemble, of_loss, select(backend, batch, of_ensemble, of_loss)
 
 
@@ -286,6 +314,58 @@ def check_fits(batch: RankingBatch, options: EnsembleOptions) -> None:
         given = batch.teacher_logits
         if ((given < 0) | ((given > 1) & (given < math.inf))).any():
             raise ValueError("teacher_logits: expected probabilities in [0, 1] for normalize='logit', got others")
+
+
+def check_gains(batch: RankingBatch, options: LossOptions) -> None:
+    """Labels that a loss takes as gains are not negative.
+
+    On a device, where reading them would stall the stream, a negative one makes its query's loss NaN.
+    """
+    if options.alpha < 1 and options.label_loss.has_gains and batch.concrete and batch.device.type == "cpu":
+        wrong = (batch.labels < 0) & (batch.labels > -LABEL_LIMIT)  # beyond it they are refused as what they are
+        if not wrong.any():
+            return
+        if batch.mask is not None:
+            wrong &= batch.mask
+        elif batch.cu_seqlens is not None:
+            wrong = wrong[: int(batch.cu_seqlens[-1])]
+        if batch.weights is not None:
+            wrong &= (batch.weights != 0) if batch.cu_seqlens is None else (batch.weights != 0)[: len(wrong)]
+        if wrong.any():
+            place = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(
+                f"labels: expected labels >= 0 for {options.label_loss.name!r}, which takes them as gains, got "
+                f"{batch.labels[place].item():g} at {list(place)}; NaN marks an unlabelled document"
+            )
+
+
+class Derivatives(NamedTuple):
+    """What `derivatives` returns.
+
+    Attributes:
+        loss: (Q,), of each query.
+        gradient: (Q, N) or (D,), of the sum of the losses by each document's logit.
+        hessian: the same shape, second derivatives by that logit alone, never negative; of "approx_ndcg", which is not
+            convex, an upper bound of their size.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    hessian: Tensor
+
+
+def derivatives(batch: RankingBatch, options: LossOptions, backend: str = "auto") -> Derivatives:
+    """First and second derivatives of the student's loss, against `batch.target_logits` and `batch.labels`, for boosted trees.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `pile_ensemble`.
+    """
+    check_gains(batch, options)
+    by = select(backend, batch, None, options)
+    own = getattr(load(by), "derivatives", None)
+    if own is None:
+        raise RuntimeError(f"backend {by!r} computes no second derivatives; use backend='auto' or 'torch'")
+    return Derivatives(*own(batch, options))
 
 
 @cached

@@ -23,7 +23,8 @@ _STATE = ("exponents", "weights", "pending")
 class PILELoss(torch.nn.Module):
     r"""PILE as a drop-in loss: ensemble the teachers under label supervision, distil the ensemble into the student.
 
-    Call it with ``(student_logits, teacher_logits, labels, mask=None, cu_seqlens=None)``, student first; shapes, results and
+    Call it with ``(student_logits, teacher_logits, labels, mask=None, cu_seqlens=None, weights=None, query_weights=None)``,
+    student first; shapes, results and
     errors are those of `pile_fast.pile_loss`, and so are the options and their defaults, checked when the module is built.
 
     With ``granularity="shared"``, the default, the module learns one weight per teacher for all queries, and the target of any
@@ -107,6 +108,8 @@ class PILELoss(torch.nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         *,
+        weights: Tensor | None = None,
+        query_weights: Tensor | None = None,
         num_items_in_batch: object | None = None,
     ) -> Tensor:
         if num_items_in_batch is not None or isinstance(teacher_logits, dict):  # whoever calls it is a transformers.Trainer
@@ -127,12 +130,14 @@ class PILELoss(torch.nn.Module):
             if self.training and not self._frozen:
                 loss, pulls = pile_loss_and_pulls(
                     student_logits, teacher_logits, labels, mask, cu_seqlens, prior, self._backend, options,  # type: ignore[arg-type]
+                    weights, query_weights,
                 )  # fmt: skip
                 self._step(pulls)
                 return loss
         return pile_loss(
             student_logits, teacher_logits, labels,  # type: ignore[arg-type]  # None: it says what is missing
-            mask=mask, cu_seqlens=cu_seqlens, prior=prior, backend=self._backend, **options,
+            mask=mask, cu_seqlens=cu_seqlens, prior=prior, weights=weights, query_weights=query_weights,
+            backend=self._backend, **options,
         )  # fmt: skip
 
     def fit(self, batches: Iterable[Any], *, sharded: bool = True) -> Self:

@@ -60,9 +60,9 @@ def _choice(choices: tuple[str | None, ...], help: str) -> Option:
 
 
 def _term(kind: str, what: str) -> Option:
-    names = " or ".join(f'"{name}"' for name in terms.names(kind))
+    *names, last = (f'"{name}"' for name in terms.names(kind))
     example = next((f', with numbers as in "{default}"' for default in terms.defaults(kind) if default.names), "")
-    help = f"{what}: {names}{example}, or an object of `pile_fast.terms`"
+    help = f"{what}: {', '.join(names)} or {last}{example}, or an object of `pile_fast.terms`"
     return Option("logistic", functools.partial(terms.find, kind), help)
 
 

@@ -7,6 +7,7 @@ autograd. docs/algorithm.md has the formulas; the symbols below are its symbols.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -247,24 +248,29 @@ def softmax_or_zero(energy: Tensor, present: Tensor) -> Tensor:
 
 
 class PairLoss(NamedTuple):
-    loss: Tensor  # (Q,), 0 for a query without pairs
-    has_pairs: Tensor  # (Q,) bool: some term in use has a pair
-    gradient: Tensor | None  # (Q, N): what autograd gives for `loss.sum()`, written out; None unless asked for
+    loss: Tensor  # (Q,), 0 for a query that does not count
+    counts: Tensor  # (Q,) bool: in the mean over queries; some term in use has something to say
+    # (Q, N), of `loss.sum()`, written out; None unless asked for. The second derivatives are those by each logit alone, for
+    # boosted trees; where a loss is not convex, an upper bound of their size.
+    gradient: Tensor | None = None
+    hessian: Tensor | None = None
 
 
 class Query(NamedTuple):
-    """What a term sees of a batch of queries. Functions of terms return a `PairLoss` of means over each query's pairs."""
+    """What a term sees of a batch of queries. Functions of terms return the `PairLoss` of each query."""
 
     z: Tensor  # (Q, N), the student's logits, finite
-    s: Tensor | None  # (Q, N), the target logits of a distillation, 0 where there is none
-    omega: Tensor | None  # (Q, N, N), a label term's `preference_pairs`
     used: Tensor  # (Q, N) bool: documents with a target, or with a label
-    with_gradient: bool
+    s: Tensor | None  # (Q, N), the target logits of a distillation, 0 where there is none
+    labels: Tensor | None  # (Q, N), of a label term
+    pair_weight: str  # of label pairs
+    c: Tensor | None  # (Q, N), the documents' weights, > 0 where used; None = 1
+    derivatives: bool  # whether to give gradient and hessian
 
 
 def pair_loss(
     student_logits: Tensor, target_logits: Tensor | None, labels: Tensor | None, valid: Tensor, options: LossOptions,
-    with_gradient: bool = False,
+    derivatives: bool = False, weights: Tensor | None = None, query_weights: Tensor | None = None,
 ) -> PairLoss:  # fmt: skip
     """The student's loss per query, alpha · D + (1 − alpha) · R, before any reduction over queries.
 
@@ -274,77 +280,240 @@ def pair_loss(
         labels: (Q, N), NaN = unlabelled; may be None when alpha is 1.
         valid: (Q, N) bool.
         options: see `pile_fast.options.LossOptions`.
-        with_gradient: also the gradient, for callers where autograd does not record.
+        derivatives: also gradient and hessian, for callers where autograd does not record.
+        weights: (Q, N), what each document counts; 0 = as if it were not there. A negative one or NaN makes the loss NaN.
+        query_weights: (Q,), likewise of queries.
     """
-    z = torch.where(valid, student_logits, 0.0)
+    broken = ~student_logits.isfinite()
+    factor = student_logits.new_ones(student_logits.shape[0])
+    if query_weights is not None:
+        factor = query_weights.to(factor.dtype)
+        valid = valid & (factor != 0).unsqueeze(1)
+        broken = broken | ~((factor >= 0) & factor.isfinite()).unsqueeze(1)
+    if weights is not None:
+        valid, weights = valid & (weights != 0), weights.to(student_logits.dtype)
+        broken = broken | ~((weights > 0) & weights.isfinite())
+        weights = torch.where(valid & ~broken, weights, 1.0)
+    broken = valid & broken
+    z = torch.where(valid & ~broken, student_logits, 0.0)
+    query = Query(z, valid, None, None, options.pair_weight, weights, derivatives)
     parts: list[tuple[float, PairLoss]] = []
     if options.alpha > 0:
         assert target_logits is not None
         used = valid & target_logits.isfinite()
-        query = Query(z, torch.where(used, target_logits, 0.0), None, used, with_gradient)
-        parts.append((options.alpha, TERMS[options.distillation.key](options.distillation, query)))
+        distilled = query._replace(used=used, s=torch.where(used, target_logits, 0.0))
+        parts.append((options.alpha, TERMS[options.distillation.key](options.distillation, distilled)))
     if options.alpha < 1:
         assert labels is not None
-        used = valid & labels.isfinite()
-        query = Query(z, None, preference_pairs(labels, used, options.pair_weight, z.dtype), used, with_gradient)
-        parts.append((1 - options.alpha, TERMS[options.label_loss.key](options.label_loss, query)))
-    # A student logit that is not finite is never hidden and never touches another query.
-    poison = torch.where((valid & ~student_logits.isfinite()).any(1, keepdim=True), torch.nan, 0.0)
-    loss, has_pairs, gradient = z.new_zeros(z.shape[0]), valid.new_zeros(z.shape[0]), torch.zeros_like(z)
+        labelled = query._replace(used=valid & labels.isfinite(), labels=labels)
+        parts.append((1 - options.alpha, TERMS[options.label_loss.key](options.label_loss, labelled)))
+    # A student logit that is not finite is never hidden and never touches another query; its loss stays connected.
+    poison = torch.where(broken.any(1), torch.nan, 0.0).to(z.dtype)
+    loss, counts = z.new_zeros(z.shape[0]), valid.new_zeros(z.shape[0])
     for weight, part in parts:
-        loss = loss + weight * part.loss
-        has_pairs = has_pairs | part.has_pairs
-        gradient = gradient if part.gradient is None else gradient + weight * part.gradient
-    loss = loss * (1 + poison.squeeze(1)) + z.sum(1) * poison.squeeze(1)
-    return PairLoss(loss, has_pairs, torch.where(valid, gradient + poison, 0.0) if with_gradient else None)
+        loss, counts = loss + weight * part.loss, counts | part.counts
+    loss = factor * loss * (1 + poison) + torch.where(valid, student_logits, 0.0).sum(1) * poison
+    if not derivatives:
+        return PairLoss(loss, counts)
+    sums = [torch.zeros_like(z), torch.zeros_like(z)]
+    for weight, part in parts:
+        for total, own in zip(sums, (part.gradient, part.hessian), strict=True):
+            assert own is not None
+            total += weight * own
+    gradient, hessian = (torch.where(valid, factor.unsqueeze(1) * total + poison.unsqueeze(1), 0.0) for total in sums)
+    return PairLoss(loss, counts, gradient, hessian)
 
 
-def mean_over_pairs(value: Tensor, slope: Tensor, omega: Tensor, with_gradient: bool) -> PairLoss:
-    """The mean of `value` (Q, N, N) weighted by `omega` (Q, N, N), and its gradient; `slope` is value's along z_i − z_j."""
-    total = omega.sum((1, 2))
+def mean_over_pairs(
+    query: Query, pairs: Tensor, weights: Tensor | float, value: Tensor, slope: Tensor, curvature: Tensor
+) -> PairLoss:
+    """The mean over `pairs`, times `weights`, of `value`; `slope` and `curvature` are value's derivatives by z_i − z_j.
+
+    All are (Q, N, N), `pairs` with what a pair counts in the mean, 0 for those that are none.
+    """
+    total = pairs.sum((1, 2))
+    part = sum_over_pairs(query, pairs * weights, value, slope, curvature)
     divisor = torch.where(total > 0, total, 1.0)
-    loss = torch.where(omega > 0, omega * value, 0.0).sum((1, 2)) / divisor
-    gradient = None
-    if with_gradient:
-        slope = torch.where(omega > 0, omega * slope, 0.0)
-        gradient = (slope.sum(2) - slope.sum(1)) / divisor.unsqueeze(1)
-    return PairLoss(loss, total > 0, gradient)
+    by_document = divisor.unsqueeze(1)
+    if part.gradient is None or part.hessian is None:
+        return PairLoss(part.loss / divisor, total > 0)
+    return PairLoss(part.loss / divisor, total > 0, part.gradient / by_document, part.hessian / by_document)
 
 
-def pairs_of(query: Query) -> tuple[Tensor, Tensor, Tensor]:
-    """z_i − z_j, s_i − s_j, and 1 for the pairs i < j of which both documents have a target; all (Q, N, N)."""
-    assert query.s is not None
-    dz, ds = (x.unsqueeze(2) - x.unsqueeze(1) for x in (query.z, query.s))
-    return dz, ds, (query.used.unsqueeze(2) & query.used.unsqueeze(1)).triu(1).to(dz.dtype)
+def sum_over_pairs(query: Query, omega: Tensor, value: Tensor, slope: Tensor, curvature: Tensor) -> PairLoss:
+    """The sum over pairs, see `mean_over_pairs`."""
+    there = omega != 0
+    loss = torch.where(there, omega * value, 0.0).sum((1, 2))
+    if not query.derivatives:
+        return PairLoss(loss, there.any(2).any(1))
+    slope, curvature = (torch.where(there, omega * x, 0.0) for x in (slope, curvature))
+    return PairLoss(loss, there.any(2).any(1), slope.sum(2) - slope.sum(1), curvature.sum(2) + curvature.sum(1))
+
+
+def target_pairs(query: Query) -> tuple[Tensor, Tensor | float]:
+    """1 for the pairs i < j of which both documents have a target, and their weights c_i c_j; both (Q, N, N)."""
+    pairs = (query.used.unsqueeze(2) & query.used.unsqueeze(1)).triu(1).to(query.z.dtype)
+    return pairs, 1.0 if query.c is None else query.c.unsqueeze(2) * query.c.unsqueeze(1)
+
+
+def differences(x: Tensor | None) -> Tensor:
+    """x_i − x_j, (Q, N, N)."""
+    assert x is not None
+    return x.unsqueeze(2) - x.unsqueeze(1)
 
 
 def distill_logistic(term: terms.Logistic, query: Query) -> PairLoss:
-    dz, ds, pairs = pairs_of(query)
-    dz, target = dz / term.temperature, torch.sigmoid(ds / term.temperature)
-    value = F.binary_cross_entropy_with_logits(dz, target, reduction="none")
-    return mean_over_pairs(value, (torch.sigmoid(dz) - target) / term.temperature, pairs, query.with_gradient)
+    dz, target = differences(query.z) / term.temperature, torch.sigmoid(differences(query.s) / term.temperature)
+    value, sigma = F.binary_cross_entropy_with_logits(dz, target, reduction="none"), torch.sigmoid(dz)
+    slope, curvature = (sigma - target) / term.temperature, sigma * (1 - sigma) / term.temperature**2
+    return mean_over_pairs(query, *target_pairs(query), value, slope, curvature)
 
 
 def distill_mse(term: terms.MSE, query: Query) -> PairLoss:
-    dz, ds, pairs = pairs_of(query)
-    return mean_over_pairs((dz - ds).square(), 2 * (dz - ds), pairs, query.with_gradient)
+    gap = differences(query.z) - differences(query.s)
+    return mean_over_pairs(query, *target_pairs(query), gap.square(), 2 * gap, torch.full_like(gap, 2.0))
+
+
+def distill_kl(term: terms.KL, query: Query) -> PairLoss:
+    assert query.s is not None
+    log_p, log_q = (log_softmax(x, query, term.temperature, query.c) for x in (query.s, query.z))
+    p, q = (torch.where(query.used, x.exp(), 0.0) for x in (log_p, log_q))
+    counts = query.used.sum(1) > 1
+    loss = term.temperature**2 * torch.where(query.used, p * (log_p - log_q), 0.0).sum(1)
+    return of_list(query, counts, loss, term.temperature * (q - p), q * (1 - q))
 
 
 def label_logistic(term: terms.RankNet, query: Query) -> PairLoss:
-    dz = query.z.unsqueeze(2) - query.z.unsqueeze(1)
-    assert query.omega is not None
-    return mean_over_pairs(F.softplus(-dz), -torch.sigmoid(-dz), query.omega, query.with_gradient)
+    assert query.labels is not None
+    dz = differences(query.z)
+    pairs = preference_pairs(query.labels, query.used, query.pair_weight, dz.dtype)
+    return mean_over_pairs(query, pairs, _of_preferred(query), *_logistic(dz))
+
+
+def label_softmax(term: terms.Softmax, query: Query) -> PairLoss:
+    gain = gains(query, term.gain)
+    total = gain.sum(1, keepdim=True)
+    share = gain / torch.where(total != 0, total, 1.0)
+    share = (share if query.c is None else query.c * share).to(query.z.dtype)
+    log_q = log_softmax(query.z, query, term.temperature)
+    q, weight = torch.where(query.used, log_q.exp(), 0.0), share.sum(1, keepdim=True)
+    gradient = (weight * q - share) / term.temperature
+    loss = -torch.where(share != 0, share * log_q, 0.0).sum(1)
+    return of_list(query, total.squeeze(1) != 0, loss, gradient, weight * q * (1 - q) / term.temperature**2)
+
+
+def label_lambdarank(term: terms.LambdaRank, query: Query) -> PairLoss:
+    gain = gains(query, "any" if term.metric == "mrr" else term.gain)
+    discount = discounts(gain.shape[1], term, gain)
+    most = (gain.sort(1, descending=True).values * discount).sum(1)
+    own, within = expected_discounts(query, discount)
+    z = query.z.detach()
+    change = torch.where(z.unsqueeze(2) == z.unsqueeze(1), within.unsqueeze(2), differences(own).abs())
+    preferred = differences(gain).clamp(min=0) / torch.where(most != 0, most, 1.0)[:, None, None]
+    there = query.used.unsqueeze(2) & query.used.unsqueeze(1)
+    part = sum_over_pairs(
+        query, torch.where(there, preferred * change, 0.0).to(z.dtype) * _of_preferred(query), *_logistic(differences(query.z))
+    )
+    return part._replace(counts=(there & (preferred != 0)).any(2).any(1))
+
+
+def label_approx_ndcg(term: terms.ApproxNDCG, query: Query) -> PairLoss:
+    gain = gains(query, term.gain)
+    gain = gain if query.c is None else query.c.to(gain.dtype) * gain
+    most = (gain.sort(1, descending=True).values * discounts(gain.shape[1], terms.LambdaRank(), gain)).sum(1)
+    gain = (gain / torch.where(most != 0, most, 1.0).unsqueeze(1)).to(query.z.dtype)
+    sigma = torch.sigmoid(differences(query.z) / -term.temperature)  # of z_j − z_i
+    both = query.used.unsqueeze(2) & query.used.unsqueeze(1)
+    rank = 0.5 + torch.where(both, sigma, 0.0).sum(2)
+    loss = 1 - (gain / torch.log2(1 + rank)).sum(1)
+    # By rank, then by logits: Σ_j (a_j − a_i) σ'. A bound of the second derivatives takes a_j + a_i.
+    a = gain * math.log(2) / ((1 + rank) * torch.log1p(rank).square())
+    slope = torch.where(both, sigma * (1 - sigma), 0.0) / term.temperature
+    gradient = (slope * (a.unsqueeze(1) - a.unsqueeze(2))).sum(2)
+    hessian = (slope * (a.unsqueeze(1) + a.unsqueeze(2))).sum(2) / term.temperature
+    return of_list(query, most != 0, loss, gradient, hessian)
+
+
+def of_list(query: Query, counts: Tensor, loss: Tensor, gradient: Tensor, hessian: Tensor) -> PairLoss:
+    """A loss of whole lists; 0 for queries that do not count."""
+    if not query.derivatives:
+        return PairLoss(torch.where(counts, loss, 0.0), counts)
+    there = counts.unsqueeze(1) & query.used
+    return PairLoss(torch.where(counts, loss, 0.0), counts, torch.where(there, gradient, 0.0), torch.where(there, hessian, 0.0))
+
+
+def log_softmax(x: Tensor, query: Query, temperature: float, c: Tensor | None = None) -> Tensor:
+    """log softmax of x / temperature over the documents used, each as if it were there c times; elsewhere no number to use."""
+    if x.shape[1] == 0:
+        return x
+    # Differences before the division: large logits would lose theirs.
+    x = (x - torch.where(query.used, x, torch.finfo(x.dtype).min).amax(1, keepdim=True).detach()) / temperature
+    energy = x if c is None else x + c.log()
+    return x - torch.where(query.used, energy, -1e30).logsumexp(1, keepdim=True)
+
+
+def gains(query: Query, kind: str) -> Tensor:
+    """(Q, N) gains of the labels relative to 2^largest ("exp2") or the largest ("linear"); "any" has 1 for those above 0."""
+    assert query.labels is not None
+    y = torch.where(query.used, query.labels.to(widest_dtype(query.labels.device)), 0)
+    if y.shape[1] == 0:
+        return y
+    y = torch.where((y < 0).any(1, keepdim=True), torch.nan, y)  # cannot be meant
+    highest = y.amax(1, keepdim=True)
+    if kind == "any":
+        return torch.where(y.isnan(), y, (y > 0).to(y.dtype))
+    if kind == "linear":
+        return y / torch.where(highest > 0, highest, 1.0)
+    return torch.exp2(y - highest) - torch.exp2(-highest)
+
+
+def discounts(n: int, term: terms.LambdaRank, like: Tensor) -> Tensor:
+    """(n,) discounts at ranks 1 to n."""
+    rank = torch.arange(1, n + 1, dtype=like.dtype, device=like.device)
+    discount = 1 / (rank if term.metric == "mrr" else torch.log2(1 + rank))
+    return torch.where(rank <= term.cutoff, discount, 0.0) if term.cutoff else discount
+
+
+def expected_discounts(query: Query, discount: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, N) each document's discount at the student's ranks, and its mean difference to the documents of the same logit.
+
+    Means over all orders of those documents: m of them at ranks a, ..., a + m − 1 share these ranks' discounts.
+    """
+    z, used = query.z.detach(), query.used
+    a = ((z.unsqueeze(1) > z.unsqueeze(2)) & used.unsqueeze(1)).sum(2)
+    m = ((z.unsqueeze(1) == z.unsqueeze(2)) & used.unsqueeze(1)).sum(2).clamp(min=1)
+    place = torch.arange(len(discount), dtype=discount.dtype, device=discount.device)
+    zero = discount.new_zeros(1)
+    sums, by_place = (torch.cat([zero, x.cumsum(0)]) for x in (discount, discount * place))
+    end = (a + m).clamp(max=len(discount))  # beyond it only where a document is not used
+    total = sums[end] - sums[a]
+    apart = (m - 1 + 2 * a) * total - 2 * (by_place[end] - by_place[a])
+    return total / m, apart / (m * (m - 1) / 2).clamp(min=1)
+
+
+def _logistic(dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """softplus(−dz) and its two derivatives."""
+    sigma = torch.sigmoid(-dz)
+    return F.softplus(-dz), -sigma, sigma * (1 - sigma)
+
+
+def _of_preferred(query: Query) -> Tensor | float:
+    """What a label pair (i, j) counts by its documents' weights: c_i."""
+    return 1.0 if query.c is None else query.c.unsqueeze(2)
 
 
 # By key: a term's function (term, query) → PairLoss.
 TERMS: dict[str, Callable[[Any, Query], PairLoss]] = {
-    function.__name__: function for function in (distill_logistic, distill_mse, label_logistic)
-}
+    function.__name__: function
+    for function in (
+        distill_logistic, distill_mse, distill_kl, label_logistic, label_softmax, label_lambdarank, label_approx_ndcg
+    )
+}  # fmt: skip
 
 
 def reduce(per_query: PairLoss, reduction: str) -> Tensor:
-    """ "none" (Q,), "sum" (), or "mean" () over the queries that have a pair; without any, a 0 connected to the graph."""
+    """ "none" (Q,), "sum" (), or "mean" () over the queries that count; without any, a 0 connected to the graph."""
     if reduction == "none":
         return per_query.loss
     total = per_query.loss.sum()
-    return total if reduction == "sum" else total / per_query.has_pairs.sum().clamp(min=1)
+    return total if reduction == "sum" else total / per_query.counts.sum().clamp(min=1)

@@ -53,7 +53,7 @@ def test_gradcheck_of_the_reference_itself(backend):
 
         assert torch.autograd.gradcheck(loss, z.requires_grad_())
         (gradient,) = torch.autograd.grad(loss(z).sum(), z)
-        written_out = reference.pair_loss(z.detach(), t[..., 0], y, valid, options, with_gradient=True).gradient
+        written_out = reference.pair_loss(z.detach(), t[..., 0], y, valid, options, derivatives=True).gradient
         torch.testing.assert_close(written_out, gradient, rtol=1e-10, atol=1e-12)
     options = ensemble_options(iterations=3, granularity="query")
     assert torch.autograd.gradcheck(
@@ -155,11 +155,11 @@ def test_opcheck(backend):
     cases = [  # no absent document for the ensemble: its NaN logit is unequal to itself
         (ops.ensemble.default, (t, y, None, None, prior, *e, True, True, backend)),
         (ops.ensemble.default, (packed[1], packed[2], None, cu_seqlens, None, *by_query, True, False, backend)),
-        (ops.pair_loss.default, (z, t[..., 0], y, mask, None, *mean, True, backend)),
-        (ops.pair_loss.default, (packed[0], packed[0], packed[2], None, cu_seqlens, *none, False, backend)),
-        (ops.pile_loss.default, (z.half(), t.half(), y, None, None, None, *e, *none, True, True, backend)),
-        (ops.pile_loss.default, (z.double(), t, y, None, None, None, *by_query, *mean, True, False, backend)),
-        (ops.pile_loss.default, (z, t, y, None, None, None, *by_document, *mean, False, False, backend)),
+        (ops.pair_loss.default, (z, t[..., 0], y, mask, None, None, None, *mean, True, backend)),
+        (ops.pair_loss.default, (packed[0], packed[0], packed[2], None, cu_seqlens, None, None, *none, False, backend)),
+        (ops.pile_loss.default, (z.half(), t.half(), y, None, None, None, None, None, *e, *none, True, True, backend)),
+        (ops.pile_loss.default, (z.double(), t, y, None, None, None, None, None, *by_query, *mean, True, False, backend)),
+        (ops.pile_loss.default, (z, t, y, None, None, None, None, None, *by_document, *mean, False, False, backend)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)

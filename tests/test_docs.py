@@ -65,16 +65,18 @@ def rows(options: dict[str, Option]) -> str:
 
 
 def term(kind: type[terms.Term]) -> str:
+    text = lambda value: f"`{value}`" if isinstance(value, str) else format(value, "g")  # noqa: E731
     body = inspect.cleandoc(kind.__doc__).split("\n", 1)
-    text = re.sub(r"\.\. math:: (.*)", r"$$\1$$", body[1])
-    text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
+    formula = re.sub(r"\.\. math:: (.*(?:\n {6,}.*)*)", lambda found: f"$${' '.join(found[1].split())}$$", body[1])
+    formula = re.sub(r":math:`([^`]*)`", r"$\1$", formula)
     argument = {"distill": "distillation", "label": "label_loss"}[kind.kind]
     numbers = [
-        f"- `{field.name}` = {field.default:g}: {field.metadata['help']}; {accepted(field.metadata['check'])}"
+        f"- `{field.name}` = {text(field.default)}: {field.metadata['help']}; {accepted(field.metadata['check'])}"
         for field in dataclasses.fields(kind)
     ]
-    title = body[0].partition(": ")[2].capitalize()
-    parts = [f'### `{argument}="{kind.name}"`: `{kind.__name__}`', title, text.strip(), "\n".join(numbers)]
+    title = body[0].partition(": ")[2]
+    title = title[:1].upper() + title[1:]
+    parts = [f'### `{argument}="{kind.name}"`: `{kind.__name__}`', title, formula.strip(), "\n".join(numbers)]
     return "\n\n".join(part for part in parts if part)
 
 

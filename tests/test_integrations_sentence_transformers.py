@@ -520,7 +520,7 @@ def test_counts_queries_as_the_reference_does(model):
     teachers[torch.rand(teachers.shape) < 0.6] = torch.nan
     target = torch.where(teachers.isnan().all(-1), torch.nan, 0.0)
     options = loss_options(alpha=0.5)
-    pairs = reference.pair_loss(torch.zeros(200, 3), target, labels, torch.ones(200, 3, dtype=torch.bool), options).has_pairs
+    pairs = reference.pair_loss(torch.zeros(200, 3), target, labels, torch.ones(200, 3, dtype=torch.bool), options).counts
     count = _queries_with_a_pair(teachers.flatten(0, 1), labels.flatten(), torch.arange(0, 603, 3, dtype=torch.int32), None)
     assert 0 < count < 200 and count == pairs.sum()
 

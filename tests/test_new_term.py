@@ -43,13 +43,13 @@ PYTHON = {
             """
 
             def distill_huber(term: terms.Huber, query: Query) -> PairLoss:
-                dz, ds, pairs = pairs_of(query)
-                d, delta = dz - ds, term.delta
-                value = torch.where(d.abs() <= delta, d * d / 2, delta * (d.abs() - delta / 2))
-                return mean_over_pairs(value, d.clamp(-delta, delta), pairs, query.with_gradient)
+                d, delta = differences(query.z) - differences(query.s), term.delta
+                near = d.abs() <= delta
+                value = torch.where(near, d * d / 2, delta * (d.abs() - delta / 2))
+                return mean_over_pairs(query, *target_pairs(query), value, d.clamp(-delta, delta), near.to(d.dtype))
             """,
         ),
-        ("label_logistic)\n}", "distill_huber, "),
+        ("distill_kl, label_logistic, label", "distill_huber, "),
     ],
 }
 NATIVE = {

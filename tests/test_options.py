@@ -80,23 +80,34 @@ def test_a_term_is_named_written_and_read(term):
     assert term.name in terms.names(term.kind) and term.key == f"{term.kind}_{term.name}"
     assert len(term.__doc__) > 100 and "math" in term.__doc__
     for name in term.names:
-        changed = terms.find(term.kind, "x", f"{term.name}:{name}=0.25")
-        assert getattr(changed, name) == 0.25 and changed != default
-        with pytest.raises(ValueError, match=f"{term.__name__}: {name}: expected"):
-            term(**{name: float("nan")})
-        with pytest.raises(TypeError, match=f"{term.__name__}: {name}: expected a number"):
-            term(**{name: "1"})
+        value = getattr(default, name)
+        choices = term._fields[name].get("choices", ())
+        other, text = (
+            (choices[1 - choices.index(value)],) * 2 if choices else (7, "7") if isinstance(value, int) else (0.25, "0.25")
+        )
+        changed = terms.find(term.kind, "x", f"{term.name}:{name}={text}")
+        assert getattr(changed, name) == other and changed != default
+        assert terms.by_key(term.key, changed.numbers) == changed == terms.find(term.kind, "x", str(changed))
+        for wrong in (float("nan"), "1", None, -1):
+            with pytest.raises((TypeError, ValueError), match=f"{term.__name__}: {name}: expected"):
+                term(**{name: wrong})
+
+
+def test_a_cutoff_is_written_behind_an_at():
+    assert terms.find("label", "x", "lambdarank@10") == terms.LambdaRank(cutoff=10)
+    assert terms.find("label", "x", "lambdarank@3:metric=mrr,gain=linear") == terms.LambdaRank(3, "mrr", "linear")
 
 
 @pytest.mark.parametrize(
     "value, error, words",
     [
-        ("l1", ValueError, "distillation: expected one of 'logistic', 'mse', got 'l1'"),
+        ("l1", ValueError, "distillation: expected one of 'logistic', 'mse', 'kl', got 'l1'"),
         ("l1:temperature=2", ValueError, "distillation: expected one of"),
         ("logistic:temperature=hot", ValueError, "distillation: expected a number after temperature=, got 'hot'"),
         ("logistic:tau=2", ValueError, "distillation: 'logistic' has temperature, got 'tau=2'"),
         ("mse:temperature=2", ValueError, "distillation: 'mse' has no numbers, got 'temperature=2'"),
-        ("logistic:", ValueError, "distillation: 'logistic' has temperature, got ''"),
+        ("logistic:", ValueError, "distillation: expected one of 'logistic', 'mse', 'kl', got 'logistic:'"),
+        ("kl@10", ValueError, "distillation: 'kl' has no cutoff, got 'kl@10'"),
         (terms.RankNet(), ValueError, "got RankNet(), a term of another kind"),
         (2, TypeError, "distillation: expected a name or a term, got int"),
         (["mse"], TypeError, "distillation: expected a name or a term, got list"),
@@ -106,6 +117,22 @@ def test_what_is_no_term_is_refused(value, error, words):
     with pytest.raises(error) as caught:
         pile_fast.PILELoss(distillation=value)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("lambdarank@", "label_loss: expected one of 'logistic', 'softmax', 'lambdarank', 'approx_ndcg', got 'lambdarank@'"),
+        ("lambdarank@ten", "label_loss: expected a whole number after cutoff=, got 'ten'"),
+        ("lambdarank@-1", "LambdaRank: cutoff: expected an int >= 0, got -1"),
+        ("lambdarank:metric=map", "LambdaRank: metric: expected one of 'ndcg', 'mrr', got 'map'"),
+        ("lambdarank@3:cutoff", "label_loss: expected a whole number after cutoff=, got ''"),
+    ],
+)
+def test_a_wrong_cutoff_or_choice_is_refused(value, words):
+    with pytest.raises(ValueError) as caught:
+        pile_fast.PILELoss(label_loss=value)
+    assert str(caught.value).startswith(words)
 
 
 def test_a_term_as_an_object_and_by_name_are_the_same_loss():

@@ -42,7 +42,7 @@ View view(PyObject* views, Py_ssize_t index, int64_t View::* const (&axes)[N]) {
 
 // (queries, slots, teachers), and the views in the order of pile_fast/backends/native.py.
 inline Batch read_batch(PyObject* sizes, PyObject* views) {
-  if (PyTuple_GET_SIZE(sizes) != 3 || PyTuple_GET_SIZE(views) != 7) throw py::type_error("malformed call");
+  if (PyTuple_GET_SIZE(sizes) != 3 || PyTuple_GET_SIZE(views) != 9) throw py::type_error("malformed call");
   Batch batch;
   batch.queries = integer(sizes, 0);
   batch.slots = integer(sizes, 1);
@@ -54,6 +54,8 @@ inline Batch read_batch(PyObject* sizes, PyObject* views) {
   batch.mask = view(views, 4, {&View::query, &View::document});
   batch.cu_seqlens = view(views, 5, {&View::document});
   batch.prior = view(views, 6, {&View::query, &View::teacher});
+  batch.weights = view(views, 7, {&View::query, &View::document});
+  batch.query_weights = view(views, 8, {&View::query});
   return batch;
 }
 

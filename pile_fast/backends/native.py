@@ -32,6 +32,7 @@ def views(batch: RankingBatch) -> tuple[tuple[int, int, tuple[int, ...]] | None,
     """(address, dtype, strides) of each input; the extension tells the layouts apart by the number of strides."""
     student, teachers, target, labels = batch.student_logits, batch.teacher_logits, batch.target_logits, batch.labels
     mask, cu_seqlens, prior = batch.mask, batch.cu_seqlens, batch.prior
+    weights, query_weights = batch.weights, batch.query_weights
     return (
         None if student is None else (student.data_ptr(), DTYPES[student.dtype], student.stride()),
         None if teachers is None else (teachers.data_ptr(), DTYPES[teachers.dtype], teachers.stride()),
@@ -40,6 +41,8 @@ def views(batch: RankingBatch) -> tuple[tuple[int, int, tuple[int, ...]] | None,
         None if mask is None else (mask.data_ptr(), DTYPES[mask.dtype], mask.stride()),
         None if cu_seqlens is None else (cu_seqlens.data_ptr(), DTYPES[cu_seqlens.dtype], cu_seqlens.stride()),
         None if prior is None else (prior.data_ptr(), DTYPES[prior.dtype], prior.stride()),
+        None if weights is None else (weights.data_ptr(), DTYPES[weights.dtype], weights.stride()),
+        None if query_weights is None else (query_weights.data_ptr(), DTYPES[query_weights.dtype], query_weights.stride()),
     )
 
 

@@ -45,10 +45,20 @@ class Backend(Protocol):
     def pair_loss(self, batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """(loss, gradient) of the student's loss against `batch.target_logits` and `batch.labels`."""
 
+    # A backend may also have derivatives(batch, options) → (loss (Q,), gradient, hessian) of each query's own loss, for boosted
+    # trees; the second derivatives by each logit alone are those of `reference.PairLoss`.
+
     def pile_loss(
         self, batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, gradient, pulls) of ensemble and loss in one; `with_pulls` comes with granularity "shared" only."""
+
+
+def missing_weights(batch: RankingBatch) -> str:
+    """The `refusal` of a backend that knows no weights of documents and queries, "" if there are none."""
+    if batch.weights is None and batch.query_weights is None:
+        return ""
+    return "does not take weights of documents or queries; use backend='auto' or 'torch'"
 
 
 def missing_term(keys: Container[str], loss: LossOptions | None) -> str:

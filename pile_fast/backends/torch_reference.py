@@ -38,6 +38,14 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
     return _loss(view, batch, target, options, with_gradient)
 
 
+def derivatives(batch: RankingBatch, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    view = PaddedView(batch)
+    target = None if batch.target_logits is None else view.pad(batch.target_logits).to(batch.dtype)
+    found = _per_query(view, batch, target, options, True)
+    assert found.gradient is not None and found.hessian is not None
+    return found.loss, view.unpad(found.gradient, 0.0), view.unpad(found.hessian, 0.0)
+
+
 def pile_loss(
     batch: RankingBatch, of_ensemble: EnsembleOptions, of_loss: LossOptions, with_gradient: bool, with_pulls: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,12 +73,19 @@ def _ensemble(view: PaddedView, batch: RankingBatch, options: EnsembleOptions, r
 def _loss(
     view: PaddedView, batch: RankingBatch, target: Tensor | None, options: LossOptions, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    student, labels = view.pad(batch.student_logits).to(batch.dtype), view.labels(batch)
+    per_query = _per_query(view, batch, target, options, with_gradient)
     with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
-        per_query = reference.pair_loss(student, target, labels, view.valid, options, with_gradient)
         loss, gradient = reference.reduce(per_query, options.reduction), per_query.gradient
         if gradient is None:
-            return loss, student.new_empty(0)
+            return loss, loss.new_empty(0, dtype=batch.student_logits.dtype)
         if options.reduction == "mean":
-            gradient = gradient / per_query.has_pairs.sum().clamp(min=1)
+            gradient = gradient / per_query.counts.sum().clamp(min=1)
     return loss, view.unpad(gradient, 0.0).to(batch.student_logits.dtype)
+
+
+def _per_query(
+    view: PaddedView, batch: RankingBatch, target: Tensor | None, options: LossOptions, derivatives: bool
+) -> reference.PairLoss:
+    student, labels, weights = view.pad(batch.student_logits).to(batch.dtype), view.labels(batch), view.pad(batch.weights)
+    with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
+        return reference.pair_loss(student, target, labels, view.valid, options, derivatives, weights, batch.query_weights)

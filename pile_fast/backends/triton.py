@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pile_fast.backends.protocol import missing_term
+from pile_fast.backends.protocol import missing_term, missing_weights
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -79,7 +79,7 @@ def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOpt
         return f"takes at most {MAX_TEACHERS} teachers, got {batch.num_teachers}; use backend='auto' or 'torch'"
     from pile_fast.kernels import terms
 
-    return missing_term(terms.FILES, loss)
+    return missing_weights(batch) or missing_term(terms.FILES, loss)
 
 
 def ensemble(

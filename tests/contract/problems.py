@@ -51,8 +51,7 @@ def make(
     t = spread * (truth + torch.randn(queries, n, teachers, generator=g)) + torch.randn(teachers, generator=g)
     t[torch.rand(t.shape, generator=g) < missing] = NAN
     y = truth[..., 0] + 0.5 * torch.randn(queries, n, generator=g)
-    if labels == "grades":
-        y = (y * 1.5 + 2).round().clamp(0, 4)
+    y = (y * 1.5 + 2).round().clamp(0, 4) if labels == "grades" else y.abs()  # as gains none is negative
     y[torch.rand(y.shape, generator=g) < unlabelled] = NAN
     z = spread * torch.randn(queries, n, generator=g)
     mask = torch.rand(queries, n, generator=g) >= masked
@@ -76,7 +75,13 @@ def covering(axes: dict[str, Sequence], count: int) -> list[Options]:
 
 
 # Every term with its defaults, and here with other numbers.
-NUMBERS: dict[str, list[Options]] = {"distill_logistic": [dict(temperature=0.5), dict(temperature=3.0)]}
+NUMBERS: dict[str, list[Options]] = {
+    "distill_logistic": [dict(temperature=0.5), dict(temperature=3.0)],
+    "distill_kl": [dict(temperature=2.5)],
+    "label_softmax": [dict(temperature=0.5, gain="exp2")],
+    "label_lambdarank": [dict(cutoff=3), dict(metric="mrr", cutoff=10), dict(gain="linear")],
+    "label_approx_ndcg": [dict(temperature=1.0, gain="linear")],
+}
 
 
 def terms_of(kind: str) -> list[Term]:
@@ -105,10 +110,11 @@ def losses(iterations: int) -> list[Loss]:
         alone = functools.partial(pile_fast.distillation_loss, kind=term)
         rows.append(Loss(f"distill-{term}", lambda z, t, y, alone=alone, **kw: alone(z, t[..., 0], **kw), term))
     for term in terms_of("label"):
-        for weight in ("label_gap", None):
+        for weight in ("label_gap", None) if isinstance(term, terms.RankNet) else (None,):
             alone = functools.partial(pile_fast.ranking_loss, kind=term, pair_weight=weight)
-            name = f"label-{term}-{weight}"
-            rows.append(Loss(name, lambda z, t, y, alone=alone, **kw: alone(z, y, **kw), term, repeats=weight is None))
+            name = f"label-{term}" + (f"-{weight}" if isinstance(term, terms.RankNet) else "")
+            repeats = weight is None and isinstance(term, terms.RankNet)
+            rows.append(Loss(name, lambda z, t, y, alone=alone, **kw: alone(z, y, **kw), term, repeats))
     both = functools.partial(pile_fast.pile_loss, alpha=0.5, iterations=iterations)
     rows.append(Loss("pile", functools.partial(both, granularity="document"), repeats=True))
     rows.append(Loss("pile-query", functools.partial(both, granularity="query", pair_weight="gain_gap")))

@@ -66,7 +66,8 @@ struct Batch {
   int64_t slots = 0;     // documents per query (padded) or in all (packed)
   int64_t teachers = 0;  // M
   View student, target, teacher, labels, mask, prior;
-  View cu_seqlens;  // present: packed
+  View cu_seqlens;              // present: packed
+  View weights, query_weights;  // of documents and of queries in the loss
 
   PILE_SHARED bool packed() const { return cu_seqlens.data != nullptr; }
 

@@ -28,12 +28,57 @@ struct DistillMse {
   template <class Visit>
   void each_number(Visit) {}
 };
+struct DistillKl {
+  static constexpr const char* kKey = "distill_kl";
+  double temperature;
+  template <class Visit>
+  void each_number(Visit visit) {
+    visit("temperature", temperature);
+  }
+};
+
+// A document's gain by its label y: 2^y − 1, or y. As numbers they come by their place, as all choices do.
+enum class Gain { exp2, linear };
+// What LambdaRank's pairs are weighed by: discounts of 1 / log2(1 + rank), or of 1 / rank with gain 1 for labels above 0.
+enum class Metric { ndcg, mrr };
 
 // R: the student against the labels.
 struct LabelLogistic {
   static constexpr const char* kKey = "label_logistic";
   template <class Visit>
   void each_number(Visit) {}
+};
+struct LabelSoftmax {
+  static constexpr const char* kKey = "label_softmax";
+  double temperature, gain_;
+  template <class Visit>
+  void each_number(Visit visit) {
+    visit("temperature", temperature);
+    visit("gain", gain_);
+  }
+  PILE_SHARED Gain gain() const { return Gain(int(gain_)); }
+};
+struct LabelLambdaRank {
+  static constexpr const char* kKey = "label_lambdarank";
+  double cutoff, metric_, gain_;  // cutoff: 0 = none
+  template <class Visit>
+  void each_number(Visit visit) {
+    visit("cutoff", cutoff);
+    visit("metric", metric_);
+    visit("gain", gain_);
+  }
+  PILE_SHARED Metric metric() const { return Metric(int(metric_)); }
+  PILE_SHARED Gain gain() const { return Gain(int(gain_)); }
+};
+struct LabelApproxNdcg {
+  static constexpr const char* kKey = "label_approx_ndcg";
+  double temperature, gain_;
+  template <class Visit>
+  void each_number(Visit visit) {
+    visit("temperature", temperature);
+    visit("gain", gain_);
+  }
+  PILE_SHARED Gain gain() const { return Gain(int(gain_)); }
 };
 
 // One of the terms of a kind, with its numbers; at first none. Plain data: it goes to kernels by value.
@@ -86,8 +131,8 @@ class OneOf {
   double numbers_[kNumbers] = {};
 };
 
-using Distillation = OneOf<DistillLogistic, DistillMse>;
-using LabelLoss = OneOf<LabelLogistic>;
+using Distillation = OneOf<DistillLogistic, DistillMse, DistillKl>;
+using LabelLoss = OneOf<LabelLogistic, LabelSoftmax, LabelLambdaRank, LabelApproxNdcg>;
 
 }  // namespace pile
 
@@ -101,7 +146,19 @@ using LabelLoss = OneOf<LabelLogistic>;
 #if __has_include("terms/distill_mse.h")
 #include "terms/distill_mse.h"
 #endif
+#if __has_include("terms/distill_kl.h")
+#include "terms/distill_kl.h"
+#endif
 #if __has_include("terms/label_logistic.h")
 #include "terms/label_logistic.h"
+#endif
+#if __has_include("terms/label_softmax.h")
+#include "terms/label_softmax.h"
+#endif
+#if __has_include("terms/label_lambdarank.h")
+#include "terms/label_lambdarank.h"
+#endif
+#if __has_include("terms/label_approx_ndcg.h")
+#include "terms/label_approx_ndcg.h"
 #endif
 #endif
