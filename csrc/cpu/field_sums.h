@@ -174,6 +174,12 @@ class FieldSums {
     apply(table, block_moments_, filled_, [&](int c, Row f) { put(0, 0, c, f); });
   }
 
+  // Fields of the only block on itself under κ': Σ_j κ'(u_j − u), and with gains Σ_j g_j κ'(u_j − u).
+  void solve_slope_of_self(const Table& table) {
+    for (int w = 0; w < (weighted ? 2 : 1); ++w)
+      each_near_field(table, table.slope, block_moments_ + w * grid.cells, filled_, [&](int c, Row f) { put(0, w, c, f); });
+  }
+
   // Value of block b's field at u for the documents from k on: Σ ω κ.
   PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k) const {
     Vec<T> x;

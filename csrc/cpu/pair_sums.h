@@ -116,7 +116,30 @@ struct PairOutput {
     store(columns + k, Vec<T>{}, lanes);
   }
   PILE_INLINE Vec<T> value(int k) const { return load(rows + k) - load(columns + k); }
+  PILE_INLINE Vec<T> sum(int k) const { return load(rows + k) + load(columns + k); }
 };
+
+// What a pair adds to its row and to its column: mostly the same.
+template <class T>
+struct TwoSided {
+  Vec<T> row, column;
+};
+template <class V>
+PILE_INLINE V of_row(V value) {
+  return value;
+}
+template <class V>
+PILE_INLINE V of_column(V value) {
+  return value;
+}
+template <class T>
+PILE_INLINE Vec<T> of_row(TwoSided<T> value) {
+  return value.row;
+}
+template <class T>
+PILE_INLINE Vec<T> of_column(TwoSided<T> value) {
+  return value.column;
+}
 
 // R rows from i against the columns [begin, end) that follow them.
 template <class T, int R, class Pairs>
@@ -142,17 +165,17 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
       const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[0]));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-        acc[r] += value;
-        sums += value;
+        const auto value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += of_row(value);
+        sums += of_column(value);
       }
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[r]));
-        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-        acc[r] += value;
-        sums += value;
+        const auto value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += of_row(value);
+        sums += of_column(value);
       }
     }
     // Only the columns from `begin` on: a neighbour in the same vector may be another thread's.
@@ -165,9 +188,9 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
     Vec<T> sums = {};
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> value = pairs.template pair<false>(row[r], j, Ints<T>{});
-      acc[r] += value;
-      sums += value;
+      const auto value = pairs.template pair<false>(row[r], j, Ints<T>{});
+      acc[r] += of_row(value);
+      sums += of_column(value);
     }
     store(out.columns + j, load(out.columns + j) + sums);
   }
