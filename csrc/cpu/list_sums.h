@@ -5,24 +5,37 @@
 
 namespace pile::PILE_ISA {
 
+// The documents' largest logit, and a document that has it.
 template <class T>
 class LargestLogit {
  public:
-  void take(int n, Arena& arena) { by_piece_ = arena.take<T>(pieces(n)); }
+  T value = 0;
+  int position = 0;
+  double range = 0;
+
+  void take(int n, Arena& arena) { by_piece_ = arena.take<T>(2 * pieces(n)); }
+  // All members; look(), a barrier, find(), a barrier.
   void look(const Member& m, const T* logits, int n) const {
     each_piece(m, n, [&](int p, int begin, int end) {
-      T low;
-      find_range(logits + begin, end - begin, low, by_piece_[p]);
+      find_range(logits + begin, end - begin, by_piece_[2 * p], by_piece_[2 * p + 1]);
     });
   }
-  T top(int n) const {
-    T top = by_piece_[0];
-    for (int p = 1; p < pieces(n); ++p) top = larger(top, by_piece_[p]);
-    return top;
+  // One member.
+  void find(const T* logits, int n) {
+    T low = by_piece_[0];
+    int piece = 0;
+    for (int p = 1; p < pieces(n); ++p) {
+      low = smaller(low, by_piece_[2 * p]);
+      if (by_piece_[2 * p + 1] > by_piece_[2 * piece + 1]) piece = p;
+    }
+    value = by_piece_[2 * piece + 1];
+    range = double(value) - double(low);
+    position = piece * kPiece;
+    while (logits[position] != value) ++position;
   }
 
  private:
-  T* by_piece_ = nullptr;
+  T* by_piece_ = nullptr;  // lowest and highest
 };
 
 // Some sums over the documents, in vectors within a tile and in double beyond.

@@ -135,6 +135,7 @@ struct Depositor {
   CellRange add_by_cell(Row*, int, int, const T*) const { return {}; }
 #endif
 
+ public:
   // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
   static PILE_INLINE Row powers(T x) {
     Row p = one_or<1>(x) * one_or<2>(x * x) * one_or<4>(x * x * (x * x));
@@ -144,6 +145,8 @@ struct Depositor {
     }
     return p;
   }
+
+ private:
   template <int kDigit>
   static PILE_INLINE Row one_or(T x) {
     typedef typename Simd<T>::integer Mask __attribute__((vector_size(P * sizeof(T))));

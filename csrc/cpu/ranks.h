@@ -166,6 +166,12 @@ class Ranks {
     }
     return loss * 0.69314718055994530942;
   }
+  T logit(int rank) const {
+    const Key key = sort_.keys()[rank], sign = Key(1) << (8 * sizeof(Key) - 1), word = key & sign ? key : ~key & ~sign;
+    T z;
+    std::memcpy(&z, &word, sizeof z);
+    return z;
+  }
   bool has_ties() const { return ties_ > 0; }
 
  private:

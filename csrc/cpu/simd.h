@@ -125,6 +125,11 @@ template <class T>
 PILE_INLINE Vec<T> first_lanes(int count, Vec<T> v) {
   return iota<T>() < typename Simd<T>::integer(count) ? v : Vec<T>{};
 }
+// v, and 0 in the lane of that number, if there is one.
+template <class T>
+PILE_INLINE Vec<T> without(int lane, Vec<T> v) {
+  return iota<T>() == typename Simd<T>::integer(lane) ? Vec<T>{} : v;
+}
 template <class T>
 PILE_INLINE Ints<T> bits(Vec<T> v) {
   Ints<T> r;

@@ -1,6 +1,8 @@
 // What a term of the student's loss is on the CPU: a specialisation of Loss in a file of its own, terms/NAME.h.
 #pragma once
 
+#include <type_traits>
+
 #include "order.h"
 
 namespace pile::PILE_ISA {
@@ -50,6 +52,50 @@ struct LabelTerm {
   static bool applies(const Term&, const LabelList<T>& list) {
     return list.order.has_pairs();
   }
+};
+
+// A distillation term of float logits, computed in double: for lists whose logits all but agree. A slope is then the difference of
+// two nearly equal numbers, and float32's rounding of those shows in it.
+template <class T, class Term>
+class InDouble {
+ public:
+  static constexpr double kClose = 0x1p-6;  // the widest range of such logits, in units of the temperature
+
+  // Its memory, if it is wanted. One member.
+  bool take(bool wanted, const DistillList<T>& list, Arena& arena) {
+    wanted_ = wanted && sizeof(T) == 4;
+    if (!wanted_) return false;
+    for (double** array : {&z_, &s_, &slope_}) *array = arena.take<double>(list.n);
+    c_ = list.c ? arena.take<double>(list.n) : nullptr;
+    return true;
+  }
+  bool wanted() const { return wanted_; }
+
+  Found run(const Member& m, const Term& term, const LossOptions& options, const DistillList<T>& list, T* slope) {
+    if constexpr (sizeof(T) == 4) {
+      each_piece(m, list.n, [&](int, int begin, int end) {
+        for (int k = begin; k < end; ++k) {
+          z_[k] = double(list.z[k]);
+          s_[k] = double(list.s[k]);
+          if (c_) c_[k] = double(list.c[k]);
+        }
+      });
+      m.sync();
+      const Found found = loss_.run(m, term, options, DistillList<double>{list.n, z_, s_, c_}, slope_);
+      each_piece(m, list.n, [&](int, int begin, int end) {
+        for (int k = begin; k < end; ++k) slope[k] = T(slope_[k]);
+      });
+      m.sync();
+      return found;
+    }
+    return {};
+  }
+
+ private:
+  struct Nothing {};
+  std::conditional_t<sizeof(T) == 4, Loss<double, Term>, Nothing> loss_;
+  bool wanted_ = false;
+  double *z_ = nullptr, *s_ = nullptr, *c_ = nullptr, *slope_ = nullptr;
 };
 
 }  // namespace pile::PILE_ISA

@@ -2,6 +2,9 @@
 //
 // Two passes over student and target: their largest logits, then the sums of exponentials, which stay in the slope and in one
 // array beside it. 2 exponentials a document; what limits long lists is memory.
+//
+// The sums leave out the document of the largest logit, whose exponential is 1: where it has nearly all of the probability, what
+// is left for the others must not be lost.
 #pragma once
 
 #include "../list_sums.h"
@@ -13,7 +16,7 @@ template <class T>
 class Loss<T, DistillKl> : public DistillTerm {
  public:
   // Slope: q − p.
-  Found run(const Member& m, const DistillKl& term, const LossOptions&, const DistillList<T>& list, T* slope) {
+  Found run(const Member& m, const DistillKl& term, const LossOptions& options, const DistillList<T>& list, T* slope) {
     const int n = list.n;
     const T per_unit = T(1 / term.temperature);
     if (m.leads()) {
@@ -26,9 +29,16 @@ class Loss<T, DistillKl> : public DistillTerm {
     student_.look(m, list.z, n);
     target_.look(m, list.s, n);
     m.sync();
-    const T z_top = student_.top(n), s_top = target_.top(n);
+    if (m.leads()) {
+      student_.find(list.z, n);
+      target_.find(list.s, n);
+      const double widest = larger(student_.range, target_.range) / term.temperature;
+      in_double_.take(widest < InDouble<T, DistillKl>::kClose, list, *m.arena);
+    }
+    m.sync();
+    if (in_double_.wanted()) return in_double_.run(m, term, options, list, slope);
     sums_.add(m, n, [&](int k, int lanes, auto& sums) {
-      const Vec<T> z = (load(list.z + k) - z_top) * per_unit, s = (load(list.s + k) - s_top) * per_unit;
+      const Vec<T> z = (load(list.z + k) - student_.value) * per_unit, s = (load(list.s + k) - target_.value) * per_unit;
       Vec<T> of_z = vexp<T>(z), of_s = vexp<T>(s);
       if (list.c) {
         of_z *= load(list.c + k);
@@ -36,13 +46,18 @@ class Loss<T, DistillKl> : public DistillTerm {
       }
       store(slope + k, of_z);
       store(e_ + k, of_s);
-      sums[0] += first_lanes<T>(lanes, of_z);
-      sums[1] += first_lanes<T>(lanes, of_s);
+      sums[0] += first_lanes<T>(lanes, without<T>(student_.position - k, of_z));
+      sums[1] += first_lanes<T>(lanes, without<T>(target_.position - k, of_s));
       sums[2] += first_lanes<T>(lanes, of_s * (s - z));
     });
     m.sync();
-    const double of_z = sums_.total(n, 0), of_s = sums_.total(n, 1), apart = sums_.total(n, 2);
+    const int top = student_.position;
+    const double rest_z = sums_.total(n, 0), rest_s = sums_.total(n, 1), apart = sums_.total(n, 2);
+    const double top_z = double(slope[top]), top_s = double(e_[target_.position]), of_z = rest_z + top_z, of_s = rest_s + top_s;
+    m.sync();
     each_vector<T>(m, n, [&](int k) { store(slope + k, load(slope + k) * T(1 / of_z) - load(e_ + k) * T(1 / of_s)); });
+    m.sync();
+    if (m.leads() && top == target_.position) slope[top] = T(rest_s / of_s - rest_z / of_z);
     const double loss = apart / of_s - __builtin_log(of_s) + __builtin_log(of_z);
     return {term.temperature * term.temperature * loss, 1, 1 / term.temperature};
   }
@@ -50,6 +65,7 @@ class Loss<T, DistillKl> : public DistillTerm {
  private:
   LargestLogit<T> student_, target_;
   ListSums<T> sums_;
+  InDouble<T, DistillKl> in_double_;
   T* e_ = nullptr;
 };
 

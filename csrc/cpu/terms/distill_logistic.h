@@ -3,8 +3,6 @@
 // Divided by the temperature is only what has been subtracted: large logits lose their differences when they are divided first.
 #pragma once
 
-#include <type_traits>
-
 #include "../field_sums.h"
 #include "../term.h"
 
@@ -119,8 +117,10 @@ class Loss<T, DistillLogistic> : public DistillTerm {
     const double per_unit = 1 / term.temperature;
     if (m.leads()) plan(list, per_unit, options.pairwise, *m.arena);
     m.sync();
-    if constexpr (sizeof(T) == 4) {
-      if (close_) return run_in_double(m, term, options, list, slope);
+    if (in_double_.wanted()) {
+      LossOptions direct = options;
+      direct.pairwise = PairSum::direct;
+      return in_double_.run(m, term, direct, list, slope);
     }
     direct_ ? run_direct(m, list, T(per_unit), slope) : run_fields(m, list, per_unit, slope);
     m.sync();
@@ -128,45 +128,16 @@ class Loss<T, DistillLogistic> : public DistillTerm {
   }
 
  private:
-  // Below so wide a range of student and target a slope is the difference of two numbers near 1/2, and float32's rounding of
-  // those shows in it.
-  static constexpr double kClose = 0x1p-6;
-
-  Found run_in_double(const Member& m, const DistillLogistic& term, const LossOptions& options, const DistillList<T>& list,
-                      T* slope) {
-    each_piece(m, list.n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) {
-        close_z_[k] = double(list.z[k]);
-        close_s_[k] = double(list.s[k]);
-        if (list.c) wide_c_[k] = double(list.c[k]);
-      }
-    });
-    m.sync();
-    LossOptions direct = options;
-    direct.pairwise = PairSum::direct;
-    const DistillList<double> wide = {list.n, close_z_, close_s_, wide_c_};
-    const Found found = in_double_.run(m, term, direct, wide, close_slope_);
-    each_piece(m, list.n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) slope[k] = T(close_slope_[k]);
-    });
-    m.sync();
-    return found;
-  }
-
   void plan(const DistillList<T>& list, double per_unit, PairSum how, Arena& arena) {
     const int n = list.n;
     z_.find(list.z, n, per_unit);
     s_.find(list.s, n, per_unit);
     const auto& larger_grid = z_.grid.cells == 0 || z_.grid.cells > s_.grid.cells ? z_.grid : s_.grid;
     direct_ = s_.grid.cells == 0 || direct_is_faster(how, larger_grid, double(n) * n / 2, n, 2, kDistillCosts<T>);
-    wide_c_ = list.c && (!direct_ || sizeof(T) == 4) ? arena.take<double>(n) : nullptr;
-    close_ = direct_ && sizeof(T) == 4 && z_.high - z_.low < kClose && s_.high - s_.low < kClose;
-    if (close_) {
-      close_z_ = arena.take<double>(n);
-      close_s_ = arena.take<double>(n);
-      close_slope_ = arena.take<double>(n);
-      return;
-    }
+    constexpr double kClose = InDouble<T, DistillLogistic>::kClose;
+    const bool close = direct_ && z_.high - z_.low < kClose && s_.high - s_.low < kClose;
+    if (in_double_.take(close, list, arena)) return;
+    wide_c_ = list.c && !direct_ ? arena.take<double>(n) : nullptr;
     totals_ = arena.take<double>(direct_ ? kPairTotals : pieces(n));
     if (!direct_) {
       z_.plan_fields(n, wide_c_, arena);
@@ -244,11 +215,9 @@ class Loss<T, DistillLogistic> : public DistillTerm {
   }
 
   DistillSide<T> z_, s_;
-  bool direct_ = true, wide_ = false, close_ = false;
-  double* wide_c_ = nullptr;  // the documents' weights, or nullptr
-  double *close_z_ = nullptr, *close_s_ = nullptr, *close_slope_ = nullptr;
-  struct Nothing {};
-  std::conditional_t<sizeof(T) == 4, Loss<double, DistillLogistic>, Nothing> in_double_;
+  bool direct_ = true, wide_ = false;
+  double* wide_c_ = nullptr;  // the documents' weights for fields, or nullptr
+  InDouble<T, DistillLogistic> in_double_;
   PairOutput<T> sums_;
   double *totals_ = nullptr, result_ = 0;
 };

@@ -73,7 +73,7 @@ class Loss<T, LabelLambdaRank> : public LabelTerm {
       plan(n, options.pairwise, list, *m.arena);
     }
     m.sync();
-    direct_ ? run_direct(m, list, slope) : sums_.run(m, list, ranks_, gain_, slope);
+    direct_ ? run_direct(m, list, slope) : sums_.run(m, n, ranks_, list.c, slope);
     m.sync();
     if (m.leads()) {
       result_ = direct_ ? pair_total(totals_, n) : sums_.result();
@@ -91,7 +91,7 @@ class Loss<T, LabelLambdaRank> : public LabelTerm {
   void plan(int n, PairSum how, const LabelList<T>& list, Arena& arena) {
     T low, high;
     find_range(list.z, n, low, high);
-    direct_ = !sums_.plan(list, gain_, low, high, how, arena);
+    direct_ = !sums_.plan(list.order, gain_, list.c, low, high, how, arena);
     if (!direct_) return;
     near_.plan(low, high, 0, n, arena);
     discount_ = arena.take<T>(n);

@@ -1,4 +1,5 @@
-// R as −Σ_i c_i π_i log softmax(z/τ)_i over the labelled documents, π_i the share of i in the query's gain.
+// R as −Σ_i c_i π_i log softmax(z/τ)_i over the labelled documents, π_i the share of i in the query's gain. One exponential a
+// document; what limits long lists is memory. The largest logit has its place beside the sums, see distill_kl.h.
 #pragma once
 
 #include "../gains.h"
@@ -33,20 +34,24 @@ class Loss<T, LabelSoftmax> : public LabelTerm {
     m.sync();
     student_.look(m, list.z, n);
     m.sync();
-    const T top = student_.top(n);
+    if (m.leads()) student_.find(list.z, n);
+    m.sync();
+    const int top = student_.position;
     sums_.add(m, n, [&](int k, int lanes, auto& sums) {
-      const Vec<T> z = (load(list.z + k) - top) * per_unit, e = vexp<T>(z);
+      const Vec<T> z = (load(list.z + k) - student_.value) * per_unit, e = vexp<T>(z);
       if (list.c) store(share_ + k, load(share_ + k) * load(list.c + k));
       const Vec<T> share = load(share_ + k);
       store(slope + k, e);
-      sums[0] += first_lanes<T>(lanes, e);
+      sums[0] += first_lanes<T>(lanes, without<T>(top - k, e));
       sums[1] += first_lanes<T>(lanes, share);
       sums[2] += first_lanes<T>(lanes, share * z);
     });
     m.sync();
-    const double all = sums_.total(n, 0), weight = sums_.total(n, 1);
+    const double rest = sums_.total(n, 0), all = 1 + rest, weight = sums_.total(n, 1);
     each_vector<T>(m, n, [&](int k) { store(slope + k, load(share_ + k) - load(slope + k) * T(weight / all)); });
-    return {weight * __builtin_log(all) - sums_.total(n, 2), 1, term.temperature};
+    m.sync();
+    if (m.leads()) slope[top] = T((double(share_[top]) * rest - (weight - double(share_[top]))) / all);
+    return {weight * __builtin_log1p(rest) - sums_.total(n, 2), 1, term.temperature};
   }
 
  private:
