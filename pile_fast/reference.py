@@ -251,7 +251,7 @@ class PairLoss(NamedTuple):
     loss: Tensor  # (Q,), 0 for a query that does not count
     counts: Tensor  # (Q,) bool: in the mean over queries; some term in use has something to say
     # (Q, N), of `loss.sum()`, written out; None unless asked for. The second derivatives are those by each logit alone, for
-    # boosted trees; where a loss is not convex, an upper bound of their size.
+    # boosted trees; where a loss is not convex, a number >= 0 of about their size.
     gradient: Tensor | None = None
     hessian: Tensor | None = None
 
@@ -426,9 +426,10 @@ def label_approx_ndcg(term: terms.ApproxNDCG, query: Query) -> PairLoss:
     both = query.used.unsqueeze(2) & query.used.unsqueeze(1)
     rank = 0.5 + torch.where(both, sigma, 0.0).sum(2)
     loss = 1 - (gain / torch.log2(1 + rank)).sum(1)
-    # By rank, then by logits: Σ_j (a_j − a_i) σ'. A bound of the second derivatives takes a_j + a_i.
+    # By rank, then by logits: Σ_j (a_j − a_i) σ'. What stands for the second derivatives takes a_j + a_i.
     a = gain * math.log(2) / ((1 + rank) * torch.log1p(rank).square())
     slope = torch.where(both, sigma * (1 - sigma), 0.0) / term.temperature
+    slope = slope - torch.diag_embed(slope.diagonal(dim1=1, dim2=2))
     gradient = (slope * (a.unsqueeze(1) - a.unsqueeze(2))).sum(2)
     hessian = (slope * (a.unsqueeze(1) + a.unsqueeze(2))).sum(2) / term.temperature
     return of_list(query, most != 0, loss, gradient, hessian)

@@ -169,6 +169,16 @@ class FieldSums {
       }
     }
   }
+  // The same of κ', for second derivatives and no offset: Σ over both sides of ω κ'(u_j − u), ω >= 0.
+  void solve_slope(int b, const Table& table, T of_low = 1, T of_high = 1) {
+    const T sign = weighted ? -of_high : of_high;
+    for (int w = 0; w < (weighted ? 2 : 1); ++w) {
+      const Row* low = low_ + int64_t(b) * row_ + w * grid.cells;
+      Row* both = high_ + int64_t(b) * row_ + w * grid.cells;
+      for (int c = 0; c < grid.cells; ++c) both[c] = of_low * low[c] + sign * both[c];
+      each_near_field(table, table.slope, both, block[b].filled, [&](int c, Row f) { put(b, w, c, f); });
+    }
+  }
   // Field of the only block on itself: Σ_j κ(u_j − u).
   void solve_self(const Table& table) {
     apply(table, block_moments_, filled_, [&](int c, Row f) { put(0, 0, c, f); });
@@ -180,14 +190,14 @@ class FieldSums {
       each_near_field(table, table.slope, block_moments_ + w * grid.cells, filled_, [&](int c, Row f) { put(0, w, c, f); });
   }
 
-  // Value of block b's field at u for the documents from k on: Σ ω κ.
-  PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k) const {
+  // Value of block b's field at u for the documents from k on: Σ ω κ; `sign`: of the gains of the documents that are met.
+  PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k, T sign = -1) const {
     Vec<T> x;
     const Ints<T> cell = grid.locate(u, x);
     const T* f = field_ + int64_t(b) * (weighted ? 2 : 1) * P * stride_;
     const Vec<T> counts = horner(f, cell, x);
     if (!weighted) return counts;
-    return load(depositor_.gain + k) * counts - horner(f + P * stride_, cell, x);
+    return load(depositor_.gain + k) * counts + sign * horner(f + P * stride_, cell, x);
   }
 
   // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone: i counts as it does here, j as it

@@ -417,6 +417,7 @@ class Run {
     const LossOptions& options = *job_.loss;
     const int64_t begin = batch_.begin(q);
     T* gradient = gradient_ ? gradient_ + begin : nullptr;
+    T* hessian = job_.hessian ? static_cast<T*>(job_.hessian) + begin : nullptr;
     const T* targets = !job_.ensemble ? nullptr : job_.out.logits ? static_cast<T*>(job_.out.logits) + begin : s.target;
     const bool same = job_.ensemble && found.scored == found.valid && found.counted == found.valid;
     if (!same) {
@@ -427,8 +428,11 @@ class Run {
     }
     for (int p = m.rank; gradient && found.counted < slots && p < pieces(slots); p += m.size)
       for (int i = p * kPiece; i < smaller(slots, (p + 1) * kPiece); ++i)
-        if (!s.counted[i]) gradient[i] = 0;
-    s.loss.run(m, batch_, options, q, s.order, targets, query_weight(q), s.counts, gradient, losses_ + q, counts_ + q);
+        if (!s.counted[i]) {
+          gradient[i] = 0;
+          if (hessian) hessian[i] = 0;
+        }
+    s.loss.run(m, batch_, options, q, s.order, targets, query_weight(q), s.counts, gradient, hessian, losses_ + q, counts_ + q);
   }
 
   // The batch's loss, and the gradient in the student's dtype. Queries are added in order, in double.
@@ -451,6 +455,7 @@ class Run {
     if (!gradient_) return;
     const int64_t all = documents(), used = covered();
     const int64_t from = all * m.rank / m.size, to = all * (m.rank + 1) / m.size;
+    for (int64_t d = larger(from, used); job_.hessian && d < to; ++d) static_cast<T*>(job_.hessian)[d] = 0;
     if (static_cast<void*>(gradient_) == job_.out.gradient) {
       if (scale != 1)
         for (int64_t d = from; d < smaller(to, used); ++d) gradient_[d] *= T(scale);
@@ -495,9 +500,12 @@ void run_as(const Job& job) {
 
 void run(const Job& job) { job.float64 ? run_as<double>(job) : run_as<float>(job); }
 
-bool has_term(const char* key) {
+bool has_term(const char* key, bool curvature) {
   bool has = false;
-  const auto look = [&](auto term) { has |= Loss<float, decltype(term)>::kHere && std::strcmp(term.kKey, key) == 0; };
+  const auto look = [&](auto term) {
+    using Own = Loss<float, decltype(term)>;
+    has |= (curvature ? Own::kCurvature : Own::kHere) && std::strcmp(term.kKey, key) == 0;
+  };
   Distillation::each(look);
   LabelLoss::each(look);
   return has;

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "curvature.h"
 #include "field_sums.h"
 
 namespace pile::PILE_ISA {
@@ -158,6 +159,41 @@ class LabelPairLoss {
     way_.direct ? run_direct(m, u, n, lambda) : run_fields(m, u, lambda);
     m.sync();
     return result_;
+  }
+
+  // After run() at the same logits and no offset: the second derivatives.
+  void curve(const Member& m, const T* u, T* curvature) {
+    const int n = order_->labelled;
+    const WeightOfPreferred<T> weight = {order_->below, weights_->gain, nullptr, c_};
+    if (way_.direct) return all_curvature<T>(m, u, way_.near, weight, n, way_.sums, curvature);
+    auto &fields = way_.fields, &counted = way_.counted;
+    m.sync();
+    each_vector<T>(m, way_.paired ? n : 0, [&](int k) { way_.sums.clear(k); });
+    if (m.leads()) {  // what lies above was overwritten
+      fields.collect();
+      if (c_) counted.collect();
+    }
+    m.sync();
+    for (int b = m.rank; b < fields.blocks; b += m.size) {
+      fields.solve_slope(b, *plus_, 1, c_ ? 0 : 1);
+      if (c_) counted.solve_slope(b, *plus_, 0, 1);
+      const auto& block = fields.block[b];
+      if (block.inner)
+        with_curvature(u, way_.near, weight,
+                       [&](auto pairs) { rectangle<T>(pairs, block.begin, block.end, block.begin, block.end, way_.sums); });
+    }
+    m.sync();
+    for (int c = m.rank; c < fields.chunks; c += m.size) {
+      const int b = fields.chunk[c].block, end = fields.chunk[c].end;
+      for (int k = fields.chunk[c].begin; k < end; k += kLanes<double>) {
+        Vec<double> field = fields.evaluate(b, load(double_u_ + k), k);
+        if (c_) field = load(wide_c_ + k) * field + counted.evaluate(b, load(double_u_ + k), k);
+        for (int l = k; l < smaller(k + kLanes<double>, end); ++l)
+          curvature[l] =
+              T(larger(field[l - k], 0.0)) + (fields.block[b].inner ? way_.sums.rows[l] + way_.sums.columns[l] : T(0));
+      }
+    }
+    m.sync();
   }
 
  private:

@@ -63,8 +63,9 @@ class RankedSums {
     return true;
   }
 
-  // λ to `lambda` by position; result() is the sum of the losses. All members.
-  void run(const Member& m, int n, const Ranks<T>& ranks, const T* c, T* lambda) {
+  // λ to `lambda` by position, and second derivatives to `curvature` unless that is nullptr; result() is the sum of the losses.
+  // All members.
+  void run(const Member& m, int n, const Ranks<T>& ranks, const T* c, T* lambda, T* curvature) {
     each_piece(m, n, [&](int, int begin, int end) {
       for (int k = begin; k < end; ++k) {
         u_[k] = double(ranks.logit(k)) - middle_;
@@ -89,7 +90,7 @@ class RankedSums {
     m.sync();
     for (int k = m.rank; k < chunks_; k += m.size) {
       m.poll();
-      loss_[k] = counted_ ? sweep<true>(k, ranks, c, lambda) : sweep<false>(k, ranks, c, lambda);
+      loss_[k] = counted_ ? sweep<true>(k, ranks, c, lambda, curvature) : sweep<false>(k, ranks, c, lambda, curvature);
     }
   }
   double result() const {
@@ -286,8 +287,15 @@ class RankedSums {
     return total;
   }
 
+  // (0, 1, 2 x, …, (P − 1) x^{P−2}).
+  static PILE_INLINE Row slopes_of_powers(Row p) {
+    Row slopes = {};
+    for (int k = 1; k < P; ++k) slopes[k] = k * p[k - 1];
+    return slopes;
+  }
+
   template <bool kCounted>
-  double sweep(int k, const Ranks<T>& ranks, const T* c, T* lambda) const {
+  double sweep(int k, const Ranks<T>& ranks, const T* c, T* lambda, T* curvature) const {
     using Mask = decltype(Row{} < Row{});
     Mask odd;
     for (int p = 0; p < P; ++p) odd[p] = p & 1 ? -1 : 0;
@@ -342,6 +350,7 @@ class RankedSums {
       }
       const Row kappa = odd ? even : uneven, psi = odd ? uneven : even;
       lambda[position] = T(half + dot(kappa + far, p));
+      if (curvature) curvature[position] = T(larger(-dot(kappa + far, slopes_of_powers(p)), 0.0));
       loss += dot(psi, p) / 2 - u_[t] * half;
       step<kCounted>(state + a * sets_, p, d, weight, -2.0);
       if (!kCounted) add(sums, gain_[a], d, -2.0);

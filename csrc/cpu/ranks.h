@@ -128,10 +128,10 @@ class Ranks {
     m.sync();
   }
 
-  // Adds what pairs within ties count, whose logits do not differ: λ to `lambda` by position. Returns the sum of their losses.
-  // `gain` by position; c may be nullptr. One member.
+  // Adds what pairs within ties count, whose logits do not differ: λ to `lambda` by position, and to `curvature` unless that is
+  // nullptr. Returns the sum of their losses. `gain` by position; c may be nullptr. One member.
   template <class Gain>
-  double add_ties(const Order& order, const Gain* gain, const T* c, T* lambda) const {
+  double add_ties(const Order& order, const Gain* gain, const T* c, T* lambda, T* curvature) const {
     double loss = 0;
     for (int t = 0; t < ties_; ++t) {
       const Tie& tie = tie_[t];
@@ -158,6 +158,7 @@ class Ranks {
         for (int k = begin; k < end; ++k) {
           const double weight = c ? double(c[position[k]]) : 1.0;
           lambda[position[k]] += T(tie.apart / 2 * (weight * lower - upper));
+          if (curvature) curvature[position[k]] += T(tie.apart / 4 * (weight * lower + upper));
           loss += tie.apart * weight * lower;
           higher += weight;
           higher_gain += weight * own;

@@ -15,6 +15,8 @@ namespace pile::PILE_ISA {
 template <class T>
 class Loss<T, DistillKl> : public DistillTerm {
  public:
+  static constexpr bool kCurvature = true;
+
   // Slope: q − p.
   Found run(const Member& m, const DistillKl& term, const LossOptions& options, const DistillList<T>& list, T* slope) {
     const int n = list.n;
@@ -55,9 +57,14 @@ class Loss<T, DistillKl> : public DistillTerm {
     const double rest_z = sums_.total(n, 0), rest_s = sums_.total(n, 1), apart = sums_.total(n, 2);
     const double top_z = double(slope[top]), top_s = double(e_[target_.position]), of_z = rest_z + top_z, of_s = rest_s + top_s;
     m.sync();
-    each_vector<T>(m, n, [&](int k) { store(slope + k, load(slope + k) * T(1 / of_z) - load(e_ + k) * T(1 / of_s)); });
+    each_vector<T>(m, n, [&](int k) {
+      const Vec<T> q = load(slope + k) * T(1 / of_z);
+      store(slope + k, q - load(e_ + k) * T(1 / of_s));
+      if (list.curvature) store(list.curvature + k, q * (T(1) - q) * (per_unit * per_unit));
+    });
     m.sync();
     if (m.leads() && top == target_.position) slope[top] = T(rest_s / of_s - rest_z / of_z);
+    if (m.leads() && list.curvature) list.curvature[top] = T(top_z / of_z * (rest_z / of_z)) * (per_unit * per_unit);
     const double loss = apart / of_s - __builtin_log(of_s) + __builtin_log(of_z);
     return {term.temperature * term.temperature * loss, 1, 1 / term.temperature};
   }

@@ -3,6 +3,7 @@
 // Divided by the temperature is only what has been subtracted: large logits lose their differences when they are divided first.
 #pragma once
 
+#include "../curvature.h"
 #include "../field_sums.h"
 #include "../term.h"
 
@@ -112,6 +113,8 @@ struct DistillSide {
 template <class T>
 class Loss<T, DistillLogistic> : public DistillTerm {
  public:
+  static constexpr bool kCurvature = true;
+
   // Slope: Σ_j c_i c_j (σ((z_i − z_j)/τ) − σ((s_i − s_j)/τ)).
   Found run(const Member& m, const DistillLogistic& term, const LossOptions& options, const DistillList<T>& list, T* slope) {
     const double per_unit = 1 / term.temperature;
@@ -166,6 +169,7 @@ class Loss<T, DistillLogistic> : public DistillTerm {
     list.c ? run_pairs<true>(m, list, per_unit) : run_pairs<false>(m, list, per_unit);
     if (m.leads()) result_ = pair_total(totals_, n);
     each_vector<T>(m, n, [&](int k) { store(slope + k, sums_.value(k)); });
+    if (list.curvature) curve(m, list, per_unit);
   }
 
   template <bool kWeighted>
@@ -178,6 +182,17 @@ class Loss<T, DistillLogistic> : public DistillTerm {
       all_pairs<T>(m,
                    DistillPairs<T, false, kWeighted>{z.unit, z.near.up, z.near.down, s.unit, s.near.up, s.near.down, list.c, 1},
                    list.n, sums_, totals_);
+  }
+
+  void curve(const Member& m, const DistillList<T>& list, T per_unit) {
+    const int n = list.n;
+    if (m.leads() && wide_) {  // then the logits are not in units yet
+      z_.unit = m.arena->take<T>(n);
+      z_.near.wide = true;
+    }
+    m.sync();
+    each_vector<T>(m, wide_ ? n : 0, [&](int k) { z_.set(k, list.z, per_unit); });
+    all_curvature<T>(m, z_.unit, z_.near, WeightOfBoth<T>{list.c}, n, sums_, list.curvature);
   }
 
   void run_fields(const Member& m, const DistillList<T>& list, double per_unit, T* slope) {
@@ -209,6 +224,17 @@ class Loss<T, DistillLogistic> : public DistillTerm {
       totals_[p] = cross;
     }
     m.sync();
+    if (list.curvature) {
+      if (m.leads()) z_.fields.solve_slope_of_self(table);
+      m.sync();
+      each_piece(m, list.n, [&](int, int begin, int end) {
+        for (int k = begin; k < end; k += kLanes<double>) {
+          const Vec<double> c = list.c ? load(wide_c_ + k) : splat<double>(1);
+          const Vec<double> others = z_.fields.evaluate(0, load(z_.u + k), k) - c / 4.0;  // but itself
+          store_narrow(list.curvature + k, c * vmax(others, Vec<double>{}));
+        }
+      });
+    }
     if (!m.leads()) return;
     result_ = z_.fields.psi_of_self(table, list.n);
     for (int p = 0; p < pieces(list.n); ++p) result_ += totals_[p];

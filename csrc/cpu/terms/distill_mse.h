@@ -8,6 +8,8 @@ namespace pile::PILE_ISA {
 template <class T>
 class Loss<T, DistillMse> : public DistillTerm {
  public:
+  static constexpr bool kCurvature = true;
+
   Found run(const Member& m, const DistillMse&, const LossOptions&, const DistillList<T>& list, T* slope) {
     const int n = list.n;
     const T *z = list.z, *s = list.s;
@@ -31,6 +33,7 @@ class Loss<T, DistillMse> : public DistillTerm {
         const Vec<double> d = first_lanes<double>(n - k, as_double(z + k) - as_double(s + k) - mean), c = weight(k);
         squares += c * d * d;
         store_narrow(slope + k, 2.0 * all * c * d);
+        if (list.curvature) store_narrow(list.curvature + k, 2.0 * c * (all - c));
       }
       sums_[3 * p + 2] = sum<double>(squares);
     });

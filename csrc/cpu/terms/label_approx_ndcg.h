@@ -5,39 +5,12 @@
 // side of a pair, fields take tables of degree 16 (2e-13 per pair) whatever the logits' precision.
 #pragma once
 
+#include "../curvature.h"
 #include "../field_sums.h"
 #include "../ranks.h"
 #include "../term.h"
 
 namespace pile::PILE_ISA {
-
-// e^{−|x|} of a pair's difference x, in logits u.
-template <class T, bool kWide>
-struct SigmoidPairs {
-  static constexpr int kRows = 2;
-  const T* u;
-  Exponentials<T> near;
-  double total = 0;
-
-  struct Row {
-    Vec<T> u, up, down, a;
-  };
-  PILE_INLINE int first(int i) const { return i + 1; }
-  PILE_INLINE Row row(int i) const {
-    Row r = {};
-    r.u = splat<T>(u[i]);
-    if (!kWide) {
-      r.up = splat<T>(near.up[i]);
-      r.down = splat<T>(near.down[i]);
-    }
-    return r;
-  }
-  PILE_INLINE Vec<T> small(const Row& r, int j, Vec<T>& x) const {
-    x = r.u - load(u + j);
-    return kWide ? vexp<T>(-vabs<T>(x)) : vmin(r.up * load(near.down + j), r.down * load(near.up + j));
-  }
-  PILE_INLINE void flush() {}
-};
 
 // σ(u_j − u_i) to i, σ(u_i − u_j) to j.
 template <class T, bool kWide>
@@ -59,13 +32,11 @@ struct RankPairs : SigmoidPairs<T, kWide> {
 // (a_i − a_j) σ'(u_i − u_j).
 template <class T, bool kWide>
 struct SlopePairs : SigmoidPairs<T, kWide> {
-  using typename SigmoidPairs<T, kWide>::Row;
   const T* a;
-  PILE_INLINE Row row(int i) const {
-    Row r = SigmoidPairs<T, kWide>::row(i);
-    r.a = splat<T>(a[i]);
-    return r;
-  }
+  struct Row : SigmoidPairs<T, kWide>::Row {
+    Vec<T> a;
+  };
+  PILE_INLINE Row row(int i) const { return {SigmoidPairs<T, kWide>::row(i), splat<T>(a[i])}; }
   template <bool kMasked>
   PILE_INLINE Vec<T> pair(const Row& r, int j, Ints<T> mask) const {
     Vec<T> x;
@@ -81,6 +52,8 @@ constexpr PairCosts kApproxCosts = sizeof(T) == 4 ? PairCosts{0.3, 10, 60} : Pai
 template <class T>
 class Loss<T, LabelApproxNdcg> : public LabelTerm {
  public:
+  static constexpr bool kCurvature = true;
+
   static bool applies(const LabelApproxNdcg& term, const LabelList<T>& list) {
     return Gains::of(list.order, term.gain()).some();
   }
@@ -108,7 +81,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
       totals_[p] = sum<double>(sums);
     });
     m.sync();
-    direct_ ? direct_slopes(m, n, slope) : field_slopes(m, n, slope);
+    direct_ ? direct_slopes(m, n, slope, list.curvature) : field_slopes(m, n, slope, list.curvature);
     m.sync();
     double loss = 1;
     for (int p = 0; p < pieces(n); ++p) loss -= totals_[p];
@@ -131,6 +104,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     if (list.c) sort_.take(n, members, arena);
     if (direct_) {
       unit_ = arena.take<T>(n);
+      a_ = arena.take<T>(n);
       near_.plan(T(from), T(to), 0, n, arena);
       sums_ = PairOutput<T>::take(n, arena);
       return;
@@ -186,15 +160,16 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
       for (int k = begin; k < end; ++k) rank_[k] = 1 + double(sums_.rows[k]) + double(sums_.columns[k]);
     });
   }
-  void direct_slopes(const Member& m, int n, T* slope) {
+  void direct_slopes(const Member& m, int n, T* slope, T* curvature) {
     each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) slope[k] = T(slope_[k]);
+      for (int k = begin; k < end; ++k) a_[k] = T(slope_[k]);
     });
     each_vector<T>(m, n, [&](int k) { sums_.clear(k); });
     m.sync();
-    near_.wide ? all_pairs<T>(m, SlopePairs<T, true>{{unit_, near_}, slope}, n, sums_, nullptr)
-               : all_pairs<T>(m, SlopePairs<T, false>{{unit_, near_}, slope}, n, sums_, nullptr);
+    near_.wide ? all_pairs<T>(m, SlopePairs<T, true>{{unit_, near_}, a_}, n, sums_, nullptr)
+               : all_pairs<T>(m, SlopePairs<T, false>{{unit_, near_}, a_}, n, sums_, nullptr);
     each_vector<T>(m, n, [&](int k) { store(slope + k, sums_.value(k)); });
+    if (curvature) all_curvature<T>(m, unit_, near_, SumOfBoth<T>{a_}, n, sums_, curvature);
   }
 
   void field_ranks(const Member& m, int n) {
@@ -210,7 +185,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     m.sync();
     each_vector<double>(m, n, [&](int k) { store(rank_ + k, (n + 1) / 2.0 + ranks_.evaluate(0, load(u_ + k), k)); });
   }
-  void field_slopes(const Member& m, int n, T* slope) {
+  void field_slopes(const Member& m, int n, T* slope, T* curvature) {
     for (int c = m.rank; c < slopes_.chunks; c += m.size) {
       m.poll();
       slopes_.deposit(c, u_);
@@ -221,7 +196,12 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
       slopes_.solve_slope_of_self(*table_);
     }
     m.sync();
-    each_vector<double>(m, n, [&](int k) { store_narrow(slope + k, slopes_.evaluate(0, load(u_ + k), k)); });
+    each_vector<double>(m, n, [&](int k) {
+      store_narrow(slope + k, slopes_.evaluate(0, load(u_ + k), k));
+      // But the pair of a document and itself.
+      if (curvature)
+        store_narrow(curvature + k, vmax(slopes_.evaluate(0, load(u_ + k), k, 1) - load(slope_ + k) / 2.0, Vec<double>{}));
+    });
   }
 
   RadixSort<uint64_t> sort_;
@@ -231,7 +211,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
   PairOutput<T> sums_;
   double middle_ = 0, ideal_ = 0;
   double *gain_ = nullptr, *discount_ = nullptr, *u_ = nullptr, *rank_ = nullptr, *slope_ = nullptr, *totals_ = nullptr;
-  T* unit_ = nullptr;  // u in the logits' precision
+  T *unit_ = nullptr, *a_ = nullptr;  // u and a in the logits' precision
   bool direct_ = true;
 };
 

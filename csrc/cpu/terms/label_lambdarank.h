@@ -2,6 +2,7 @@
 // here, or in linear time by ranked_sums.h.
 #pragma once
 
+#include "../curvature.h"
 #include "../ranked_sums.h"
 #include "../term.h"
 
@@ -56,6 +57,8 @@ struct RankedPairs {
 template <class T>
 class Loss<T, LabelLambdaRank> : public LabelTerm {
  public:
+  static constexpr bool kCurvature = true;
+
   static bool applies(const LabelLambdaRank& term, const LabelList<T>& list) { return gains_of(term, list).differ(); }
 
   // Slope: λ.
@@ -73,11 +76,11 @@ class Loss<T, LabelLambdaRank> : public LabelTerm {
       plan(n, options.pairwise, list, *m.arena);
     }
     m.sync();
-    direct_ ? run_direct(m, list, slope) : sums_.run(m, n, ranks_, list.c, slope);
+    direct_ ? run_direct(m, list, slope) : sums_.run(m, n, ranks_, list.c, slope, list.curvature);
     m.sync();
     if (m.leads()) {
       result_ = direct_ ? pair_total(totals_, n) : sums_.result();
-      if (ranks_.has_ties()) result_ += ranks_.add_ties(order, gain_, list.c, slope);
+      if (ranks_.has_ties()) result_ += ranks_.add_ties(order, gain_, list.c, slope, list.curvature);
     }
     m.sync();
     return {result_, 1};
@@ -111,6 +114,8 @@ class Loss<T, LabelLambdaRank> : public LabelTerm {
     m.sync();
     list.c ? run_pairs<true>(m, list) : run_pairs<false>(m, list);
     each_vector<T>(m, n, [&](int k) { store(slope + k, pairs_.value(k)); });
+    const WeightOfPreferred<T> weight = {list.order.below, gain_, discount_, list.c};
+    if (list.curvature) all_curvature<T>(m, list.z, near_, weight, n, pairs_, list.curvature);
   }
   template <bool kCounted>
   void run_pairs(const Member& m, const LabelList<T>& list) {

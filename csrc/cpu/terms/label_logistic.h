@@ -9,6 +9,8 @@ namespace pile::PILE_ISA {
 template <class T>
 class Loss<T, LabelLogistic> : public LabelTerm {
  public:
+  static constexpr bool kCurvature = true;
+
   // Slope: λ.
   Found run(const Member& m, const LabelLogistic&, const LossOptions& options, const LabelList<T>& list, T* slope) {
     if (m.leads()) {
@@ -17,6 +19,7 @@ class Loss<T, LabelLogistic> : public LabelTerm {
     }
     m.sync();
     const double sum = pairs_.run(m, list.z, slope);
+    if (list.curvature) pairs_.curve(m, list.z, list.curvature);
     return {sum, weights_.total};
   }
 

@@ -11,6 +11,8 @@ namespace pile::PILE_ISA {
 template <class T>
 class Loss<T, LabelSoftmax> : public LabelTerm {
  public:
+  static constexpr bool kCurvature = true;
+
   static bool applies(const LabelSoftmax& term, const LabelList<T>& list) { return Gains::of(list.order, term.gain()).some(); }
 
   // Slope: c_i π_i − (Σ_j c_j π_j) q_i.
@@ -48,9 +50,16 @@ class Loss<T, LabelSoftmax> : public LabelTerm {
     });
     m.sync();
     const double rest = sums_.total(n, 0), all = 1 + rest, weight = sums_.total(n, 1);
-    each_vector<T>(m, n, [&](int k) { store(slope + k, load(share_ + k) - load(slope + k) * T(weight / all)); });
+    each_vector<T>(m, n, [&](int k) {
+      const Vec<T> q = load(slope + k) * T(1 / all);
+      store(slope + k, load(share_ + k) - q * T(weight));
+      if (list.curvature) store(list.curvature + k, T(weight) * q * (T(1) - q));
+    });
     m.sync();
-    if (m.leads()) slope[top] = T((double(share_[top]) * rest - (weight - double(share_[top]))) / all);
+    if (m.leads()) {
+      slope[top] = T((double(share_[top]) * rest - (weight - double(share_[top]))) / all);
+      if (list.curvature) list.curvature[top] = T(weight * rest / (all * all));
+    }
     return {weight * __builtin_log1p(rest) - sums_.total(n, 2), 1, term.temperature};
   }
 
