@@ -6,12 +6,13 @@
 
 namespace pile::PILE_ISA {
 
-// e^{−|x|} of a pair's difference x, in logits u.
+// e^{−|x|} of a pair's difference x, in logits u; where they are wide, u is in any unit, and only differences are brought to 1.
 template <class T, bool kWide>
 struct SigmoidPairs {
   static constexpr int kRows = 2;
   const T* u;
   Exponentials<T> near;
+  T per_unit = 1;
   double total = 0;
 
   struct Row {
@@ -29,6 +30,7 @@ struct SigmoidPairs {
   }
   PILE_INLINE Vec<T> small(const Row& r, int j, Vec<T>& x) const {
     x = r.u - load(u + j);
+    if (kWide) x *= per_unit;
     return kWide ? vexp<T>(-vabs<T>(x)) : vmin(r.up * load(near.down + j), r.down * load(near.up + j));
   }
   PILE_INLINE void flush() {}
@@ -78,9 +80,9 @@ struct CurvaturePairs : SigmoidPairs<T, kWide> {
 
 // run(the pairs of that weight).
 template <class T, class Weight, class Run>
-void with_curvature(const T* u, const Exponentials<T>& near, Weight weight, Run run) {
+void with_curvature(const T* u, const Exponentials<T>& near, Weight weight, Run run, T per_unit = 1) {
   if (near.wide)
-    run(CurvaturePairs<T, true, Weight>{{u, near}, weight});
+    run(CurvaturePairs<T, true, Weight>{{u, near, per_unit}, weight});
   else
     run(CurvaturePairs<T, false, Weight>{{u, near}, weight});
 }
@@ -88,11 +90,11 @@ void with_curvature(const T* u, const Exponentials<T>& near, Weight weight, Run 
 // The sums over all pairs of [0, n) to `curvature`, by the whole team. `out` is scratch.
 template <class T, class Weight>
 void all_curvature(const Member& m, const T* u, const Exponentials<T>& near, Weight weight, int n, PairOutput<T> out,
-                   T* curvature) {
+                   T* curvature, T per_unit = 1) {
   m.sync();
   each_vector<T>(m, n, [&](int k) { out.clear(k); });
   m.sync();
-  with_curvature(u, near, weight, [&](auto pairs) { all_pairs<T>(m, pairs, n, out, nullptr); });
+  with_curvature(u, near, weight, [&](auto pairs) { all_pairs<T>(m, pairs, n, out, nullptr); }, per_unit);
   each_vector<T>(m, n, [&](int k) { store(curvature + k, out.sum(k)); });
 }
 

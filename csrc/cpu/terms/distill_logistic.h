@@ -186,13 +186,9 @@ class Loss<T, DistillLogistic> : public DistillTerm {
 
   void curve(const Member& m, const DistillList<T>& list, T per_unit) {
     const int n = list.n;
-    if (m.leads() && wide_) {  // then the logits are not in units yet
-      z_.unit = m.arena->take<T>(n);
-      z_.near.wide = true;
-    }
+    if (m.leads()) z_.near.wide = wide_;  // then the logits are not in units
     m.sync();
-    each_vector<T>(m, wide_ ? n : 0, [&](int k) { z_.set(k, list.z, per_unit); });
-    all_curvature<T>(m, z_.unit, z_.near, WeightOfBoth<T>{list.c}, n, sums_, list.curvature);
+    all_curvature<T>(m, wide_ ? list.z : z_.unit, z_.near, WeightOfBoth<T>{list.c}, n, sums_, list.curvature, per_unit);
   }
 
   void run_fields(const Member& m, const DistillList<T>& list, double per_unit, T* slope) {

@@ -69,7 +69,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
       for (int k = begin; k < end; ++k) u_[k] = (double(list.z[k]) - middle_) * per_unit;
     });
     m.sync();
-    direct_ ? direct_ranks(m, n) : field_ranks(m, n);
+    direct_ ? direct_ranks(m, list.z, n) : field_ranks(m, n);
     m.sync();
     each_piece(m, n, [&](int p, int begin, int end) {
       Vec<double> sums = {};
@@ -103,6 +103,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     totals_ = arena.take<double>(pieces(n));
     if (list.c) sort_.take(n, members, arena);
     if (direct_) {
+      per_unit_ = T(per_unit);
       unit_ = arena.take<T>(n);
       a_ = arena.take<T>(n);
       near_.plan(T(from), T(to), 0, n, arena);
@@ -145,17 +146,17 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     each_vector<double>(m, n, [&](int k) { store(gain_ + k, load(gain_ + k) / ideal_); });
   }
 
-  void direct_ranks(const Member& m, int n) {
+  void direct_ranks(const Member& m, const T* z, int n) {
     each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) unit_[k] = T(u_[k]);
+      for (int k = begin; k < end; ++k) unit_[k] = near_.wide ? z[k] : T(u_[k]);
     });
     each_vector<T>(m, n, [&](int k) {
       sums_.clear(k);
       near_.set(k, load(unit_ + k));
     });
     m.sync();
-    near_.wide ? all_pairs<T>(m, RankPairs<T, true>{{unit_, near_}}, n, sums_, nullptr)
-               : all_pairs<T>(m, RankPairs<T, false>{{unit_, near_}}, n, sums_, nullptr);
+    near_.wide ? all_pairs<T>(m, RankPairs<T, true>{{unit_, near_, per_unit_}}, n, sums_, nullptr)
+               : all_pairs<T>(m, RankPairs<T, false>{{unit_, near_, per_unit_}}, n, sums_, nullptr);
     each_piece(m, n, [&](int, int begin, int end) {
       for (int k = begin; k < end; ++k) rank_[k] = 1 + double(sums_.rows[k]) + double(sums_.columns[k]);
     });
@@ -166,10 +167,10 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     });
     each_vector<T>(m, n, [&](int k) { sums_.clear(k); });
     m.sync();
-    near_.wide ? all_pairs<T>(m, SlopePairs<T, true>{{unit_, near_}, a_}, n, sums_, nullptr)
-               : all_pairs<T>(m, SlopePairs<T, false>{{unit_, near_}, a_}, n, sums_, nullptr);
+    near_.wide ? all_pairs<T>(m, SlopePairs<T, true>{{unit_, near_, per_unit_}, a_}, n, sums_, nullptr)
+               : all_pairs<T>(m, SlopePairs<T, false>{{unit_, near_, per_unit_}, a_}, n, sums_, nullptr);
     each_vector<T>(m, n, [&](int k) { store(slope + k, sums_.value(k)); });
-    if (curvature) all_curvature<T>(m, unit_, near_, SumOfBoth<T>{a_}, n, sums_, curvature);
+    if (curvature) all_curvature<T>(m, unit_, near_, SumOfBoth<T>{a_}, n, sums_, curvature, per_unit_);
   }
 
   void field_ranks(const Member& m, int n) {
@@ -211,7 +212,8 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
   PairOutput<T> sums_;
   double middle_ = 0, ideal_ = 0;
   double *gain_ = nullptr, *discount_ = nullptr, *u_ = nullptr, *rank_ = nullptr, *slope_ = nullptr, *totals_ = nullptr;
-  T *unit_ = nullptr, *a_ = nullptr;  // u and a in the logits' precision
+  T *unit_ = nullptr, *a_ = nullptr;  // u, or the logits as they are where they are wide, and a, in the logits' precision
+  T per_unit_ = 1;
   bool direct_ = true;
 };
 
