@@ -1,4 +1,4 @@
-"""RankNet: Σ ω softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j (kernels/pairs.py, kernels/fields.py)."""
+"""RankNet: Σ ω c_i softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j (kernels/pairs.py, kernels/fields.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import has_others, near_rows, sum_partials
 from pile_fast.kernels.fields import label_field
-from pile_fast.kernels.layout import GAINS, LABEL_GRID, NUMBER, RANK, Z, field
+from pile_fast.kernels.layout import GAINS, LABEL_GRID, NUMBER, RANK, C, Z, field
+from pile_fast.kernels.loss import load_c
 from pile_fast.kernels.pairs import columns_of, label_losses, load_order, pair_counts
 from torch import Tensor
 
@@ -54,7 +55,11 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
     slope = loss
     below = loss
     if near.mixed:
-        loss, slope = label_losses(columns, field(k, Z) + near.begin, z, rank, gain, 0.0, how)
+        counts = None
+        if how.HAS_C:
+            counts = field(k, C) + near.begin
+        c = load_c(k, rows, how)
+        loss, slope = label_losses(columns, field(k, Z) + near.begin, z, rank, gain, 0.0, counts, c, how)
         _, below = pair_counts(columns, rank, gain, how)
     weight = below.to(tl.float64)
     if not how.ALONE:
