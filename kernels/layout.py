@@ -48,8 +48,8 @@ DISTILL, LABEL = _count(2)
 MEAN, CORRECTION, ROOT_SCALE, ENERGY, TEACHER_WEIGHT = _count(5)
 TEACHER_ROWS = tl.constexpr(5)
 # Then single floats: `scalar`. COMMON came off all teachers alike and goes back onto the logits; grids are an origin and a
-# number of cells (kernels/fields.py). TOP is the highest logit of a labelled document, LABEL_LOW and LABEL_HIGH are the extremes
-# of the labels (`store_double`), where labels are gains.
+# number of cells (kernels/fields.py). Where labels are gains, TOP is the highest logit of a labelled document, LABEL_LOW and
+# LABEL_HIGH are the labels' extremes (`store_double`).
 (
     MIDDLE, WIDE, PAIRS, COMMON, U_GRID, _,
     POISON, LOSS_WIDE, Z_MIDDLE, S_MIDDLE, TARGETS, Z_PIVOT, S_PIVOT, SUM, _, _, _, _, _, FACTOR, _,
@@ -166,8 +166,8 @@ class LossNumbers(NamedTuple):
 
 class How(NamedTuple):
     """What kernels are compiled for: rows and columns of a tile of pairs, room for so many teachers, whether one program takes
-    a list alone, whether all pair sums are direct, pairs are weighted, and reciprocals are one instruction; for the loss, whether
-    documents have weights, and whether labels are gains."""
+    a list alone, whether all pair sums are direct, pairs are weighted, and reciprocals are one instruction; for the loss,
+    whether documents have weights, and whether labels are gains."""
 
     BR: int
     BC: int

@@ -161,8 +161,10 @@ def prepare(k, ranges, inv_tau, linear, D: tl.constexpr, how: tl.constexpr):
 
 @triton.jit
 def gains_of_labels(label, low, high, kind):
-    """Gains of labels between `low` and `high`, all in float64. Kind 0: (2^y − 1) / 2^high, 1: y / high, 2: 1 for those above 0.
-    A negative label cannot be meant; its query is broken, and counts."""
+    """Gains of labels between `low` and `high`, all float64. Kind 0: (2^y − 1) / 2^high, 1: y / high, 2: 1 for those above 0.
+
+    A negative label cannot be meant; its query is broken, and counts.
+    """
     power = tl.exp2(label - high) - tl.exp2(-high)
     gain = tl.where(kind == 1.0, label / tl.where(high > 0.0, high, 1.0), tl.where(label > 0.0, 1.0, 0.0))
     return tl.where(low < 0.0, 1.0, tl.where(kind == 0.0, power, gain))
@@ -180,8 +182,8 @@ def load_c(k, rows, how: tl.constexpr):
 
 @triton.jit
 def scale(k, sums, inputs, numbers, D: tl.constexpr, R: tl.constexpr, how: tl.constexpr):
-    """z / τ and s / τ of a chunk, from the query's lowest or highest: divided is only what has been subtracted. Gains of labels.
-    To `sums`, three for each kind, what the terms sum over a list."""
+    """z / τ and s / τ of a chunk, from the query's lowest or highest: divided is only what has been subtracted. Gains of
+    labels. To `sums`, three for each kind, what the terms sum over a list."""
     BR: tl.constexpr = how.BR
     d_first = tl.zeros((BR,), tl.float64)
     d_second = d_first

@@ -174,8 +174,8 @@ def pair_counts(columns, rank_row, gain_row, how: tl.constexpr):
 
 @triton.jit
 def label_losses(columns, u, u_row, rank_row, gain_row, offset, counts, c_row, how: tl.constexpr):
-    """Σ_below ω softplus(offset − (u_i − u_j)), and Σ_below ω p − Σ_above ω p, the direction that lowers it. `counts`: pointer to
-    what the columns count, a pair counting what its higher document does, `c_row` of the rows; None = 1.
+    """Σ_below ω softplus(offset − (u_i − u_j)), and Σ_below ω p − Σ_above ω p, the direction that lowers it. A pair counts what
+    its higher document does: `counts` points to what the columns count, `c_row` has the rows'; None = 1.
 
     Relative accuracy of every pair, however well ordered: with t = e^{−|x|}, p is t / (1 + t) or 1 / (1 + t).
     """

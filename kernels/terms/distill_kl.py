@@ -1,13 +1,13 @@
 """Divergence of the student's distribution over the list from the target's, in linear time.
 
-With z and s from their highest, in units of τ, A = Σ c_i e^{s_i} and B = Σ c_i e^{z_i}, a document holds p_i = c_i e^{s_i} / A of
-the target's distribution and q_i = c_i e^{z_i} / B of the student's, and with v_i = log(q_i / p_i) = z_i − s_i + log(A / B)
+With z and s from their highest, in units of τ, A = Σ c_i e^{s_i} and B = Σ c_i e^{z_i}, a document holds p_i = c_i e^{s_i} / A
+of the target's distribution and q_i = c_i e^{z_i} / B of the student's, and with v_i = log(q_i / p_i) = z_i − s_i + log(A / B)
 
     KL      = Σ p_i (−v_i) = Σ p_i (e^{v_i} − 1 − v_i),    as Σ (q_i − p_i) = 0
     slope_i = q_i − p_i    = p_i (e^{v_i} − 1)
 
-No term is negative and none cancels: where student and target nearly agree, as they do at high temperatures, both are taken from
-series in v, and A / B from Σ c_i (e^{s_i} − e^{z_i}).
+No term is negative and none cancels: where student and target nearly agree, as they do at high temperatures, both are taken
+from series in v, and A / B from Σ c_i (e^{s_i} − e^{z_i}).
 
 A program owns the rows of its chunk. Per document two passes of about 40 instructions and four exponentials, 8 bytes read in
 each; three sums per list. Bound by the launch, and in long lists by bytes.

@@ -8,8 +8,8 @@ With c_i g_i for g_i where documents have weights, `ideal` the ideal list's Σ g
 The first pass sums ranks, the second slopes; it also counts each document's rank in the ideal list, ties by position.
 
 A program owns the rows of its chunk and meets all documents of its query, tile by tile as in kernels/pairs.py: O(n²) pairs,
-nothing of that size in memory. Per pair an exponential and a reciprocal in both passes, about 8 and 14 instructions. Per document
-20 bytes written and read. Bound by the pairs from about 32 documents on.
+nothing of that size in memory. Per pair an exponential and a reciprocal in both passes, about 8 and 14 instructions. Per
+document 20 bytes written and read. Bound by the pairs from about 32 documents on.
 """
 
 import triton

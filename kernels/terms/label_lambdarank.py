@@ -1,5 +1,5 @@
-"""LambdaRank: Σ (g_i − g_j) |d_i − d_j| c_i softplus(−(z_i − z_j)) over the pairs of labelled documents, g_i > g_j, to be divided
-by the ideal list's Σ g · discount.
+"""LambdaRank: Σ (g_i − g_j) |d_i − d_j| c_i softplus(−(z_i − z_j)) over the pairs of labelled documents, g_i > g_j, divided by
+the ideal list's Σ g · discount.
 
 The first pass finds each document's rank by counting: a documents above it, m with its own logit, itself included. Over all
 orders of those m, which share the ranks a + 1 to a + m, with D their discounts in turn, D_0 to D_{m−1},
@@ -7,7 +7,7 @@ orders of those m, which share the ranks a + 1 to a + m, with D their discounts 
     d_i            = Σ D_p / m
     |d_i − d_j|    = Σ D_p (m − 1 − 2 p) / (m (m − 1) / 2)    inside such a block, the mean over its pairs of ranks
 
-exact sums over ranks, from the lowest a to the highest a + m of the rows at hand, and only where some m > 1. The second pass sums
+sums over all ranks from the lowest a to the highest a + m of the rows at hand, and only where some m > 1. The second pass sums
 over pairs, and counts each document's rank in the ideal list, ties by position.
 
 A program owns the rows of its chunk and meets all documents of its query, tile by tile as in kernels/pairs.py: O(n²) pairs,

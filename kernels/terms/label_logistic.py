@@ -1,4 +1,5 @@
-"""RankNet: Σ ω c_i softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j (kernels/pairs.py, kernels/fields.py)."""
+"""RankNet: Σ ω c_i softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j: see kernels/pairs.py and, for sums
+in linear time, kernels/fields.py."""
 
 from __future__ import annotations
 
