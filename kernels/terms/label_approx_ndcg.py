@@ -43,12 +43,13 @@ def survey(k, lists, rows, numbers, how: tl.constexpr):
     TAIL: tl.constexpr = not how.ALONE
     n = k.padded if how.ALONE else k.n
     z, g, used = load_row(k, rows, how)
+    scale = 1.0 / numbers[0]
     rank = tl.full((how.BR,), 0.5, tl.float32)
     for begin in range(0, n, how.BC):
         j = begin + tl.arange(0, how.BC)
         z_j = column(j, n, field(k, Z), 0.0, TAIL)
         g_j = column(j, n, field(k, GAIN), float("nan"), TAIL)
-        sigma = reciprocal(1.0 + tl.exp(tl.minimum((z[None, :] - z_j) / numbers[0], 80.0)), how.APPROX)
+        sigma = reciprocal(1.0 + tl.exp(tl.minimum((z[None, :] - z_j) * scale, 80.0)), how.APPROX)
         rank += tl.sum(tl.where(g_j == g_j, sigma, 0.0), 0)
     log = tl.log(1.0 + rank)
     a = g * 0.6931471805599453 / ((1.0 + rank) * log * log)
@@ -70,6 +71,7 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
     z, g, used = load_row(k, rows, how)
     a = tl.load(field(k, OF_RANKS) + rows, mask=used, other=0.0)
     dcg = tl.load(field(k, OF_DCG) + rows, mask=used, other=0.0)
+    scale = 1.0 / numbers[0]
     slope = tl.zeros((how.BR,), tl.float32)
     better = slope
     for begin in range(0, n, how.BC):
@@ -81,8 +83,8 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
             g_j *= column(j, n, field(k, C), 0.0, TAIL)
         first = (g_j > g[None, :]) | ((g_j == g[None, :]) & (j[:, None] < rows[None, :]))
         better += tl.sum(tl.where(first, 1.0, 0.0), 0)
-        t = tl.exp(-tl.abs((z[None, :] - z_j) / numbers[0]))
+        t = tl.exp(tl.abs(z[None, :] - z_j) * -scale)
         q = reciprocal(1.0 + t, how.APPROX)
         slope += tl.sum(tl.where(a_j == a_j, t * q * q * (a_j - a[None, :]), 0.0), 0)
     ideal = tl.where(used, g / tl.log2(2.0 + better), 0.0)
-    return ideal - dcg, tl.where(used, slope / numbers[0], 0.0), ideal
+    return ideal - dcg, tl.where(used, slope * scale, 0.0), ideal

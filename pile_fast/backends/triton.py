@@ -246,7 +246,7 @@ def _run(
         pile.pile_kernel[(queries,)](
             inputs, outputs, queries, slots, M, 0 if options is None else options.iterations, steps, numbers,
             ENSEMBLE=constants, D=d, R=r, PAIR_WEIGHT=weight, how=how,
-            num_warps=config["num_warps"], enable_fp_fusion=True, **_registers(config["MP"], constants, pulls is not None),
+            num_warps=config["num_warps"], enable_fp_fusion=True, **_registers(config["MP"], constants, pulls is not None, how.HAS_C),
         )  # fmt: skip
 
 
@@ -285,12 +285,12 @@ def _config(slots: int, teachers: int) -> dict[str, int]:
     return {"MP": MP, "BR": BR, "BC": 4, "num_warps": num_warps}
 
 
-def _registers(room: int, ensemble: Ensemble | None, pulls: bool) -> dict[str, int]:
+def _registers(room: int, ensemble: Ensemble | None, pulls: bool, weights: bool) -> dict[str, int]:
     """How many registers a thread of the one launch may take, with room for so many teachers. Left alone, the assembler takes
-    half as many again to spill no less, and fewer programs fit on a GPU (docs/triton.md)."""
+    half as many again to spill no less, and fewer programs fit on a GPU (docs/triton.md). `weights`: of documents."""
     if room > (4 if pulls else 8):  # with pulls of 8 teachers it takes 143; a bound of 128 spills
         return {}
-    few = room <= 4 and (ensemble is None or ensemble.BY_DOCUMENT or not ensemble.PAIRS)
+    few = room <= 4 and not weights and (ensemble is None or ensemble.BY_DOCUMENT or not ensemble.PAIRS)
     return {"maxnreg": 80 if few else 128}
 
 
