@@ -19,6 +19,7 @@ from pile_fast.kernels.layout import DISTILL, TARGETS, scalar
 from pile_fast.kernels.loss import list_sum, load_c, load_scaled
 
 FROM_TOP = True
+SMALLEST = tl.constexpr(2.0**-54)  # nearer to each other, p and q are equal in float64 too
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
     q = tl.where(used, c * tl.exp(tl.where(used, z, 0.0)) * state[0], 0.0)
     v = tl.where(used, z - s + state[1], 0.0)
     near = tl.abs(v) < 1.0
-    small = tl.where(near, v, 0.0)
+    small = tl.where(near & (tl.abs(v) > SMALLEST), v, 0.0)
     beyond = less_two_terms(small)
     gap = tl.where(near, p * (small + beyond), q - p)
     loss = tl.where(near, p * beyond, gap - p * v)

@@ -70,7 +70,6 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
     n = k.padded if how.ALONE else k.n
     z, g, used = load_row(k, rows, how)
     a = tl.load(field(k, OF_RANKS) + rows, mask=used, other=0.0)
-    dcg = tl.load(field(k, OF_DCG) + rows, mask=used, other=0.0)
     scale = 1.0 / numbers[0]
     slope = tl.zeros((how.BR,), tl.float32)
     better = slope
@@ -86,5 +85,6 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
         t = tl.exp(tl.abs(z[None, :] - z_j) * -scale)
         q = reciprocal(1.0 + t, how.APPROX)
         slope += tl.sum(tl.where(a_j == a_j, t * q * q * (a_j - a[None, :]), 0.0), 0)
+    dcg = tl.load(field(k, OF_DCG) + rows, mask=used, other=0.0)
     ideal = tl.where(used, g / tl.log2(2.0 + better), 0.0)
     return ideal - dcg, tl.where(used, slope * scale, 0.0), ideal
