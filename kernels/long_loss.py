@@ -4,20 +4,19 @@
     → gradient
 
 Floor: per document about 100 bytes and the fields' cost, once; bound by bytes, or by the latency of a dozen launches. Terms
-without fields, and documents with weights, have direct sums, whose pairs bound them.
+without fields have direct sums, whose pairs bound them.
 """
 
 import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import open_chunk, open_query, sum_partials
 from pile_fast.kernels.layout import (
-    BROKEN, DISTILL, GAINS, LABEL, LOSSES, NUMBER, OF_LABEL_HIGH, OF_LABEL_LOW, OF_TOP, RANGE, RANK, S_RANGE, SUMS, TILE, USED,
+    BROKEN, DISTILL, GAINS, LABEL, LOSSES, NUMBER, OF_LABEL_HIGH, OF_LABEL_LOW, OF_TOP, RANGE, S_RANGE, SUMS, TILE, USED,
     WEIGHTS, Z_RANGE, load_double, partial, partials_of, store_double,
 )  # fmt: skip
 from pile_fast.kernels.loss import (
     Ranges, gradient_of, load_logits, pass_of_term, prepare, scale, store_total, survey_of_term,
 )  # fmt: skip
-from pile_fast.kernels.pairs import load_order
 
 
 @triton.jit
@@ -35,17 +34,8 @@ def load_kernel(state, lists, inputs, R: tl.constexpr, how: tl.constexpr):
         store_double(partial(k, OF_LABEL_LOW), ranges.label_low)
         store_double(partial(k, OF_LABEL_HIGH), ranges.label_high)
     elif R is not None:
-        # In linear time alone, and then no document has a weight; a query of weight 0 does not use them.
-        BR: tl.constexpr = how.BR
-        number = tl.zeros((BR,), tl.float32)
-        gains = number
-        for row in range(k.begin, k.end, BR):
-            rank, gain = load_order(k, row + tl.arange(0, BR), RANK, how)
-            number += tl.where(rank == rank, 1.0, 0.0)
-            if how.WEIGHTED:
-                gains += tl.where(rank == rank, gain, 0.0)
-        tl.store(partial(k, NUMBER), tl.sum(number, 0))
-        tl.store(partial(k, GAINS), tl.sum(gains, 0))
+        tl.store(partial(k, NUMBER), ranges.number)
+        tl.store(partial(k, GAINS), ranges.gains)
 
 
 @triton.jit
@@ -93,7 +83,7 @@ def prepare_kernel(state, lists, inv_tau, D: tl.constexpr, WINDOW: tl.constexpr,
     label_high = None
     if how.GAINS:
         top, label_low, label_high = extremes_of(k)
-    ranges = Ranges(broken, used, z_low, z_high, s_low, s_high, low, high, top, label_low, label_high)
+    ranges = Ranges(broken, used, z_low, z_high, s_low, s_high, low, high, top, label_low, label_high, None, None)
     prepare(k, ranges, inv_tau, k.n >= WINDOW, D, how)
 
 

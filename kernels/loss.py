@@ -23,7 +23,8 @@ from pile_fast.kernels.pairs import NARROW
 class Ranges(NamedTuple):
     """Whether any student logit is not finite, or a weight or label not allowed (> 0), how many documents have a target; the
     ranges of their logits, of their targets, and of all logits, in the order of the partial sums. Where labels are gains, also
-    the highest logit of a labelled document, and the labels' extremes, in float64."""
+    the highest logit of a labelled document, and the labels' extremes, in float64. Else, in a chunk of a long list, how many
+    documents are labelled, and their gains."""
 
     broken: Any
     used: Any
@@ -36,6 +37,8 @@ class Ranges(NamedTuple):
     top: Any
     label_low: Any
     label_high: Any
+    number: Any
+    gains: Any
 
 
 @triton.jit
@@ -66,6 +69,8 @@ def load_logits(k, inputs, order, R: tl.constexpr, how: tl.constexpr):
     top = high
     label_low = None
     label_high = None
+    number = broken
+    gains = broken
     if how.GAINS:
         label_low = low.to(tl.float64)
         label_high = high.to(tl.float64)
@@ -90,11 +95,14 @@ def load_logits(k, inputs, order, R: tl.constexpr, how: tl.constexpr):
         low = tl.minimum(low, tl.where(valid, z, inf))
         high = tl.maximum(high, tl.where(valid, z, -inf))
         if R is not None:
-            if HIDES or how.GAINS:
+            if HIDES or how.GAINS or not how.ALONE:
                 rank = tl.load(field(k, RANK) + rows, mask=rows < k.padded, other=float("nan"))
                 labelled = valid & (rank == rank)
                 if HIDES:
                     tl.store(field(k, RANK) + rows, tl.where(labelled, rank, float("nan")), mask=rows < k.padded)
+                number += tl.where(labelled, 1.0, 0.0)
+                if how.WEIGHTED and not how.GAINS and not how.ALONE:
+                    gains += tl.load(field(k, GAIN) + rows, mask=labelled, other=0.0)
                 if how.GAINS:
                     label = tl.load(elements(inputs.labels, k, rows), mask=labelled, other=0).to(tl.float64)
                     broken += tl.where(labelled & (label < 0.0), 1.0, 0.0)
@@ -114,9 +122,12 @@ def load_logits(k, inputs, order, R: tl.constexpr, how: tl.constexpr):
         top = tl.max(top, 0)
         label_low = tl.min(label_low, 0)
         label_high = tl.max(label_high, 0)
+    if not how.ALONE:
+        number = tl.sum(number, 0)
+        gains = tl.sum(gains, 0)
     return Ranges(
         tl.sum(broken, 0), tl.sum(used, 0), tl.min(z_low, 0), tl.max(z_high, 0), tl.min(s_low, 0), tl.max(s_high, 0),
-        tl.min(low, 0), tl.max(high, 0), top, label_low, label_high,
+        tl.min(low, 0), tl.max(high, 0), top, label_low, label_high, number, gains,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ and, if it wants them,
   OWN and the next, what others are to know of a document;
 - `FROM_TOP = True`: of a distillation, z / τ and s / τ are taken from the highest logit with a target, not from the lowest;
 - `fields(lists) -> (pulls, losses)`: on the host, what `rows` needs for sums in linear time (backends/triton_long.py). A term
-  without has direct sums, or none; documents' weights have no fields either, and `how.DIRECT` says so.
+  without has direct sums, or none, and `how.DIRECT` says so.
 
 `numbers` are the term's, in the order of its fields. kernels/loss.py calls the functions, for lists of one program
 (`how.ALONE`, `lists` is None) and for chunks of longer ones.

@@ -8,7 +8,7 @@ Direct sums take a reciprocal per pair and two exponentials per column of a tile
 
 so two fields give the slopes and a third the loss. A query whose logits span more cells than a grid has is summed directly.
 
-Where documents have weights a pair counts c_i c_j, and direct sums take a logarithm per pair.
+Where documents have weights a pair counts c_i c_j: fields are of weighted moments, and direct sums take a logarithm per pair.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fields(lists: LongLists) -> tuple[Tensor, Tensor]:
     """A query's documents on each other: pulls of student and target, and the student's losses."""
     lists.room(2, 1)
     pulls, losses = lists.floats(lists.blocks, 2, FIELD.value), lists.floats(lists.blocks, FIELD.value)
-    lists.sum_moments(Z_SCALED.value, S_SCALED.value, Z_GRID.value, of_self=True)
+    lists.sum_moments(Z_SCALED.value, S_SCALED.value, Z_GRID.value, of_self=True, has_c=lists.batch.weights is not None)
     lists.launch(apply_kernel, (lists.queries, 2), lists.moments, lists.matrices(0.0), pulls, losses, Z_GRID.value, num_warps=4)
     return pulls, losses
 
@@ -108,8 +108,9 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
             of_z = evaluate(pulls + block * 2 * FIELD, z, z_origin, z_cells, takes)
             of_s = evaluate(pulls + (block * 2 + 1) * FIELD, tl.where(takes, s, 0.0), s_origin, s_cells, takes)
             itself = evaluate(losses + block * FIELD, z, z_origin, z_cells, takes)
-            slope = of_s - of_z
-            loss = tl.where(takes, 0.5 * (itself - 0.6931471805599453) + (z - state.z_middle) * of_s, 0.0)
+            c = load_c(k, rows, how)
+            slope = c * (of_s - of_z)
+            loss = tl.where(takes, c * (0.5 * (itself - c * 0.6931471805599453) + (z - state.z_middle) * of_s), 0.0)
     return loss, slope, half_of_others(k, s)
 
 

@@ -217,9 +217,7 @@ def _run(
         inv_tau = 1 / getattr(loss.distillation, "temperature", 1.0)
         numbers = LossNumbers(float(loss.alpha), inv_tau, tuple(loss.distillation.numbers), tuple(loss.label_loss.numbers))
     # Nor where no sum over pairs has fields.
-    split = split and (
-        (constants is not None and constants.PAIRS) or any(triton_long.has_fields(term, batch) for term in (d, r))
-    )
+    split = split and ((constants is not None and constants.PAIRS) or any(map(triton_long.has_fields, (d, r))))
     alone = not split and _alone(batch, config["BR"])
     approx = not _INTERPRET and torch.version.hip is None
     how = How(config["BR"], config["BC"], config["MP"], alone, not split, weight != "none", approx, False, False)
@@ -246,7 +244,8 @@ def _run(
         pile.pile_kernel[(queries,)](
             inputs, outputs, queries, slots, M, 0 if options is None else options.iterations, steps, numbers,
             ENSEMBLE=constants, D=d, R=r, PAIR_WEIGHT=weight, how=how,
-            num_warps=config["num_warps"], enable_fp_fusion=True, **_registers(config["MP"], constants, pulls is not None, how.HAS_C),
+            num_warps=config["num_warps"], enable_fp_fusion=True,
+            **_registers(config["MP"], constants, pulls is not None, how.HAS_C),
         )  # fmt: skip
 
 

@@ -187,7 +187,7 @@ class LongLists:
             launch(long_loss.scale_kernel, each, inputs, numbers, D=d, R=r, how=how)
         for kind, (term, values) in enumerate(((d, numbers.distill), (r, numbers.label))):
             if term:
-                linear = not how.DIRECT and has_fields(term, self.batch)
+                linear = not how.DIRECT and has_fields(term)
                 in_linear_time = terms.module(term.key).fields(self) if linear else (None, None)
                 own = how._replace(DIRECT=not linear)
                 if term.survey:
@@ -222,24 +222,27 @@ class LongLists:
         return tables
 
     def label_fields(
-        self, value: int, part: int, grid: int, offset: float, pulls: bool, losses: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Fields of the label pairs at the logits of field `value`, of the documents whose field `part` is not NaN."""
-        self.sum_moments(value, part, grid, of_self=False)
+        self, value: int, part: int, grid: int, offset: float, pulls: bool, losses: bool, *,
+        below: bool = True, above: bool = True, has_c: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """Fields of the label pairs at the logits of field `value`, of the documents whose field `part` is not NaN; pulls from
+        `below` and `above`. `has_c`: with documents' weights."""
+        self.sum_moments(value, part, grid, of_self=False, has_c=has_c)
         self.launch(
             fields.apply_labels_kernel, (self.blocks, 1 + self.how.WEIGHTED), self.moments, self.label_matrices,
             self.pulls if pulls else None, self.losses if losses else None, grid, offset,
-            SETS=1 + self.how.WEIGHTED, num_warps=4,
+            SETS=1 + self.how.WEIGHTED, BELOW=below, ABOVE=above, num_warps=4,
         )  # fmt: skip
         return self.pulls, self.losses
 
-    def sum_moments(self, value: int, part: int, grid: int, *, of_self: bool) -> None:
-        """What each block meets below and above; `of_self`: each query itself, at two logits on two grids."""
+    def sum_moments(self, value: int, part: int, grid: int, *, of_self: bool, has_c: bool) -> None:
+        """What each block meets below and above; `of_self`: each query itself, at two logits on two grids. `has_c`: with
+        documents' weights."""
         weighted = self.how.WEIGHTED and not of_self
         sets = 2 if of_self else 1 + weighted
         self.launch(
             fields.deposit_kernel, self.count, self.moments, value, part, grid,
-            VALUES=1 + of_self, WEIGHTED=weighted, CHUNK=self.chunk, num_warps=2,
+            VALUES=1 + of_self, WEIGHTED=weighted, HAS_C=has_c, CHUNK=self.chunk, num_warps=2,
         )  # fmt: skip
         constants = dict(SELF=of_self, SETS=sets, num_warps=4)
         if self.two_levels:
@@ -278,9 +281,9 @@ def strided_prior(prior: Tensor | None) -> Strided:
 _NOTHING = Strided(None, *map(unspecialized, (0, 0, 0)))
 
 
-def has_fields(term: Functions | None, batch: RankingBatch) -> bool:
-    """Whether a term's pairs can be summed in linear time: fields know no weights of documents."""
-    return term is not None and batch.weights is None and hasattr(terms.module(term.key), "fields")
+def has_fields(term: Functions | None) -> bool:
+    """Whether a term's pairs can be summed in linear time."""
+    return term is not None and hasattr(terms.module(term.key), "fields")
 
 
 def how_of_loss(how: How, batch: RankingBatch, label_loss: Functions | None) -> How:
