@@ -216,6 +216,9 @@ def near_rows(k, lists, GRID: tl.constexpr, how: tl.constexpr):
         end = tl.minimum(tl.load(lists.chunk_begin + c_end) - k.first, k.n).to(tl.int32)
         ranks = field(k, RANK)
         mixed = (tl.load(ranks + begin) == tl.load(ranks + end - 1)) == 0
+        if not how.DIRECT:
+            # A block of several chunks is one group, even where documents without label, or of weight 0, are NaN.
+            mixed = mixed & ((linear == 0) | (c_end - c_begin <= 1))
     return Near(begin, end, mixed, c_first, c_begin, c_end, c_last)
 
 

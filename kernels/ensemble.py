@@ -343,7 +343,7 @@ def iterate(k, lists, pulls, losses, read, steps, ENSEMBLE: tl.constexpr, LOSS: 
         if near.mixed:
             u_row = tl.load(u + rows, mask=inside, other=1.0)
             if LOSS:
-                value, direction = label_losses(columns, u + near.begin, u_row, rank, gain, steps.offset, how)
+                value, direction = label_losses(columns, u + near.begin, u_row, rank, gain, steps.offset, None, None, how)
                 loss += value.to(tl.float64)
             else:
                 direction = label_pull(
@@ -415,7 +415,7 @@ def trace_loss(k, lists, losses, read, steps, how: tl.constexpr):
         rank, gain = load_order(k, rows, SCORED_RANK, how)
         u_row = tl.load(u + rows, mask=rows < k.end, other=0.0)
         if near.mixed:
-            loss, _ = label_losses(columns, u + near.begin, u_row, rank, gain, steps.offset, how)
+            loss, _ = label_losses(columns, u + near.begin, u_row, rank, gain, steps.offset, None, None, how)
             total += loss.to(tl.float64)
         if not how.DIRECT:
             if near.c_first < near.c_begin:

@@ -9,8 +9,10 @@ the cells are apart. So, over the chunks of kernels/chunks.py,
     apply    moments times matrices: a block's field, a polynomial per cell;
     evaluate a document reads its block's field at its own x.
 
-ω_ij = gain_i − gain_j splits into a field of counts and one of gains. Sums are of one sign and relative accuracy: Σ_below
-σ(offset − (u_i − u_j)) and Σ_above σ(offset − (u_j − u_i)) have matrices of their own, so well ordered lists keep their digits.
+ω_ij = gain_i − gain_j splits into a field of counts and one of gains; documents' weights c multiply w. A label pair counts its
+higher document's c, so there the fields of what lies below and above are made apart. Sums are of one sign and relative accuracy:
+Σ_below σ(offset − (u_i − u_j)) and Σ_above σ(offset − (u_j − u_i)) have matrices of their own, so well ordered lists keep their
+digits.
 
 Moments without atomics: a program owns a chunk and, cell by cell, sums the powers of the documents in it (a [CHUNK, 8] tile in
 registers, times 0 or 1) over its threads. Cells · 8 multiply-adds per document, 10 instructions per document and cell in all; a
@@ -29,7 +31,7 @@ import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import chunks_before, open_chunk, query_chunks, query_of
 from pile_fast.kernels.layout import (
-    ENTRIES, FIELD, GAIN, MATRICES, MAX_CELLS, SCALARS, SPAN, SUPER, TEACHER_ROWS, P, field, plain, scalar,
+    ENTRIES, FIELD, GAIN, MATRICES, MAX_CELLS, SCALARS, SPAN, SUPER, TEACHER_ROWS, C, P, field, plain, scalar,
 )  # fmt: skip
 
 CELL = tl.constexpr(1.5)
@@ -173,10 +175,12 @@ def grid_of(state, q, grid):
 
 @triton.jit(do_not_specialize=["value", "part", "grid"])
 def deposit_kernel(
-    state, lists, moments, value, part, grid, VALUES: tl.constexpr, WEIGHTED: tl.constexpr, CHUNK: tl.constexpr
+    state, lists, moments, value, part, grid,
+    VALUES: tl.constexpr, WEIGHTED: tl.constexpr, HAS_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Moments of a chunk's documents at the logits of field `value`, of those whose field `part` is not NaN; WEIGHTED: a second
-    set, by their gains. VALUES == 2: a set for each of two logits, fields value + v, on grids of their own."""
+    set, by their gains. VALUES == 2: a set for each of two logits, fields value + v, on grids of their own. HAS_C: each counts
+    what field C says."""
     k = open_chunk(state, lists)
     if k.n == 0:
         return
@@ -185,6 +189,9 @@ def deposit_kernel(
     inside = rows < k.end
     takes = tl.load(field(k, part) + rows, mask=inside, other=float("nan"))
     takes = inside & (takes == takes)
+    c = 1.0
+    if HAS_C:
+        c = tl.load(field(k, C) + rows, mask=takes, other=0.0)
     for v in tl.static_range(VALUES):
         origin, cells = load_grid(grid_of(state, k.q, grid + 2 * v))
         u = tl.load(field(k, value + v) + rows, mask=takes, other=0.0)
@@ -194,7 +201,7 @@ def deposit_kernel(
         if WEIGHTED:
             gain = tl.load(field(k, GAIN) + rows, mask=takes, other=0.0)
         for i in range(0, cells.to(tl.int32)):
-            here = tl.where(takes & (cell == i), 1.0, 0.0)
+            here = tl.where(takes & (cell == i), c, 0.0)
             tl.store(to + i * P, tl.sum(here[:, None] * power, 0))
             if WEIGHTED:
                 tl.store(to + FIELD + i * P, tl.sum((here * gain)[:, None] * power, 0))
@@ -332,9 +339,11 @@ def act(tables, source, c, cells, offset, KERNEL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["grid"])
-def apply_labels_kernel(state, lists, moments, tables, pulls, losses, grid, offset, SETS: tl.constexpr):
+def apply_labels_kernel(
+    state, lists, moments, tables, pulls, losses, grid, offset, SETS: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr
+):  # fmt: skip
     """Fields of the label pairs, [block][set], one set a program: pulls, Σ_below ω σ(offset − (u − u_j)) − Σ_above
-    ω σ(offset − (u_j − u)), and losses, Σ_below ω softplus(offset − (u − u_j)), whichever are wanted."""
+    ω σ(offset − (u_j − u)), or one of its sums, and losses, Σ_below ω softplus(offset − (u − u_j)), whichever are wanted."""
     target = tl.program_id(0)
     k = tl.program_id(1)
     q, c_first, c_begin, c_end, c_last = target_chunks(lists, target, False)
@@ -348,9 +357,13 @@ def apply_labels_kernel(state, lists, moments, tables, pulls, losses, grid, offs
         to = (target.to(tl.int64) * SETS + k) * FIELD + c[:, None] * P + tl.arange(0, P)[None, :]
         inside = (c < cells)[:, None]
         if pulls is not None:
-            f = act(tables, below, c, cells, offset, UP)
-            # Where gains give ω its sign, gain_i counts − gains, both sides add up.
-            g = act(tables, below + SETS * FIELD, c, cells, offset, DOWN)
-            tl.store(pulls + to, f + g if SETS == 2 else f - g, mask=inside)
+            f = tl.zeros((TARGET_CELLS, P), tl.float32)
+            if BELOW:
+                f = act(tables, below, c, cells, offset, UP)
+            if ABOVE:
+                # Where gains give ω its sign, gain_i counts − gains, both sides add up.
+                g = act(tables, below + SETS * FIELD, c, cells, offset, DOWN)
+                f = f + g if SETS == 2 else f - g
+            tl.store(pulls + to, f, mask=inside)
         if losses is not None:
             tl.store(losses + to, act(tables, below, c, cells, offset, LOSS), mask=inside)

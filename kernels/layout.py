@@ -25,22 +25,22 @@ def _count(n: int):
 #
 #       ensemble                                                     student's loss
 #    0  RANK: how many documents of the query have a lower label, NaN = unlabelled; of both
-#    1  GAIN: of weighted pairs, ω = the difference of two gains; of both
+#    1  GAIN: of weighted pairs, ω = the difference of two gains; of both. Of a label term with gains these, NaN = not used
 #    2  SCORED_RANK: RANK, NaN also where no teacher scored          Z: the logit
 #    3  PER_PAIR: 1 / k_i, 0 without pairs                           Z_SCALED: z / τ from the query's lowest logit
 #    4  ABOVE: Σ ω over documents above that are met directly        S_SCALED: target / τ likewise, NaN = no target
 #    5  EXPONENT: a_i                                                SLOPE of the distillation term
 #    6  U: s / temperature; iterations read one, write the other     SLOPE of the label term
-#    7  (the other U)                                                7 to 9 are a term's own, if it wants them
-#    8  E: e^{c − u}, two as of U. A list alone has it in U, if not WIDE
+#    7  (the other U)                                                C: what the document counts, if documents have weights
+#    8  E: e^{c − u}, two as of U. A list alone has it in U, if not WIDE    OWN: 8 and 9 are a label term's own
 #    9  (the other E)
 #
 # The calibrated teachers follow, one row of M floats per document: `table`.
 RANK, GAIN, SCORED_RANK, PER_PAIR, ABOVE, EXPONENT, U, _, E, _ = _count(10)
-_, _, Z, Z_SCALED, S_SCALED, SLOPE = _count(6)
+_, _, Z, Z_SCALED, S_SCALED, SLOPE, _, C, OWN = _count(9)
 FIELDS = tl.constexpr(10)
 
-# The kinds of term. What a term has of its own lies at the place's name + kind (the sums, two of them, at SUM + 2 · kind).
+# The kinds of term. What a term has of its own lies at the place's name + kind (the sums, three of them, at SUM + 3 · kind).
 DISTILL, LABEL = _count(2)
 
 # Per query, one float for each teacher: `teacher_row`. The square root of the scale, as the scale may be beyond float32;
@@ -48,21 +48,23 @@ DISTILL, LABEL = _count(2)
 MEAN, CORRECTION, ROOT_SCALE, ENERGY, TEACHER_WEIGHT = _count(5)
 TEACHER_ROWS = tl.constexpr(5)
 # Then single floats: `scalar`. COMMON came off all teachers alike and goes back onto the logits; grids are an origin and a
-# number of cells (kernels/fields.py).
+# number of cells (kernels/fields.py). Where labels are gains, TOP is the highest logit of a labelled document, LABEL_LOW and
+# LABEL_HIGH are the labels' extremes (`store_double`).
 (
     MIDDLE, WIDE, PAIRS, COMMON, U_GRID, _,
-    POISON, LOSS_WIDE, Z_MIDDLE, S_MIDDLE, TARGETS, Z_PIVOT, S_PIVOT, SUM, _, _, _, FACTOR, _,
-    Z_GRID, _, S_GRID, _, LABEL_GRID, _,
-) = _count(25)  # fmt: skip
-SCALARS = tl.constexpr(25)
+    POISON, LOSS_WIDE, Z_MIDDLE, S_MIDDLE, TARGETS, Z_PIVOT, S_PIVOT, SUM, _, _, _, _, _, FACTOR, _,
+    Z_GRID, _, S_GRID, _, LABEL_GRID, _, TOP, LABEL_LOW, _, LABEL_HIGH, _,
+) = _count(32)  # fmt: skip
+SCALARS = tl.constexpr(32)
 
 # Per chunk of a long list, its partial sums: `partial`. Ranges are a low and a high: of the logits with a target, of their
-# targets, of all logits. LOSSES and WEIGHTS are a term's.
+# targets, of all logits; TOP and the labels' extremes are as of queries. LOSSES and WEIGHTS are a term's.
 (
     NUMBER, GAINS, PAIR_SUM, TRACE,
-    BROKEN, USED, Z_RANGE, _, S_RANGE, _, RANGE, _, SUMS, _, _, _, LOSSES, _, WEIGHTS, _,
-) = _count(20)  # fmt: skip
-PARTIALS = tl.constexpr(20)
+    BROKEN, USED, Z_RANGE, _, S_RANGE, _, RANGE, _, OF_TOP, OF_LABEL_LOW, _, OF_LABEL_HIGH, _,
+    SUMS, _, _, _, _, _, LOSSES, _, WEIGHTS, _,
+) = _count(27)  # fmt: skip
+PARTIALS = tl.constexpr(27)
 # Then one float for each teacher: `teacher_partial`.
 COUNT, PIVOT, OFF, SQUARE, LOW, HIGH, PULL = _count(7)
 TEACHER_PARTIALS = tl.constexpr(7)
@@ -101,6 +103,21 @@ class Strided(NamedTuple):
     query: Any
     document: Any
     teacher: Any
+
+
+class Inputs(NamedTuple):
+    """What a call reads; tensors that it does not take are None. Labels are there where their pairs are summed; those of long
+    lists lie by position."""
+
+    student: Strided
+    teachers: Strided
+    target: Strided
+    labels: Strided
+    mask: Strided
+    prior: Strided
+    weights: Strided
+    query_weights: Strided
+    cu_seqlens: Any
 
 
 class Lists(NamedTuple):
@@ -149,7 +166,8 @@ class LossNumbers(NamedTuple):
 
 class How(NamedTuple):
     """What kernels are compiled for: rows and columns of a tile of pairs, room for so many teachers, whether one program takes
-    a list alone, whether all pair sums are direct, pairs are weighted, and reciprocals are one instruction."""
+    a list alone, whether all pair sums are direct, pairs are weighted, and reciprocals are one instruction; for the loss,
+    whether documents have weights, and whether labels are gains."""
 
     BR: int
     BC: int
@@ -158,6 +176,8 @@ class How(NamedTuple):
     DIRECT: bool
     WEIGHTED: bool
     APPROX: bool
+    HAS_C: bool
+    GAINS: bool
 
 
 class Ensemble(NamedTuple):
@@ -260,3 +280,19 @@ def partial(k, NAME: tl.constexpr):
 def teacher_partial(k, NAME: tl.constexpr):
     """Pointer to this chunk's partial sums of that name, one for each teacher."""
     return partials_of(k, k.c) + PARTIALS + NAME * k.M
+
+
+@triton.jit
+def store_double(to, x):
+    """A float64 in the place of two floats."""
+    bits = x.to(tl.int64, bitcast=True)
+    tl.store(to, (bits >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+    tl.store(to + 1, bits.to(tl.int32).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def load_double(at, inside):
+    """The float64 that `store_double` stored; 0 where not `inside`."""
+    high = tl.load(at, mask=inside, other=0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    low = tl.load(at + 1, mask=inside, other=0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    return ((high << 32) | (low & 4294967295)).to(tl.float64, bitcast=True)

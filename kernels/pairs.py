@@ -173,8 +173,9 @@ def pair_counts(columns, rank_row, gain_row, how: tl.constexpr):
 
 
 @triton.jit
-def label_losses(columns, u, u_row, rank_row, gain_row, offset, how: tl.constexpr):
-    """Σ_below ω softplus(offset − (u_i − u_j)), and Σ_below ω p − Σ_above ω p, the direction that lowers it.
+def label_losses(columns, u, u_row, rank_row, gain_row, offset, counts, c_row, how: tl.constexpr):
+    """Σ_below ω softplus(offset − (u_i − u_j)), and Σ_below ω p − Σ_above ω p, the direction that lowers it. A pair counts what
+    its higher document does: `counts` points to what the columns count, `c_row` has the rows'; None = 1.
 
     Relative accuracy of every pair, however well ordered: with t = e^{−|x|}, p is t / (1 + t) or 1 / (1 + t).
     """
@@ -198,6 +199,9 @@ def label_losses(columns, u, u_row, rank_row, gain_row, offset, how: tl.constexp
             weight = tl.abs(gain_row[None, :] - column(j, n, columns.gains, 0.0, TAIL))
             p *= weight
             value *= weight
+        if counts is not None:
+            p *= tl.where(below, c_row[None, :], column(j, n, counts, 0.0, TAIL))
+            value *= c_row[None, :]
         loss += tl.sum(tl.where(below, value, 0.0), 0)
         slope += tl.sum(tl.where(below, p, 0.0) - tl.where(above, p, 0.0), 0)
     return loss, slope

@@ -22,22 +22,10 @@ from pile_fast.kernels.ensemble import (
     calibrate, count_pairs, iterate, lift, prior_energy, put_out, put_out_weights, rank_labels, retilt, reweight,
     statistics, store_pulls, store_statistics, store_trace, trace_loss,
 )  # fmt: skip
-from pile_fast.kernels.layout import (
-    DISTILL, FIELDS, LABEL, PAIRS, SCALARS, SUM, TEACHER_ROWS, Chunk, Strided, scalar,
+from pile_fast.kernels.layout import DISTILL, FIELDS, LABEL, PAIRS, SCALARS, SUM, TEACHER_ROWS, Chunk, Strided, scalar
+from pile_fast.kernels.loss import (
+    gradient_of, load_logits, pass_of_term, prepare, scale, store_total, survey_of_term,
 )  # fmt: skip
-from pile_fast.kernels.loss import gradient_of, load_logits, pass_of_term, prepare, scale, store_total
-
-
-class Inputs(NamedTuple):
-    """What a call reads; tensors that it does not take are None. Labels are there where their pairs are summed."""
-
-    student: Strided
-    teachers: Strided
-    target: Strided
-    labels: Strided
-    mask: Strided
-    prior: Strided
-    cu_seqlens: Any
 
 
 class Outputs(NamedTuple):
@@ -166,11 +154,19 @@ def improve(k, outputs, iterations, steps, ENSEMBLE: tl.constexpr, how: tl.const
 @triton.jit
 def loss(k, inputs, outputs, numbers, D: tl.constexpr, R: tl.constexpr, how: tl.constexpr):
     """The student's loss of a query and its gradient."""
-    ranges = load_logits(k, inputs.student, inputs.target, inputs.mask, None, how)
-    prepare(k, ranges, numbers.inv_tau, None, D is not None)
+    ranges = load_logits(k, inputs, None, R, how)
+    prepare(k, ranges, numbers.inv_tau, None, D, how)
     tl.debug_barrier()
-    scale(k, scalar(k, SUM), numbers, D, R, how)
+    scale(k, scalar(k, SUM), inputs, numbers, D, R, how)
     tl.debug_barrier()
+    if D is not None:
+        if D.survey is not None:
+            survey_of_term(k, None, numbers.distill, D, how)
+            tl.debug_barrier()
+    if R is not None:
+        if R.survey is not None:
+            survey_of_term(k, None, numbers.label, R, how)
+            tl.debug_barrier()
     d_loss = tl.zeros((), tl.float32)
     d_weight = d_loss
     r_loss = d_loss
@@ -179,7 +175,7 @@ def loss(k, inputs, outputs, numbers, D: tl.constexpr, R: tl.constexpr, how: tl.
         d_loss, d_weight = pass_of_term(k, None, None, None, numbers.distill, D, DISTILL, how)
     if R is not None:
         r_loss, r_weight = pass_of_term(k, None, None, None, numbers.label, R, LABEL, how)
-    store_total(k, d_loss, d_weight, r_loss, r_weight, numbers, outputs.losses, outputs.has_pairs)
+    store_total(k, d_loss, d_weight, r_loss, r_weight, inputs, numbers, outputs.losses, outputs.has_pairs)
     tl.debug_barrier()
     if outputs.gradient is not None:
         gradient_of(k, outputs.gradient, inputs.mask, None, D is not None, R is not None, how)

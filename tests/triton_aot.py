@@ -40,8 +40,8 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        term = self.arguments.get("TERM")
-        return term.key if term else self.kernel.fn.__name__.removesuffix("_kernel")
+        kernel, term = self.kernel.fn.__name__.removesuffix("_kernel"), self.arguments.get("TERM")
+        return kernel if term is None else term.key if kernel == "term" else f"{kernel} for {term.key}"
 
     @property
     def key(self) -> tuple:
@@ -154,9 +154,13 @@ def pile_ensemble(
     )
 
 
-def pair_loss(shape, *, alpha, distillation="logistic", pairwise="direct"):
-    batch = RankingBatch(student_logits=tensor(*shape), target_logits=tensor(*shape), labels=tensor(*shape))
-    backend.pair_loss(batch, loss_options(alpha=alpha, distillation=distillation, pairwise=pairwise), True)
+def pair_loss(shape, *, alpha, distillation="logistic", label_loss="logistic", weights=False, **options):
+    batch = RankingBatch(
+        student_logits=tensor(*shape), target_logits=tensor(*shape), labels=tensor(*shape),
+        weights=tensor(*shape) if weights else None, query_weights=tensor(shape[0]) if weights else None,
+    )  # fmt: skip
+    of_loss = loss_options(alpha=alpha, distillation=distillation, label_loss=label_loss, pairwise="direct", **options)
+    backend.pair_loss(batch, of_loss, True)
 
 
 def no_reduction(call, *arguments, **options):
@@ -182,7 +186,15 @@ FUSED = {
     ),
     "pulls of shared weights, probabilities": lambda: pulls((256, 128, 4), normalize="logit"),
     "mean squared differences": lambda: pair_loss((256, 128), alpha=1.0, distillation="mse"),
-    "ranking_loss": lambda: pair_loss((256, 128), alpha=0.0),
+    "ranking_loss": no_reduction(pair_loss, (256, 128), alpha=0.0),
+    "kl": no_reduction(pair_loss, (256, 128), alpha=1.0, distillation="kl"),
+    "softmax": no_reduction(pair_loss, (256, 128), alpha=0.0, label_loss="softmax"),
+    "lambdarank": no_reduction(pair_loss, (256, 128), alpha=0.0, label_loss="lambdarank"),
+    "approx_ndcg": no_reduction(pair_loss, (256, 128), alpha=0.0, label_loss="approx_ndcg"),
+    "distillation and ranking, weights": no_reduction(pair_loss, (256, 128), alpha=0.5, weights=True),
+    "kl and lambdarank, weights": no_reduction(
+        pair_loss, (256, 128), alpha=0.5, distillation="kl", label_loss="lambdarank", weights=True
+    ),
 }  # fmt: skip
 LONG = {
     "packed, in linear time": lambda: pile_loss((1 << 20, 8), packed=64, alpha=0.5, pairwise="chebyshev"),
@@ -197,6 +209,10 @@ LONG = {
         (1 << 20, 8), packed=64, granularity="shared", prior=True, pulls=True, pairwise="chebyshev"
     ),
     "pulls": lambda: pulls((4, 40_000, 8), normalize="logit", pairwise="chebyshev"),
+    "kl and lambdarank": lambda: pair_loss((16, 1000), alpha=0.5, distillation="kl", label_loss="lambdarank"),
+    "softmax, weights": lambda: pair_loss((16, 1000), alpha=0.5, label_loss="softmax", weights=True),
+    "approx_ndcg": lambda: pair_loss((16, 1000), alpha=0.0, label_loss="approx_ndcg"),
+    "weights": lambda: pair_loss((16, 1000), alpha=0.0, weights=True),
     "direct, packed, by query, 128 teachers": lambda: pile_ensemble((6000, 128), packed=3, granularity="query", more=True),
 }  # fmt: skip
 

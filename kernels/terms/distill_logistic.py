@@ -7,6 +7,8 @@ Direct sums take a reciprocal per pair and two exponentials per column of a tile
     slope_i     = Σ_j κ(s_j − s_i) − κ(z_j − z_i)
 
 so two fields give the slopes and a third the loss. A query whose logits span more cells than a grid has is summed directly.
+
+Where documents have weights a pair counts c_i c_j: fields are of weighted moments, and direct sums take a logarithm per pair.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import triton.language as tl
 from pile_fast.kernels.chunks import chunks_before, query_chunks
 from pile_fast.kernels.fields import CELL, LOSS, TARGET_CELLS, UP, act, evaluate, grid_of, load_grid
 from pile_fast.kernels.layout import (
-    FIELD, LOSS_WIDE, MAX_CELLS, S_GRID, S_MIDDLE, S_SCALED, Z_GRID, Z_MIDDLE, Z_SCALED, P, field, scalar,
+    FIELD, LOSS_WIDE, MAX_CELLS, S_GRID, S_MIDDLE, S_SCALED, Z_GRID, Z_MIDDLE, Z_SCALED, C, P, field, scalar,
 )  # fmt: skip
-from pile_fast.kernels.loss import half_of_others, load_scaled
+from pile_fast.kernels.loss import half_of_others, load_c, load_scaled
 from pile_fast.kernels.pairs import column, reciprocal
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def fields(lists: LongLists) -> tuple[Tensor, Tensor]:
     """A query's documents on each other: pulls of student and target, and the student's losses."""
     lists.room(2, 1)
     pulls, losses = lists.floats(lists.blocks, 2, FIELD.value), lists.floats(lists.blocks, FIELD.value)
-    lists.sum_moments(Z_SCALED.value, S_SCALED.value, Z_GRID.value, of_self=True)
+    lists.sum_moments(Z_SCALED.value, S_SCALED.value, Z_GRID.value, of_self=True, has_c=lists.batch.weights is not None)
     lists.launch(apply_kernel, (lists.queries, 2), lists.moments, lists.matrices(0.0), pulls, losses, Z_GRID.value, num_warps=4)
     return pulls, losses
 
@@ -106,8 +108,9 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
             of_z = evaluate(pulls + block * 2 * FIELD, z, z_origin, z_cells, takes)
             of_s = evaluate(pulls + (block * 2 + 1) * FIELD, tl.where(takes, s, 0.0), s_origin, s_cells, takes)
             itself = evaluate(losses + block * FIELD, z, z_origin, z_cells, takes)
-            slope = of_s - of_z
-            loss = tl.where(takes, 0.5 * (itself - 0.6931471805599453) + (z - state.z_middle) * of_s, 0.0)
+            c = load_c(k, rows, how)
+            slope = c * (of_s - of_z)
+            loss = tl.where(takes, c * (0.5 * (itself - c * 0.6931471805599453) + (z - state.z_middle) * of_s), 0.0)
     return loss, slope, half_of_others(k, s)
 
 
@@ -153,9 +156,22 @@ def direct_sums(k, rows, z_row, s_row, state, how: tl.constexpr):
                 f = f_row * tl.exp(s_j - state.s_middle)
             used = row_used & (s_j == s_j)
             r = reciprocal((1.0 + e) * (1.0 + f), how.APPROX)
-            slope += tl.sum(tl.where(used, (f - e) * r, 0.0), 0)
+            gap = (f - e) * r
+            if how.HAS_C:
+                c = column(j, n, field(k, C), 0.0, TAIL)
+                gap *= c
+            slope += tl.sum(tl.where(used, gap, 0.0), 0)
             leads = used & ((dz > 0.0) | ((dz == 0.0) & (rows[None, :] < j[:, None])))
-            product *= tl.reduce(tl.where(leads, 1.0 + e, 1.0), 0, multiply)
-            loss += tl.sum(tl.where(leads, dz * (f * r * (1.0 + e)), 0.0), 0)
-        loss += tl.log(product)
+            value = dz * (f * r * (1.0 + e))
+            if how.HAS_C:
+                value = c * (value + tl.log(1.0 + e))
+            else:
+                product *= tl.reduce(tl.where(leads, 1.0 + e, 1.0), 0, multiply)
+            loss += tl.sum(tl.where(leads, value, 0.0), 0)
+        if not how.HAS_C:
+            loss += tl.log(product)
+    if how.HAS_C:
+        c_row = load_c(k, rows, how)
+        loss *= c_row
+        slope *= c_row
     return loss, slope

@@ -1,14 +1,17 @@
-"""RankNet: Σ ω softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j (kernels/pairs.py, kernels/fields.py)."""
+"""RankNet: Σ ω c_i softplus(−(z_i − z_j)) over the pairs of labelled documents, i above j: see kernels/pairs.py and, for sums
+in linear time, kernels/fields.py."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from pile_fast.kernels.chunks import has_others, near_rows, sum_partials
 from pile_fast.kernels.fields import label_field
-from pile_fast.kernels.layout import GAINS, LABEL_GRID, NUMBER, RANK, Z, field
+from pile_fast.kernels.layout import GAINS, LABEL_GRID, NUMBER, RANK, C, Z, field
+from pile_fast.kernels.loss import load_c
 from pile_fast.kernels.pairs import columns_of, label_losses, load_order, pair_counts
 from torch import Tensor
 
@@ -16,10 +19,17 @@ if TYPE_CHECKING:
     from pile_fast.backends.triton_long import LongLists
 
 
-def fields(lists: LongLists) -> tuple[Tensor, Tensor]:
-    """What each block hears from the others: pulls and losses."""
+def fields(lists: LongLists) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+    """What each block hears from the others: pulls and losses. Where documents have weights, pulls from below and, weighted,
+    from above."""
     lists.prepare_fields(0.0, True)
-    return lists.label_fields(Z.value, RANK.value, LABEL_GRID.value, 0.0, True, True)
+    at = (Z.value, RANK.value, LABEL_GRID.value, 0.0)
+    if lists.batch.weights is None:
+        return lists.label_fields(*at, True, True)
+    below, losses = lists.label_fields(*at, True, True, above=False)
+    lists.pulls = torch.empty_like(below)
+    above, _ = lists.label_fields(*at, True, False, below=False, has_c=True)
+    return (below, above), losses
 
 
 class State(NamedTuple):
@@ -54,7 +64,11 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
     slope = loss
     below = loss
     if near.mixed:
-        loss, slope = label_losses(columns, field(k, Z) + near.begin, z, rank, gain, 0.0, how)
+        counts = None
+        if how.HAS_C:
+            counts = field(k, C) + near.begin
+        c = load_c(k, rows, how)
+        loss, slope = label_losses(columns, field(k, Z) + near.begin, z, rank, gain, 0.0, counts, c, how)
         _, below = pair_counts(columns, rank, gain, how)
     weight = below.to(tl.float64)
     if not how.ALONE:
@@ -64,6 +78,13 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
         weight += tl.where(rank == rank, more, 0.0)
     if not how.DIRECT:
         if has_others(near):
-            slope += label_field(pulls, k, lists, LABEL_GRID, z, rank, gain, how)
-            loss += label_field(losses, k, lists, LABEL_GRID, z, rank, gain, how)
+            of_others = label_field(losses, k, lists, LABEL_GRID, z, rank, gain, how)
+            if how.HAS_C:
+                c = load_c(k, rows, how)
+                loss += c * of_others
+                slope += c * label_field(pulls[0], k, lists, LABEL_GRID, z, rank, gain, how)
+                slope += label_field(pulls[1], k, lists, LABEL_GRID, z, rank, gain, how)
+            else:
+                slope += label_field(pulls, k, lists, LABEL_GRID, z, rank, gain, how)
+                loss += of_others
     return loss, -slope, weight

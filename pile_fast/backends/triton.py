@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pile_fast.backends.protocol import missing_term, missing_weights
+from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -79,7 +79,7 @@ def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOpt
         return f"takes at most {MAX_TEACHERS} teachers, got {batch.num_teachers}; use backend='auto' or 'torch'"
     from pile_fast.kernels import terms
 
-    return missing_weights(batch) or missing_term(terms.FILES, loss)
+    return missing_term(terms.FILES, loss)
 
 
 def ensemble(
@@ -206,9 +206,6 @@ def _run(
     weight, pairwise = both.pair_weight, both.pairwise
     split = pairwise == "chebyshev" or (pairwise == "auto" and _in_linear_time(batch))
     split = split and slots >= triton_long.WINDOW  # else there is nothing but direct sums
-    alone = not split and _alone(batch, config["BR"])
-    approx = not _INTERPRET and torch.version.hip is None
-    how = How(config["BR"], config["BC"], config["MP"], alone, not split, weight != "none", approx)
     steps = constants = numbers = d = r = None
     if options is not None:
         steps = Steps(1 / options.temperature, options.margin / options.temperature, float(options.step_size))
@@ -219,6 +216,11 @@ def _run(
         d, r = triton_long.used_terms(loss)
         inv_tau = 1 / getattr(loss.distillation, "temperature", 1.0)
         numbers = LossNumbers(float(loss.alpha), inv_tau, tuple(loss.distillation.numbers), tuple(loss.label_loss.numbers))
+    # Nor where no sum over pairs has fields.
+    split = split and ((constants is not None and constants.PAIRS) or any(map(triton_long.has_fields, (d, r))))
+    alone = not split and _alone(batch, config["BR"])
+    approx = not _INTERPRET and torch.version.hip is None
+    how = How(config["BR"], config["BC"], config["MP"], alone, not split, weight != "none", approx, False, False)
     labelled = r is not None or (constants is not None and constants.PAIRS)
     with _on(some):
         if not alone:
@@ -233,21 +235,17 @@ def _run(
         tile = 2 * config["BC"]
         rows = documents + (queries + 1) * tile if batch.packed else queries * -(-slots // tile) * tile
         scratch = some.new_empty(rows * (FIELDS.value + M) + queries * query_floats(M), dtype=torch.float32)
-        strided = triton_long.strided
         labels = batch.labels if labelled else None
         if labels is not None and labels.dtype is torch.bool:
             labels = labels.view(torch.uint8)
-        mask = None if batch.mask is None else batch.mask.view(torch.uint8)
-        inputs = pile.Inputs(
-            strided(batch.student_logits), strided(None if options is None else batch.teacher_logits, 3),
-            strided(target if d else None), strided(labels),
-            strided(mask), triton_long.strided_prior(batch.prior), batch.cu_seqlens,
-        )  # fmt: skip
-        outputs = pile.Outputs(logits, weights, strided(trace), pulls, losses, has_pairs, gradient, scratch)
+        inputs = triton_long.inputs_of(batch, target=target if d else None, labels=labels, teachers=options is not None)
+        how = triton_long.how_of_loss(how, batch, r) if numbers is not None else how
+        outputs = pile.Outputs(logits, weights, triton_long.strided(trace), pulls, losses, has_pairs, gradient, scratch)
         pile.pile_kernel[(queries,)](
             inputs, outputs, queries, slots, M, 0 if options is None else options.iterations, steps, numbers,
             ENSEMBLE=constants, D=d, R=r, PAIR_WEIGHT=weight, how=how,
-            num_warps=config["num_warps"], enable_fp_fusion=True, **_registers(config["MP"], constants, pulls is not None),
+            num_warps=config["num_warps"], enable_fp_fusion=True,
+            **_registers(config["MP"], constants, pulls is not None, how.HAS_C),
         )  # fmt: skip
 
 
@@ -286,12 +284,12 @@ def _config(slots: int, teachers: int) -> dict[str, int]:
     return {"MP": MP, "BR": BR, "BC": 4, "num_warps": num_warps}
 
 
-def _registers(room: int, ensemble: Ensemble | None, pulls: bool) -> dict[str, int]:
+def _registers(room: int, ensemble: Ensemble | None, pulls: bool, weights: bool) -> dict[str, int]:
     """How many registers a thread of the one launch may take, with room for so many teachers. Left alone, the assembler takes
-    half as many again to spill no less, and fewer programs fit on a GPU (docs/triton.md)."""
+    half as many again to spill no less, and fewer programs fit on a GPU (docs/triton.md). `weights`: of documents."""
     if room > (4 if pulls else 8):  # with pulls of 8 teachers it takes 143; a bound of 128 spills
         return {}
-    few = room <= 4 and (ensemble is None or ensemble.BY_DOCUMENT or not ensemble.PAIRS)
+    few = room <= 4 and not weights and (ensemble is None or ensemble.BY_DOCUMENT or not ensemble.PAIRS)
     return {"maxnreg": 80 if few else 128}
 
 

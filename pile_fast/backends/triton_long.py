@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pile_fast.batch import RankingBatch
 from pile_fast.kernels import chunks, fields, layout, long_ensemble, long_loss, terms
-from pile_fast.kernels.layout import Ensemble, How, LossNumbers, Steps, Strided, unspecialized
+from pile_fast.kernels.layout import Ensemble, How, Inputs, LossNumbers, Steps, Strided, unspecialized
 from pile_fast.kernels.terms import Functions
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -62,6 +62,7 @@ class LongLists:
             owner = torch.searchsorted(batch.cu_seqlens[1:].to(positions.dtype), positions, right=True, out_int32=True)
         if labelled:
             labels, order = self._by_label(batch.labels, owner)
+        self.labels = labels
         sizes = map(unspecialized, (self.queries, slots, documents))
         uncut = layout.Lists(None, None, None, None, order, owner, batch.cu_seqlens, *sizes)
         self.fields = self.floats(layout.FIELDS.value + teachers, documents)
@@ -177,19 +178,22 @@ class LongLists:
     ) -> None:  # fmt: skip
         """All of the loss's phases, with the terms d of the distillation and r of the labels."""
         self._begin(1)
-        launch, how, each, query = self.launch, self.how, self.count, self.queries
+        launch, how, each, query = self.launch, how_of_loss(self.how, self.batch, r), self.count, self.queries
         kinds = dict(USE_D=d is not None, USE_R=r is not None)
-        student, of_d = strided(self.batch.student_logits), strided(target if d else None)
-        launch(long_loss.load_kernel, each, student, of_d, self.mask, LABELLED=r is not None, how=how)
-        launch(long_loss.prepare_kernel, query, numbers.inv_tau, USE_D=d is not None, WINDOW=WINDOW)
-        if d or (r and r.sums):
-            launch(long_loss.scale_kernel, each, numbers, D=d, R=r, how=how)
+        inputs = inputs_of(self.batch, target=target if d else None, labels=self.labels if r else None)
+        launch(long_loss.load_kernel, each, inputs, R=r, how=how)
+        launch(long_loss.prepare_kernel, query, numbers.inv_tau, D=d, WINDOW=WINDOW, how=how)
+        if d or (r and (r.sums or r.gain)):
+            launch(long_loss.scale_kernel, each, inputs, numbers, D=d, R=r, how=how)
         for kind, (term, values) in enumerate(((d, numbers.distill), (r, numbers.label))):
             if term:
-                host = getattr(terms.module(term.key), "fields", None)
-                in_linear_time = host(self) if host and not how.DIRECT else (None, None)
-                launch(long_loss.term_kernel, each, *in_linear_time, values, TERM=term, KIND=kind, how=how)
-        launch(long_loss.total_kernel, query, losses, has_pairs, numbers, **kinds)
+                linear = not how.DIRECT and has_fields(term)
+                in_linear_time = terms.module(term.key).fields(self) if linear else (None, None)
+                own = how._replace(DIRECT=not linear)
+                if term.survey:
+                    launch(long_loss.survey_kernel, each, values, TERM=term, how=own)
+                launch(long_loss.term_kernel, each, *in_linear_time, values, TERM=term, KIND=kind, how=own)
+        launch(long_loss.total_kernel, query, inputs, losses, has_pairs, numbers, **kinds)
         if gradient is not None:
             launch(long_loss.gradient_kernel, each, gradient, self.mask, how=how, **kinds)
 
@@ -218,24 +222,27 @@ class LongLists:
         return tables
 
     def label_fields(
-        self, value: int, part: int, grid: int, offset: float, pulls: bool, losses: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Fields of the label pairs at the logits of field `value`, of the documents whose field `part` is not NaN."""
-        self.sum_moments(value, part, grid, of_self=False)
+        self, value: int, part: int, grid: int, offset: float, pulls: bool, losses: bool, *,
+        below: bool = True, above: bool = True, has_c: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """Fields of the label pairs at the logits of field `value`, of the documents whose field `part` is not NaN; pulls from
+        `below` and `above`. `has_c`: with documents' weights."""
+        self.sum_moments(value, part, grid, of_self=False, has_c=has_c)
         self.launch(
             fields.apply_labels_kernel, (self.blocks, 1 + self.how.WEIGHTED), self.moments, self.label_matrices,
             self.pulls if pulls else None, self.losses if losses else None, grid, offset,
-            SETS=1 + self.how.WEIGHTED, num_warps=4,
+            SETS=1 + self.how.WEIGHTED, BELOW=below, ABOVE=above, num_warps=4,
         )  # fmt: skip
         return self.pulls, self.losses
 
-    def sum_moments(self, value: int, part: int, grid: int, *, of_self: bool) -> None:
-        """What each block meets below and above; `of_self`: each query itself, at two logits on two grids."""
+    def sum_moments(self, value: int, part: int, grid: int, *, of_self: bool, has_c: bool) -> None:
+        """What each block meets below and above; `of_self`: each query itself, at two logits on two grids. `has_c`: with
+        documents' weights."""
         weighted = self.how.WEIGHTED and not of_self
         sets = 2 if of_self else 1 + weighted
         self.launch(
             fields.deposit_kernel, self.count, self.moments, value, part, grid,
-            VALUES=1 + of_self, WEIGHTED=weighted, CHUNK=self.chunk, num_warps=2,
+            VALUES=1 + of_self, WEIGHTED=weighted, HAS_C=has_c, CHUNK=self.chunk, num_warps=2,
         )  # fmt: skip
         constants = dict(SELF=of_self, SETS=sets, num_warps=4)
         if self.two_levels:
@@ -254,6 +261,17 @@ def strided(tensor: Tensor | None, axes: int = 2) -> Strided:
     return Strided(tensor, *map(unspecialized, strides[:3]))
 
 
+def inputs_of(batch: RankingBatch, *, target: Tensor | None, labels: Tensor | None, teachers: bool = False) -> Inputs:
+    """What kernels read of a batch."""
+    queries = batch.query_weights
+    of_queries = _NOTHING if queries is None else _NOTHING._replace(pointer=queries, query=unspecialized(queries.stride(0)))
+    return Inputs(
+        strided(batch.student_logits), strided(batch.teacher_logits if teachers else None, 3), strided(target), strided(labels),
+        strided(None if batch.mask is None else batch.mask.view(torch.uint8)), strided_prior(batch.prior),
+        strided(batch.weights), of_queries, batch.cu_seqlens,
+    )  # fmt: skip
+
+
 def strided_prior(prior: Tensor | None) -> Strided:
     """A prior with its strides, of queries and teachers."""
     of_prior = strided(prior)
@@ -261,6 +279,16 @@ def strided_prior(prior: Tensor | None) -> Strided:
 
 
 _NOTHING = Strided(None, *map(unspecialized, (0, 0, 0)))
+
+
+def has_fields(term: Functions | None) -> bool:
+    """Whether a term's pairs can be summed in linear time."""
+    return term is not None and hasattr(terms.module(term.key), "fields")
+
+
+def how_of_loss(how: How, batch: RankingBatch, label_loss: Functions | None) -> How:
+    """What the loss's kernels are compiled for."""
+    return how._replace(HAS_C=batch.weights is not None, GAINS=label_loss is not None and label_loss.gain is not None)
 
 
 def used_terms(options: LossOptions) -> tuple[Functions | None, Functions | None]:

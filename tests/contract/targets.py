@@ -115,12 +115,12 @@ def short_blocks(patch: pytest.MonkeyPatch) -> None:
 
 # An operation in the interpreter takes 50 microseconds. Lengths around one and two column tiles, one block, several.
 _TRITON_LENGTHS = (1, 2, 7, 17, 33, 40)
-_TRITON_LINEAR = Way("linear", "triton", "chebyshev", (66, 90, 130), 6, short_blocks, _LACKS)
+_TRITON_LINEAR = Way("linear", "triton", "chebyshev", (66, 90, 130), 6, short_blocks)
 TRITON_INTERPRETER = Target(
-    ways=(Way("triton", "triton", "direct", prepare=wide_tiles, lacks=_LACKS),),
+    ways=(Way("triton", "triton", "direct", prepare=wide_tiles),),
     numerics=(
-        Way("one launch", "triton", "direct", _TRITON_LENGTHS, 20, lacks=_LACKS),
-        Way("a launch per phase", "triton", "direct", _TRITON_LENGTHS, 20, a_launch_per_phase, _LACKS),
+        Way("one launch", "triton", "direct", _TRITON_LENGTHS, 20),
+        Way("a launch per phase", "triton", "direct", _TRITON_LENGTHS, 20, a_launch_per_phase),
         _TRITON_LINEAR,
     ),
     linear=_TRITON_LINEAR,
@@ -148,9 +148,9 @@ CUDA_EMULATION = Target(
 _GPU_LENGTHS = (1, 2, 7, 31, 33, 64, 100, 129, 300, 1000)
 
 
-def _gpu(backend: str, samples: int) -> Target:
+def _gpu(backend: str, samples: int, lacks: frozenset[str] = frozenset()) -> Target:
     ways = tuple(
-        Way(f"{backend}-{sums}", backend, sums, _GPU_LENGTHS, samples, lacks=_LACKS) for sums in ("direct", "chebyshev")
+        Way(f"{backend}-{sums}", backend, sums, _GPU_LENGTHS, samples, lacks=lacks) for sums in ("direct", "chebyshev")
     )
     linear = dataclasses.replace(ways[1], lengths=(1100,))
     return Target(ways, ways, linear, (1024, 1025, 9001), (7, 40, 1100), device="cuda")
@@ -161,5 +161,5 @@ TARGETS = {
     "triton-interpreter": TRITON_INTERPRETER,
     "cuda-emulation": CUDA_EMULATION,
     "triton": _gpu("triton", 40),
-    "cuda": _gpu("cuda", 100),
+    "cuda": _gpu("cuda", 100, _LACKS),
 }
