@@ -255,7 +255,8 @@ void run_long_ensemble(const Call& call, const int64_t* keys, const int64_t* ord
   run.pieces(gather_pieces, 0);
   if (!call.by_pairs()) return check(cudaGetLastError(), "the launches of a long mean");
   run.tabulate();
-  run.order(call.ensemble.pair_weight);
+  run.bound(gain_of(call.ensemble.pair_weight));
+  run.weigh();
   advance(0, 0, false, true);
   for (int64_t it = 0;; ++it) {
     const int read = call.by_document() ? int(it & 1) : 0;

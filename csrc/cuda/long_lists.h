@@ -22,19 +22,21 @@ PILE_SHARED int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / siz
 
 // What is known of a query before the terms of its loss add up.
 struct LossFacts {
-  double pairs = 0, targets = 0;  // Σ ω over P; documents with a target
-  Range student, target;          // of the distillation: from the pivots, in its unit
-  float student_pivot = 0, target_pivot = 0;
-  bool broken = false;  // some student logit is no number
+  double pairs = 0;  // Σ ω over P; of a term that takes gains, what it divides by instead
+  double targets = 0, target_weight = 0, target_squares = 0;  // documents with a target, Σ c and Σ c² of their weights
+  Range student, target;                                      // of the distillation: from the pivots, in its unit
+  float student_pivot = 0, target_pivot = 0;                  // the highest
+  float weight = 1;                                           // the query's
+  bool broken = false;                                        // some student logit or weight is no number, or a gain negative
 
   // From the ranges of plain logits that have a target. Divided is only what has been subtracted: large logits would lose their
   // differences.
   PILE_DEVICE void settle(const Range& of_student, const Range& of_target, float unit) {
     if (!(targets > 0)) return;
-    student_pivot = of_student.low;
-    target_pivot = of_target.low;
-    student = {0, (of_student.high - student_pivot) * unit};
-    target = {0, (of_target.high - target_pivot) * unit};
+    student_pivot = of_student.high;
+    target_pivot = of_target.high;
+    student = {(of_student.low - student_pivot) * unit, 0};
+    target = {(of_target.low - target_pivot) * unit, 0};
   }
 };
 
@@ -52,7 +54,7 @@ struct QueryState : LossFacts {
 
 // What a piece's documents tell the loss.
 struct LossPart {
-  double broken = 0, targets = 0, difference = 0;
+  double broken = 0, targets = 0, target_weight = 0, target_squares = 0, difference = 0;
   Range labels, student, target;
 };
 
@@ -75,10 +77,12 @@ struct LongState {
   int64_t list_pieces, list_label_blocks;             // of one padded list
   bool packed, weighted;
   PairSum pairwise;
+  bool label_fields;  // label pairs meet through fields
   float offset;
 
   const int64_t *keys = nullptr, *order = nullptr;  // sorted; nullptr: positions are slots
   float* u[2];                                      // the ensemble's logits, read and written in turns; or student and target
+  float* weight;                                    // of documents in the loss; nullptr: 1 each
   float *gain, *per_pair, *above, *exponent, *low, *high, *logit, *teachers;
   int *first, *last;
   double* prefix;  // documents + queries
@@ -324,9 +328,11 @@ struct LongRun {
     launch(kernel, state.call.batch.queries, threads, shared, stream, state, more...);
   }
   // The phases that ensemble and loss share, in long_pairs.cu.
-  void tabulate() const;                // unless direct: the tables of the fields
-  void order(PairWeight weight) const;  // label blocks, weights of pairs; and moments of 0 to deposit in
-  void solve(bool losses) const;        // unless direct: the label blocks' fields
+  void tabulate() const;             // unless direct: the tables of the fields
+  void bound(LabelGain gain) const;  // label blocks, gains; and moments of 0 to deposit in
+  void weigh() const;                // weights of pairs, and their sum
+  void total() const;                // a query's `pairs`, of its pieces' sums
+  void solve(bool losses) const;     // unless direct: the label blocks' fields
 };
 
 }  // namespace pile::gpu

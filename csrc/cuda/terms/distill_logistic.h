@@ -154,7 +154,7 @@ struct Loss<DistillLogistic> : DistillTerm {
     return state.pairwise == PairSum::direct ? 0 : 2 * (state.pieces + state.call.batch.queries) * LongState::kKind;
   }
   template <class Run>
-  static void launch(const Run& run) {
+  static void launch(const Run& run, const DistillLogistic&) {
     if (run.state.pairwise == PairSum::direct) return;
     run.pieces(deposit_distillation<LongState>, PieceMemory::kBytes);
     constexpr size_t kBytes = (LongState::kKind + kSolveThreads) * sizeof(float) + BlockTeam::kBytes;

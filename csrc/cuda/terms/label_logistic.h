@@ -17,6 +17,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) deposit_students(const State
 
 template <>
 struct Loss<LabelLogistic> : LabelTerm {
+  static constexpr bool kFields = true;
+
   template <class List>
   PILE_DEVICE static void add(LabelLogistic, const List& list, float scale) {
     list.label_tiles([&](const LabelTile& tile) {
@@ -34,9 +36,10 @@ struct Loss<LabelLogistic> : LabelTerm {
   }
 
   template <class Run>
-  static void launch(const Run& run) {
-    run.order(run.state.call.loss.pair_weight);
-    if (run.state.pairwise == PairSum::direct) return;
+  static void launch(const Run& run, const LabelLogistic&) {
+    run.bound(run.state.call.label_gain);
+    run.weigh();
+    if (!run.state.label_fields) return;
     run.pieces(deposit_students<LongState>, PieceMemory::kBytes);
     run.solve(true);
   }
