@@ -99,6 +99,10 @@ struct LongState {
 
   static constexpr int kKind = kMostCells * kPowers;
   PILE_SHARED int kinds() const { return weighted ? 2 : 1; }
+  // A label pair counts as its higher document does: where documents have weights they have other moments as that than as the
+  // lower one, and a field of either.
+  PILE_SHARED int sides() const { return weight ? 2 : 1; }
+  PILE_SHARED int64_t side_words() const { return int64_t(kinds()) * kKind; }
 
   // Where a query's own begin. For packed lists bounds that grow with the documents before: no table, no scan.
   PILE_SHARED int64_t first_piece(int64_t q, int64_t first) const { return packed ? first / kPiece + q : q * list_pieces; }
@@ -155,10 +159,10 @@ struct LongQuery {
   PILE_DEVICE int64_t first_label_block() const { return state.first_label_block(query.index, base); }
   PILE_DEVICE int* label_starts() const { return state.label_starts + first_label_block() + query.index; }
   PILE_DEVICE float* moments(int piece, int label_block) const {
-    return state.moments + (first_piece() + first_label_block() + piece + label_block) * state.kinds() * LongState::kKind;
+    return state.moments + (first_piece() + first_label_block() + piece + label_block) * state.sides() * state.side_words();
   }
-  PILE_DEVICE float* field(int label_block) const {
-    return state.fields + (first_label_block() + label_block) * state.kinds() * LongState::kKind;
+  PILE_DEVICE float* field(int label_block, int side) const {
+    return state.fields + ((first_label_block() + label_block) * state.sides() + side) * state.side_words();
   }
   PILE_DEVICE bool meets_through_fields() const { return own.label_blocks > 1; }
   // Losses of pairs between label blocks, by one warp.
@@ -277,40 +281,49 @@ PILE_DEVICE void for_label_tiles(const Piece& piece, const PieceMemory& memory, 
         [&](int j, int to) {
           memory.tile.student[to] = u[j];
           if (piece.state.weighted) memory.tile.target[to] = gains[j];
+          if (piece.state.weight) memory.tile.student_more[to] = piece.at(piece.state.weight)[j];
         },
         [&](int from, int to) {
           const Tile tile = memory.tile.from(from);
-          const LossColumns columns = {tile.student, tile.target, piece.state.weighted, 1, piece.state.offset};
+          const LossColumns columns = {tile.student,         tile.target,
+                                       piece.state.weighted, 1,
+                                       piece.state.offset,   piece.state.weight ? tile.student_more : nullptr};
           use(LabelTile{columns, of.lo, of.hi, of.begin, from, to});
         });
   });
 }
 
-// visit(k, value) by a thread for each of the piece's documents that meet others through fields, at logits u.
+// visit(k, value) by a thread for each of the piece's documents that meet others through fields, at logits u; once for those
+// below and once for those above where documents have weights.
 template <class Visit>
 PILE_DEVICE void for_label_fields(const Piece& piece, const PieceMemory& memory, const float* u, Visit visit) {
   if (!piece.meets_through_fields()) return;
   const Grid& grid = piece.own.grid;
   const float* gains = piece.at(piece.state.gain);
   const int row = grid.cells * kPowers, rank = int(threadIdx.x);
+  const float* weights = piece.state.weight ? piece.at(piece.state.weight) : nullptr;
   for_label_blocks(piece, [&](const Overlap& of) {
-    for (int e = rank; e < piece.state.kinds() * row; e += kPieceThreads) memory.field[e] = piece.field(of.number)[e];
-    __syncthreads();
-    for (int k = of.lo + rank; k < of.hi; k += kPieceThreads) {
-      const float value = grid.value(memory.field, u[k]);
-      visit(k, piece.state.weighted ? gains[k] * value - grid.value(memory.field + row, u[k]) : value);
+#pragma unroll 1
+    for (int side = 0; side < piece.state.sides(); ++side) {
+      for (int e = rank; e < piece.state.kinds() * row; e += kPieceThreads) memory.field[e] = piece.field(of.number, side)[e];
+      __syncthreads();
+      for (int k = of.lo + rank; k < of.hi; k += kPieceThreads) {
+        float value = grid.value(memory.field, u[k]);
+        if (piece.state.weighted) value = gains[k] * value - grid.value(memory.field + row, u[k]);
+        visit(k, weights && side == 0 ? weights[k] * value : value);
+      }
+      __syncthreads();
     }
-    __syncthreads();
   });
 }
 
-// The piece's moments at logits u, label block by label block.
-PILE_DEVICE void deposit_piece(const Piece& piece, const PieceMemory& memory, const float* u) {
+// The piece's moments at logits u, label block by label block; with weights those of the second side.
+PILE_DEVICE void deposit_piece(const Piece& piece, const PieceMemory& memory, const float* u, const float* weights = nullptr) {
   for_label_blocks(piece, [&](const Overlap& of) {
     const float* gains = piece.state.weighted ? piece.at(piece.state.gain) + of.lo : nullptr;
     deposit<kOwn>(
         piece.own.grid, of.hi - of.lo, [&](int i) { return u[of.lo + i]; }, gains, memory.partial,
-        piece.moments(piece.number, of.number));
+        piece.moments(piece.number, of.number) + (weights ? piece.state.side_words() : 0), weights ? weights + of.lo : nullptr);
   });
 }
 

@@ -158,13 +158,15 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_label_blocks(const Lon
   const int cells = q.own.grid.cells, row = cells * kPowers, words = state.kinds() * row, b = q.number;
   const int* begin = q.label_starts();
   // Numbers that no piece and label block share hold zeros.
-  const MomentRows overlaps = {q.moments(0, 0), int64_t(state.kinds()) * LongState::kKind, words, partial};
+  const int sides = state.sides();
+  const MomentRows lower = {q.moments(0, 0), sides * state.side_words(), words, partial};
+  const MomentRows higher = {lower.rows + (sides - 1) * state.side_words(), lower.stride, words, partial};
   const int own = begin[b] / kPiece + b, next = (begin[b + 1] - 1) / kPiece + b + 1,
             last = (begin[q.own.label_blocks] - 1) / kPiece + q.own.label_blocks;
-  overlaps.sum(next, last, low);
+  lower.sum(next, last, low);
   const CellTable plus = state.table(0), minus = state.table(1), psi = state.table(2);
   if (losses) {
-    overlaps.sum(own, next, high);  // the label block's own, for now
+    higher.sum(own, next, high);  // the label block's own, for now
     const double loss = ordered_sum(team, cells, [&](int c) {
       if (!state.weighted) return psi.apply_psi<true>(high, low, cells, c);
       return psi.apply_psi<true>(high + row, low, cells, c) - psi.apply_psi<true>(high, low + row, cells, c);
@@ -172,21 +174,23 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_label_blocks(const Lon
     if (team.rank == 0) state.label_sum[q.index] = loss;
     team.sync();
   }
-  overlaps.sum(0, own, high);
+  higher.sum(0, own, high);
   // Σ_below ω σ(offset − (u − u_j)) − Σ_above ω σ(offset − (u_j − u)) by σ = 1/2 + κ and κ odd.
   // Counts: Σ_below κ(offset + u_j − u) + Σ_above κ(u_j − u − offset); where gains give ω its sign, minus.
   const float sign = state.weighted ? -1.0f : 1.0f;
-  float* const field = q.field(b);
-  for (int e = team.rank; e < words; e += team.size) {
-    const int kind = e / row, c = e % row / kPowers, power = e % kPowers;
+  for (int e = team.rank; e < sides * words; e += team.size) {
+    const int side = e / words, own_e = e % words, kind = own_e / row, c = own_e % row / kPowers, power = e % kPowers;
+    const bool of_lower = side == 0, of_higher = side == sides - 1;
     const float *below = low + kind * row, *above = high + kind * row;
-    float value = plus.apply_kappa(below, cells, c, power) + sign * minus.apply_kappa(above, cells, c, power);
+    float value = of_lower ? plus.apply_kappa(below, cells, c, power) : 0.0f;
+    if (of_higher) value += sign * minus.apply_kappa(above, cells, c, power);
     if (power == 0) {
       float half = 0;
-      for (int s = 0; s < cells; ++s) half += below[s * kPowers] - sign * above[s * kPowers];
+      for (int s = 0; s < cells; ++s)
+        half += (of_lower ? below[s * kPowers] : 0.0f) - (of_higher ? sign * above[s * kPowers] : 0.0f);
       value += half / 2;
     }
-    field[e] = value;
+    q.field(b, side)[own_e] = value;
   }
 }
 
@@ -222,8 +226,8 @@ LongState::LongState(const Call& call) : call(call), documents(call.documents())
   take(pairs ? label_blocks : 0, label_sum);
   take(weighted ? documents + queries : 0, prefix);
   take(weighted ? pieces + queries : 0, piece_prefix);
-  take(label_fields ? overlaps * kinds() * kKind : 0, moments);
-  take(label_fields ? label_blocks * kinds() * kKind : 0, fields);
+  take(label_fields ? overlaps * sides() * side_words() : 0, moments);
+  take(label_fields ? label_blocks * sides() * side_words() : 0, fields);
   take(ensemble ? documents : 0, exponent, low, high, logit);
   take(documents * call.teachers(), teachers);
   take(queries * call.teachers(), mean, scale);
@@ -249,8 +253,9 @@ void LongRun::tabulate() const {
 
 void LongRun::bound(LabelGain gain) const {
   if (state.label_fields)
-    check(cudaMemsetAsync(state.moments, 0, size_t(state.overlaps * state.kinds() * LongState::kKind) * sizeof(float), stream),
-          "cudaMemsetAsync");
+    check(
+        cudaMemsetAsync(state.moments, 0, size_t(state.overlaps * state.sides() * state.side_words()) * sizeof(float), stream),
+        "cudaMemsetAsync");
   pieces(bound_labels, BlockTeam::kBytes, gain);
   queries(cut_label_blocks, kQueryThreads, kMostLabelBlocks * sizeof(int));
 }

@@ -82,7 +82,8 @@ class LossQuery : public TermList<Team, true> {
   }
   template <class Use>
   PILE_DEVICE void label_tiles(Use use) const {
-    use(LabelTile{{student, gain, call.loss.pair_weight != PairWeight::none}, 0, counts_.labelled, 0, 0, counts_.labelled});
+    const LossColumns columns = {student, gain, call.label_gain != LabelGain::none, 1, 0, weight};
+    use(LabelTile{columns, 0, labelled, 0, 0, labelled});
   }
 
  private:

@@ -133,7 +133,7 @@ TRITON_INTERPRETER = Target(
 
 # A warp per query up to 32 documents, a block beyond; 130: more than one document per four lanes.
 _CUDA_LENGTHS = (1, 2, 7, 17, 31, 33, 64, 130, 300)
-_CUDA_LACKS = _LACKS - {"distill_kl", "label_softmax"}
+_CUDA_LACKS = _LACKS - {"distill_kl", "label_softmax", "weights"}
 _CUDA_WAYS = tuple(Way(f"cuda-{sums}", "cuda", sums, _CUDA_LENGTHS, 54, lacks=_CUDA_LACKS) for sums in ("direct", "chebyshev"))
 CUDA_EMULATION = Target(
     ways=_CUDA_WAYS,

@@ -1,4 +1,4 @@
-// R as RankNet: Σ_P ω softplus(−(z_i − z_j)). Directly where labels meet in a tile; between the label blocks of a long list
+// R as RankNet: Σ_P ω c_i softplus(−(z_i − z_j)), c_i the weight of the preferred document. Directly where labels meet in a tile; between the label blocks of a long list
 // through fields.
 #pragma once
 
@@ -12,7 +12,9 @@ __global__ void __launch_bounds__(kPieceThreads, 2) deposit_students(const State
   PILE_SHARED_MEMORY(base);
   const PieceMemory memory(base);
   const Piece piece(state);
-  if (piece.meets_through_fields()) deposit_piece(piece, memory, piece.at(state.u[0]));
+  if (!piece.meets_through_fields()) return;
+  deposit_piece(piece, memory, piece.at(state.u[0]));
+  if (state.weight) deposit_piece(piece, memory, piece.at(state.u[0]), piece.at(state.weight));
 }
 
 template <>
@@ -26,8 +28,15 @@ struct Loss<LabelLogistic> : LabelTerm {
         SlopeAndLoss sums, above;
         const float z = list.student[k], gain = tile.columns.weighted ? list.gain[k] : 0.0f;
         add_losses<true>(tile.columns, z, gain, larger(list.last[k], tile.from), tile.to, list.lanes, sums);
-        add_losses<false>(tile.columns, z, gain, larger(tile.begin, tile.from), smaller(list.first[k], tile.to), list.lanes,
-                          above);
+        const int from = larger(tile.begin, tile.from), to = smaller(list.first[k], tile.to);
+        if (!list.weight) {
+          add_losses<false>(tile.columns, z, gain, from, to, list.lanes, above);
+        } else {
+          const LossColumns& of = tile.columns;
+          add_losses<false>(of, z, from, to, list.lanes, above, [&](int j) { return of.gap(gain, j) * of.weights[j]; });
+          sums.slope *= list.weight[k];
+          sums.loss *= list.weight[k];
+        }
         list.add_row(k, scale, {above.slope - sums.slope, sums.loss});
       });
     });
