@@ -377,7 +377,8 @@ def distill_mse(term: terms.MSE, query: Query) -> PairLoss:
 def distill_kl(term: terms.KL, query: Query) -> PairLoss:
     assert query.s is not None
     log_p, log_q = (log_softmax(x, query, term.temperature, query.c) for x in (query.s, query.z))
-    p, q = (torch.where(query.used, x.exp(), 0.0) for x in (log_p, log_q))
+    times = 1.0 if query.c is None else query.c
+    p, q = (torch.where(query.used, times * x.exp(), 0.0) for x in (log_p, log_q))
     counts = query.used.sum(1) > 1
     loss = term.temperature**2 * torch.where(query.used, p * (log_p - log_q), 0.0).sum(1)
     return of_list(query, counts, loss, term.temperature * (q - p), q * (1 - q))
@@ -443,7 +444,10 @@ def of_list(query: Query, counts: Tensor, loss: Tensor, gradient: Tensor, hessia
 
 
 def log_softmax(x: Tensor, query: Query, temperature: float, c: Tensor | None = None) -> Tensor:
-    """log softmax of x / temperature over the documents used, each as if it were there c times; elsewhere no number to use."""
+    """log softmax of x / temperature over the documents used; elsewhere no number to use.
+
+    With c each document is there c times, and this is the logarithm of one of them.
+    """
     if x.shape[1] == 0:
         return x
     # Differences before the division: large logits would lose theirs.

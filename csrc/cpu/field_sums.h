@@ -55,9 +55,10 @@ class FieldSums {
   // Smallest block worth a field: its own direct sums then cost about as much.
   static int least_block(int cells) { return larger(96, 2 * cells * P); }
 
-  // `below` == nullptr: one block, every document meets every other one (and itself).
-  void plan(Grid<T> cells, int n, const int* below, const T* gain, Arena& arena) {
-    depositor_ = {cells, gain};
+  // `below` == nullptr: one block, every document meets every other one (and itself). `weights`: of the documents as those that
+  // others meet; nullptr: 1 each.
+  void plan(Grid<T> cells, int n, const int* below, const T* gain, Arena& arena, const T* weights = nullptr) {
+    depositor_ = {cells, gain, weights};
     grid = cells;
     weighted = gain != nullptr;
     const int least = least_block(grid.cells);
@@ -144,15 +145,16 @@ class FieldSums {
 
   // Field of block b for the label pairs, Σ_below ω σ(offset − (u − u_j)) − Σ_above ω σ(offset − (u_j − u)), by σ = 1/2 + κ and
   // κ odd. Counts: Σ_below κ(offset + u_j − u) + Σ_above κ(u_j − u − offset); where gains give ω its sign, minus.
-  void solve(int b, const Table& plus, const Table& minus) {
-    const T sign = weighted ? T(-1) : T(1);
+  // `of_low`, `of_high`: what the two sides count.
+  void solve(int b, const Table& plus, const Table& minus, T of_low = 1, T of_high = 1) {
+    const T sign = weighted ? -of_high : of_high;
     for (int w = 0; w < (weighted ? 2 : 1); ++w) {
       const Row* low = low_ + int64_t(b) * row_ + w * grid.cells;
       const Row* high = high_ + int64_t(b) * row_ + w * grid.cells;
-      const double half = (count(low, grid.cells) - double(sign) * count(high, grid.cells)) / 2;
+      const double half = (double(of_low) * count(low, grid.cells) - double(sign) * count(high, grid.cells)) / 2;
       if (plus.offset == 0) {  // one table serves both
         Row* both = high_ + int64_t(b) * row_ + w * grid.cells;
-        for (int c = 0; c < grid.cells; ++c) both[c] = low[c] + sign * high[c];
+        for (int c = 0; c < grid.cells; ++c) both[c] = of_low * low[c] + sign * high[c];
         apply(plus, both, block[b].filled, [&](int c, Row f) {
           f[0] += T(half);
           put(b, w, c, f);
@@ -160,6 +162,7 @@ class FieldSums {
       } else {
         apply(minus, high, block[b].filled, [&](int c, Row f) { put(b, w, c, sign * f); });
         apply(plus, low, block[b].filled, [&](int c, Row f) {
+          f = of_low * f;
           f[0] += T(half);
           put(b, w, c, f + get(b, w, c));
         });
@@ -181,12 +184,13 @@ class FieldSums {
     return load(depositor_.gain + k) * counts - horner(f + P * stride_, cell, x);
   }
 
-  // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone. Before solve().
-  double softplus_of_labels(const Table& plus) const {
+  // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone: i counts as it does here, j as it
+  // does in `others`. Before solve().
+  double softplus_of_labels(const Table& plus, const FieldSums& others) const {
     double total = 0;
     for (int b = 0; b + 1 < blocks; ++b) {
       const Row* own = block_moments_ + int64_t(b) * row_;
-      const Row* low = low_ + int64_t(b) * row_;
+      const Row* low = others.low_ + int64_t(b) * row_;
       if (weighted)
         total += between<true>(plus, own + grid.cells, low, block[b].filled) -
                  between<true>(plus, own, low + grid.cells, block[b].filled);
@@ -195,9 +199,14 @@ class FieldSums {
     }
     return total;
   }
-  // Σ_{i<j} ψ(u_i − u_j) of the only block.
-  double psi_of_self(const Table& table) const {
-    const double itself = count(block_moments_, grid.cells) * 0.69314718055994530942;
+  // Σ_{i<j} c_i c_j ψ(u_i − u_j) of the only block of n documents.
+  double psi_of_self(const Table& table, int n) const {
+    double squares = n;
+    if (depositor_.weight) {
+      squares = 0;
+      for (int k = 0; k < n; ++k) squares += double(depositor_.weight[k]) * double(depositor_.weight[k]);
+    }
+    const double itself = squares * 0.69314718055994530942;
     return (between<false>(table, block_moments_, block_moments_, filled_) - itself) / 2;
   }
 

@@ -18,20 +18,22 @@ struct Losses<T, OneOf<Terms...>> : Loss<T, Terms>... {};
 template <class T>
 class QueryLoss {
  public:
-  // The documents are those of `order`, which has labels if alpha < 1. `targets`: by slot; nullptr: the batch's. `counts`: room
-  // for two numbers per piece. The gradient goes to `gradient` by slot, unless that is nullptr. To the leader: the loss, and
-  // whether a term applies.
+  // The documents are those of `order`, which has labels if alpha < 1. `targets`: by slot; nullptr: the batch's. `share`: what
+  // the query's loss is multiplied by. `counts`: room for two numbers per piece. The gradient goes to `gradient` by slot, unless
+  // that is nullptr. To the leader: the loss, and whether a term applies.
   void run(const Member& m, const Batch& batch, const LossOptions& options, int64_t q, const Order& order, const T* targets,
-           int* counts, T* gradient, double* loss, uint8_t* applies) {
+           double share, int* counts, T* gradient, double* loss, uint8_t* applies) {
     if (m.leads()) {
       Arena& arena = *m.arena;
       n_ = order.n;
       z_ = arena.take<T>(n_);
+      c_ = batch.weights.data ? arena.take<T>(n_) : nullptr;
       label_ = Part{arena.take<T>(n_)};
       if (options.alpha > 0) {
         at_ = arena.take<int>(n_);
         distill_z_ = arena.take<T>(n_);
         distill_s_ = arena.take<T>(n_);
+        distill_c_ = c_ ? arena.take<T>(n_) : nullptr;
         distill_ = Part{arena.take<T>(n_)};
       }
     }
@@ -44,10 +46,10 @@ class QueryLoss {
     double total = finite_ ? 0 : __builtin_nan("");
     Part label = label_, distill = distill_;
     if (options.alpha < 1)
-      run_term(m, options, options.label_loss, labels_, LabelList<T>{order, z_}, 1 - options.alpha, label, total);
+      run_term(m, options, options.label_loss, labels_, LabelList<T>{order, z_, c_}, share * (1 - options.alpha), label, total);
     if (options.alpha > 0)
-      run_term(m, options, options.distillation, distillations_, DistillList<T>{distilled_, distill_z_, distill_s_},
-               options.alpha, distill, total);
+      run_term(m, options, options.distillation, distillations_, DistillList<T>{distilled_, distill_z_, distill_s_, distill_c_},
+               share * options.alpha, distill, total);
     if (m.leads()) {
       *loss = total;
       *applies = label.applies | distill.applies;
@@ -91,7 +93,7 @@ class QueryLoss {
     kind.visit([&](auto term) {
       using Own = Loss<T, decltype(term)>;
       if constexpr (Own::kHere) {
-        part.applies = Own::applies(list);
+        part.applies = Own::applies(term, list);
         if (!part.applies || !finite_) return;
         const Arena::Mark mark = m.arena->mark();
         const Found found = static_cast<Own&>(losses).run(m, term, options, list, part.slope);
@@ -106,7 +108,7 @@ class QueryLoss {
     });
   }
 
-  // A piece of the student's logits by position, and of the pairs (logit, target) of documents with a target.
+  // A piece of the student's logits and the weights by position, and of (logit, target, weight) of documents with a target.
   void gather(const Batch& batch, const LossOptions& options, int64_t q, const Order& order, const T* targets, int begin,
               int end, int* counts) const {
     const int* slot = order.slot;
@@ -122,6 +124,7 @@ class QueryLoss {
       return finite;
     };
     const bool finite = read_to(batch.student, z_);
+    if (c_) read_to(batch.weights, c_);
     int to = begin;
     if (options.alpha > 0) {
       if (!targets) read_to(batch.target, distill_s_);
@@ -130,6 +133,7 @@ class QueryLoss {
         at_[to] = k;
         distill_z_[to] = z_[k];
         distill_s_[to] = target;
+        if (c_) distill_c_[to] = c_[k];
         to += is_finite(target);
       }
     }
@@ -147,6 +151,7 @@ class QueryLoss {
         std::memmove(at_ + distilled_, at_ + from, count * sizeof *at_);
         std::memmove(distill_z_ + distilled_, distill_z_ + from, count * sizeof(T));
         std::memmove(distill_s_ + distilled_, distill_s_ + from, count * sizeof(T));
+        if (c_) std::memmove(distill_c_ + distilled_, distill_c_ + from, count * sizeof(T));
       }
       distilled_ += count;
     }
@@ -157,7 +162,7 @@ class QueryLoss {
   int n_ = 0, distilled_ = 0;  // documents; those with a target
   bool finite_ = true;
   int* at_ = nullptr;  // positions of those with a target
-  T *z_ = nullptr, *distill_z_ = nullptr, *distill_s_ = nullptr;
+  T *z_ = nullptr, *c_ = nullptr, *distill_z_ = nullptr, *distill_s_ = nullptr, *distill_c_ = nullptr;
   Part label_, distill_;
 };
 

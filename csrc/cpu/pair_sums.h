@@ -45,19 +45,20 @@ struct Exponentials {
 };
 
 // Σ_below ω σ(offset − (u_i − u_j)) − Σ_above ω σ(offset − (u_j − u_i)): λ of the label pairs. With kLoss also
-// Σ_P ω softplus(offset − (u_i − u_j)).
-template <class T, bool kWeighted, bool kWide, bool kLoss>
+// Σ_P ω softplus(offset − (u_i − u_j)). kCounted: a pair counts c_i of its row, the preferred document, in both.
+template <class T, bool kWeighted, bool kWide, bool kLoss, bool kCounted = false>
 struct LabelPairs {
   static constexpr int kRows = kLoss ? 2 : 4;
   const T* u;
   Exponentials<T> near;
   const T* gain;
   const int* below;
+  const T* c = nullptr;
   double total = 0;
   Vec<T> loss = {};
 
   struct Row {
-    Vec<T> u, up, down, gain;
+    Vec<T> u, up, down, gain, c;
   };
   PILE_INLINE int first(int i) const { return below[i]; }
   PILE_INLINE Row row(int i) const {
@@ -66,6 +67,7 @@ struct LabelPairs {
     if (!kWide) r.up = splat<T>(near.up[i] * near.offset_down);
     if (!kWide && kLoss) r.down = splat<T>(near.down[i] * near.offset_up);
     if (kWeighted) r.gain = splat<T>(gain[i]);
+    if (kCounted) r.c = splat<T>(c[i]);
     return r;
   }
   template <bool kMasked>
@@ -86,6 +88,10 @@ struct LabelPairs {
       const Vec<T> omega = r.gain - load(gain + j);
       p = p * omega;
       if (kLoss) value = value * omega;
+    }
+    if (kCounted) {
+      p = p * r.c;
+      if (kLoss) value = value * r.c;
     }
     if (kMasked) p = mask ? p : Vec<T>{};
     if (kLoss) loss += kMasked ? (mask ? value : Vec<T>{}) : value;

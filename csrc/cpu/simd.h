@@ -334,6 +334,16 @@ PILE_INLINE Vec<T> vlog1p(Vec<T> t) {
   return T(2) * w * p;
 }
 
+// log(x) of x >= 1: x is m 2^n with m in [1, 2).
+template <class T>
+PILE_INLINE Vec<T> vlog(Vec<T> x) {
+  using S = Simd<T>;
+  const Ints<T> all = bits<T>(x), exponent = (all >> S::kMantissa) - typename S::integer(S::kBias);
+  const Ints<T> one = Ints<T>{} + (typename S::integer(S::kBias) << S::kMantissa);
+  const Ints<T> fraction = all & ((typename S::integer(1) << S::kMantissa) - 1);
+  return to_vec<T>(exponent) * T(0.69314718055994530942) + vlog1p<T>(from_bits<T>(fraction | one) - T(1));
+}
+
 template <class I>
 PILE_INLINE I round_down(I x, int multiple) {
   return x - x % multiple;

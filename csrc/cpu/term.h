@@ -5,17 +5,18 @@
 
 namespace pile::PILE_ISA {
 
-// What a distillation term sees: student and target of the query's documents that have a target.
+// What a distillation term sees: student and target of the query's documents that have a target, and the documents' weights
+// (nullptr: 1 each), which are > 0.
 template <class T>
 struct DistillList {
   int n;
-  const T *z, *s;
+  const T *z, *s, *c;
 };
-// What a label term sees: the student's logits by position, and the order, which has the labels.
+// What a label term sees: the student's logits by position, and the order, which has the labels; weights as above.
 template <class T>
 struct LabelList {
   const Order& order;
-  const T* z;
+  const T *z, *c;
 };
 
 // What run() finds in a query: the term is sum / size, its derivative by the list's logit k is slope[k] / (size · unit); of a
@@ -38,15 +39,15 @@ struct Loss {
 // What a term is unless its file says otherwise: about pairs.
 struct DistillTerm {
   static constexpr bool kHere = true;
-  template <class T>
-  static bool applies(const DistillList<T>& list) {
+  template <class Term, class T>
+  static bool applies(const Term&, const DistillList<T>& list) {
     return list.n > 1;
   }
 };
 struct LabelTerm {
   static constexpr bool kHere = true;
-  template <class T>
-  static bool applies(const LabelList<T>& list) {
+  template <class Term, class T>
+  static bool applies(const Term&, const LabelList<T>& list) {
     return list.order.has_pairs();
   }
 };

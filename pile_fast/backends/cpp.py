@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.backends import native
-from pile_fast.backends.protocol import missing_term, missing_weights
+from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch, check_cu_seqlens, label_error
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -45,7 +45,7 @@ def unavailable() -> str:
 
 
 def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
-    return missing_weights(batch) or missing_term(_TERMS, loss)
+    return missing_term(_TERMS, loss)
 
 
 def ensemble(
