@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) trace_pieces(const LongState
   const float *u = piece.at(state.u[read]), *gains = piece.at(state.gain);
   for (int k = team.rank; k < kPiece; k += kPieceThreads) memory.pull[k] = 0;
   team.sync();
-  for_label_tiles(piece, memory, u, [&](const LabelTile& tile) {
+  for_label_tiles(piece, memory, u, nullptr, [&](const LabelTile& tile) {
     for (int k = tile.lo + team.rank / kLanes; k < tile.hi; k += kPieceThreads / kLanes) {
       SlopeAndLoss sums;
       add_losses<true>(tile.columns, u[k], state.weighted ? gains[k] : 0.0f, larger(piece.at(state.last)[k], tile.from),

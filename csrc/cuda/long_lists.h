@@ -270,9 +270,9 @@ struct LabelTile {
   int lo, hi, begin, from, to;
 };
 
-// use(tile) for every tile of every mixed label block, of logits u.
+// use(tile) for every tile of every mixed label block, of logits u, and `more` of the columns unless it is nullptr.
 template <class Use>
-PILE_DEVICE void for_label_tiles(const Piece& piece, const PieceMemory& memory, const float* u, Use use) {
+PILE_DEVICE void for_label_tiles(const Piece& piece, const PieceMemory& memory, const float* u, const float* more, Use use) {
   const float* gains = piece.at(piece.state.gain);
   for_label_blocks(piece, [&](const Overlap& of) {
     if (!of.mixed) return;
@@ -282,12 +282,13 @@ PILE_DEVICE void for_label_tiles(const Piece& piece, const PieceMemory& memory, 
           memory.tile.student[to] = u[j];
           if (piece.state.weighted) memory.tile.target[to] = gains[j];
           if (piece.state.weight) memory.tile.student_more[to] = piece.at(piece.state.weight)[j];
+          if (more) memory.tile.target_more[to] = more[j];
         },
         [&](int from, int to) {
           const Tile tile = memory.tile.from(from);
-          const LossColumns columns = {tile.student,         tile.target,
-                                       piece.state.weighted, 1,
-                                       piece.state.offset,   piece.state.weight ? tile.student_more : nullptr};
+          LossColumns columns = {tile.student, tile.target, piece.state.weighted, 1, piece.state.offset};
+          if (piece.state.weight) columns.weights = tile.student_more;
+          columns.more = tile.target_more;
           use(LabelTile{columns, of.lo, of.hi, of.begin, from, to});
         });
   });

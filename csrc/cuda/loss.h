@@ -80,9 +80,11 @@ class LossQuery : public TermList<Team, true> {
     team.sync();
     use(0, to);
   }
+  // By position, floats that a label term has for itself; which < 2.
+  PILE_DEVICE float* own_field(int which) const { return which ? tile.target_more : tile.student_more; }
   template <class Use>
-  PILE_DEVICE void label_tiles(Use use) const {
-    const LossColumns columns = {student, gain, call.label_gain != LabelGain::none, 1, 0, weight};
+  PILE_DEVICE void label_tiles(const float* more, Use use) const {
+    const LossColumns columns = {student, gain, call.label_gain != LabelGain::none, 1, 0, weight, more};
     use(LabelTile{columns, 0, labelled, 0, 0, labelled});
   }
 

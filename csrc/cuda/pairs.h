@@ -149,9 +149,7 @@ struct LossColumns {
   const float *u, *gains;
   bool weighted;
   float scale = 1, offset = 0;
-  const float* weights = nullptr;
-
-  PILE_DEVICE float gap(float gain, int j) const { return weighted ? fabsf(gain - gains[j]) : 1.0f; }
+  const float *weights = nullptr, *more = nullptr;  // `more`: what else a term asked for
 };
 
 struct One {  // for every pair

@@ -7,7 +7,9 @@
 namespace pile::gpu {
 
 // A whole query in shared memory (kWhole: LossQuery in loss.h), or a piece of a long list (LossPiece), by position. Each adds
-//   tiles(load, use), label_tiles(use)  visits all columns of the query; those of its label blocks with several labels
+//   tiles(load, use)                    visits all columns of the query
+//   label_tiles(more, use)              those of its label blocks with several labels, with `more` of each unless it is nullptr
+//   own_field(which)                    floats by position that a term has for itself
 //   mean_difference()                   of student and target, weighted
 //   sum(parts, which)                   Σ parts(which, k) over all of the query's documents; of a ListTerm
 //   label_range()                       of the student's logits that have a label
@@ -101,9 +103,11 @@ struct LossPiece : TermList<BlockTeam, false> {
   PILE_DEVICE void tiles(Load load, Use use) const {
     for_tiles(0, int(parts(columns, 4)) * 4, load, use);
   }
+  // In the scratch of a label term.
+  PILE_DEVICE float* own_field(int which) const { return piece.at(piece.state.of_label_loss) + which * piece.state.documents; }
   template <class Use>
-  PILE_DEVICE void label_tiles(Use use) const {
-    for_label_tiles(piece, memory, student, use);
+  PILE_DEVICE void label_tiles(const float* more, Use use) const {
+    for_label_tiles(piece, memory, student, more, use);
   }
 };
 
@@ -111,6 +115,24 @@ template <class Term>
 struct Loss {
   static constexpr bool kHere = false;  // there is no file
 };
+
+// A tile's share of Σ_P weight(j) c_i softplus(−(z_i − z_j)) of row k, i its preferred document, with the slope. By four lanes.
+template <class List, class Weight>
+PILE_DEVICE void add_label_row(const List& list, const LabelTile& tile, int k, float scale, Weight weight) {
+  const LossColumns& of = tile.columns;
+  SlopeAndLoss sums, above;
+  const float z = list.student[k];
+  add_losses<true>(of, z, larger(list.last[k], tile.from), tile.to, list.lanes, sums, weight);
+  const int from = larger(tile.begin, tile.from), to = smaller(list.first[k], tile.to);
+  if (!list.weight) {
+    add_losses<false>(of, z, from, to, list.lanes, above, weight);
+  } else {
+    add_losses<false>(of, z, from, to, list.lanes, above, [&](int j) { return weight(j) * of.weights[j]; });
+    sums.slope *= list.weight[k];
+    sums.loss *= list.weight[k];
+  }
+  list.add_row(k, scale, {above.slope - sums.slope, sums.loss});
+}
 
 // What a term has unless its file says otherwise.
 struct DistillTerm {

@@ -136,8 +136,7 @@ TRITON_INTERPRETER = Target(
 
 # A warp per query up to 32 documents, a block beyond; 130: more than one document per four lanes.
 _CUDA_LENGTHS = (1, 2, 7, 17, 31, 33, 64, 130, 300)
-_CUDA_LACKS = _LACKS - {"distill_kl", "label_softmax", "weights"}
-_CUDA_WAYS = tuple(Way(f"cuda-{sums}", "cuda", sums, _CUDA_LENGTHS, 54, lacks=_CUDA_LACKS) for sums in ("direct", "chebyshev"))
+_CUDA_WAYS = tuple(Way(f"cuda-{sums}", "cuda", sums, _CUDA_LENGTHS, 54) for sums in ("direct", "chebyshev"))
 CUDA_EMULATION = Target(
     ways=_CUDA_WAYS,
     numerics=_CUDA_WAYS,
@@ -152,7 +151,7 @@ CUDA_EMULATION = Target(
 _GPU_LENGTHS = (1, 2, 7, 31, 33, 64, 100, 129, 300, 1000)
 
 
-def _gpu(backend: str, samples: int, lacks: frozenset[str]) -> Target:
+def _gpu(backend: str, samples: int, lacks: frozenset[str] = frozenset()) -> Target:
     ways = tuple(
         Way(f"{backend}-{sums}", backend, sums, _GPU_LENGTHS, samples, lacks=lacks) for sums in ("direct", "chebyshev")
     )
@@ -165,5 +164,5 @@ TARGETS = {
     "triton-interpreter": TRITON_INTERPRETER,
     "cuda-emulation": CUDA_EMULATION,
     "triton": _gpu("triton", 40, _LACKS),
-    "cuda": _gpu("cuda", 100, _CUDA_LACKS),
+    "cuda": _gpu("cuda", 100),
 }

@@ -23,21 +23,12 @@ struct Loss<LabelLogistic> : LabelTerm {
 
   template <class List>
   PILE_DEVICE static void add(LabelLogistic, const List& list, float scale) {
-    list.label_tiles([&](const LabelTile& tile) {
+    list.label_tiles(nullptr, [&](const LabelTile& tile) {
+      const float* gains = tile.columns.gains;
       list.rows(tile.lo, tile.hi, [&](int k) {
-        SlopeAndLoss sums, above;
-        const float z = list.student[k], gain = tile.columns.weighted ? list.gain[k] : 0.0f;
-        add_losses<true>(tile.columns, z, gain, larger(list.last[k], tile.from), tile.to, list.lanes, sums);
-        const int from = larger(tile.begin, tile.from), to = smaller(list.first[k], tile.to);
-        if (!list.weight) {
-          add_losses<false>(tile.columns, z, gain, from, to, list.lanes, above);
-        } else {
-          const LossColumns& of = tile.columns;
-          add_losses<false>(of, z, from, to, list.lanes, above, [&](int j) { return of.gap(gain, j) * of.weights[j]; });
-          sums.slope *= list.weight[k];
-          sums.loss *= list.weight[k];
-        }
-        list.add_row(k, scale, {above.slope - sums.slope, sums.loss});
+        if (!tile.columns.weighted) return add_label_row(list, tile, k, scale, One());
+        const float gain = list.gain[k];
+        add_label_row(list, tile, k, scale, [&](int j) { return fabsf(gain - gains[j]); });
       });
     });
     if constexpr (!List::kWhole)
