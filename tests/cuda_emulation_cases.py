@@ -4,16 +4,18 @@ test_cuda.py builds the emulated module and runs this file with tests/contract, 
 PILE_FAST_CUDA_EMULATION set.
 """
 
+import itertools
+
 import pytest
 import torch
 from contract.problems import NAN, check_ensemble, check_loss, losses, make, run, same
 
-from pile_fast import pile_ensemble, pile_loss
+from pile_fast import pile_ensemble, pile_loss, terms
 from pile_fast.backends import cuda as backend
 from pile_fast.backends import torch_reference
 from pile_fast.batch import RankingBatch
 from pile_fast.functional import pile_loss_and_pulls
-from pile_fast.options import ensemble_options
+from pile_fast.options import ensemble_options, loss_options
 
 module = backend._module()
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -82,8 +84,10 @@ def everything(z, t, y, **how):
     for granularity in ("document", "query"):
         options = dict(granularity=granularity, return_weights=True, return_trace=True, iterations=2)
         outputs += pile_ensemble(t, y, **options, **how)
+    weights = dict(weights=torch.linspace(0, 2, z.numel()).view(z.shape), query_weights=torch.linspace(0.5, 1, len(z)))
     for loss in losses(iterations=2):
-        outputs += run(loss.call, z, t, y, reduction="none", **how) if not loss.repeats else []
+        for own in (dict(), weights) if not loss.repeats else ():
+            outputs += run(loss.call, z, t, y, reduction="none", **how, **own)
     return [x.nan_to_num(-7.0) for x in outputs]
 
 
@@ -118,6 +122,42 @@ def test_given_weights_give_a_query_the_same_bits_in_any_batch(how):
     many = *pulls_of(t, y, prior, {}, how), pile_ensemble(t, y, prior=prior, iterations=0, **how).logits
     alone = *pulls_of(t[:1], y[:1], prior, {}, how), pile_ensemble(t[:1], y[:1], prior=prior, iterations=0, **how).logits
     assert equal([x[:1] for x in many], alone)
+
+
+# -- the terms, and weights, on lists in pieces
+
+
+@pytest.mark.parametrize("packed, labels, pair_weight", [(False, "grades", None), (True, "continuous", "gain_gap")])
+def test_terms_of_lists_in_pieces(how, packed, labels, pair_weight):
+    """The packed ones with weights."""
+    z, t, y, where = make(1100, 1, 1, labels=labels, missing=0.1, unlabelled=0.1, masked=0.05, packed=packed)
+    z = (50 * z).round() / 50  # some are equal
+    if packed:
+        weights = 3 * torch.rand(z.shape)
+        weights[torch.rand(z.shape) < 0.2] = 0
+        where |= dict(weights=weights, query_weights=torch.tensor([0.7]))
+    distillations = itertools.cycle(terms.defaults("distill"))
+    for label_loss, distillation in zip(terms.defaults("label"), distillations, strict=False):
+        options = dict(distillation=distillation, label_loss=label_loss, pair_weight=pair_weight, alpha=0.5, iterations=0)
+        check_loss(pile_loss, z, t, y, how, **options, **where)
+
+
+def test_what_cannot_weigh_breaks_its_query_and_no_other(how):
+    """On a device nobody looks for it beforehand."""
+    z, t, y, _ = make(40, 5, 3)
+    given = RankingBatch(
+        student_logits=z, teacher_logits=t, labels=y.clone(), weights=torch.ones_like(z), query_weights=torch.ones(5)
+    )
+    given.labels[1, 7], given.weights[2, 3], given.query_weights[3], given.query_weights[4] = -1, -0.5, NAN, 0
+    of_ensemble = ensemble_options(granularity="document", pairwise=how["pairwise"])
+    for label_loss, broken in (("softmax", [1, 2, 3]), ("logistic", [2, 3])):  # whose labels may be negative
+        options = dict(alpha=0.5, label_loss=label_loss, reduction="none", pairwise=how["pairwise"])
+        want, want_gradient = run(pile_loss, z, t, y, granularity="document", backend="torch", **options)
+        value, gradient, _ = backend.pile_loss(given, of_ensemble, loss_options(**options), True, False)
+        assert value[broken].isnan().all() and gradient[broken].isnan().all()
+        assert value[4] == 0 and (gradient[4] == 0).all()
+        same(value[0], want[0])
+        same(0.5 * gradient[0], want_gradient[0])  # what `run` multiplies by
 
 
 # -- shapes and layouts of its own

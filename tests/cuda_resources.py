@@ -21,6 +21,9 @@ _WHAT = {
     "advance_pieces": "long lists: an iteration",
     "solve_label_blocks": "long lists: fields of the label pairs",
     "add_pieces": "long lists: the terms of the loss",
+    "total_gains": "long lists: what a term that takes gains divides by",
+    "rank_pieces": "long lists: ranks",
+    "sum_pieces": "long lists: sums of a term by lists",
     "deposit_students": "long lists: moments of the label pairs",
     "deposit_distillation": "long lists: moments of the logistic distillation",
     "solve_distillation": "long lists: its fields",
@@ -56,7 +59,7 @@ def kernel_name(symbol: str) -> str:
 
 @functools.cache
 def resources() -> dict:
-    """{(kernel, "sm_90"): {"registers", "stack", "shared"}} of the installed pile_fast._cuda."""
+    """{(kernel, "sm_90"): {"registers", "stack", "shared"}} of the installed pile_fast._cuda; of a template the most."""
     import pile_fast._cuda
 
     text = subprocess.run(
@@ -69,7 +72,9 @@ def resources() -> dict:
         elif match := re.search(r"Function (\S+?):", line):
             kernel = kernel_name(match[1])
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            found[kernel, arch] = dict(zip(("registers", "stack", "shared"), map(int, match.groups()), strict=True))
+            own = dict(zip(("registers", "stack", "shared"), map(int, match.groups()), strict=True))
+            before = found.get((kernel, arch), own)
+            found[kernel, arch] = {name: max(own[name], before[name]) for name in own}
     return found
 
 

@@ -33,6 +33,12 @@ PILE_SHARED T larger(T a, T b) {
   return a > b ? a : b;
 }
 
+// How a label becomes the gain by which pairs, as differences, or lists are weighed: as the pair weights of these names; or of a
+// label term that takes labels as gains, by 2^y − 1, by y, or 1 for labels above 0.
+enum class LabelGain : int32_t { none, label_gap, gain_gap, exp2, linear, any };
+PILE_SHARED LabelGain gain_of(PairWeight weight) { return LabelGain(int32_t(weight)); }
+PILE_SHARED bool takes_gains(LabelGain gain) { return gain >= LabelGain::exp2; }
+
 // By value to every kernel: pointers to the caller's tensors, sizes and options.
 struct Call {
   Batch batch;
@@ -42,6 +48,7 @@ struct Call {
   // Divided on the host, once: on a device divisions of doubles are long.
   float step = 0, per_unit = 1, offset = 0;  // step_size; u = s · per_unit; margin / temperature
   float distill_unit = 1;                    // the distillation sees logits times this
+  LabelGain label_gain = LabelGain::none;    // of the label term
   Outputs out = {};
   void* scaled = nullptr;        // the mean's gradient, in the student's dtype; out.gradient is then in float32
   float* losses = nullptr;       // by query

@@ -17,7 +17,7 @@ PILE_DEVICE void stage(const Call& call, const Query& query, const Team& team, c
   const bool with_labels = call.by_pairs() || call.ranks();
   const bool with_target = call.distills() && !call.has_ensemble;
   for (int i = team.rank; i < query.n; i += team.size) {
-    const int64_t key = slot_key(call, query, i, with_labels);
+    const int64_t key = slot_key(call, query, i, with_labels, !call.has_ensemble);
     w.keys()[i] = key;
     w.whole(w.kSlot)[i] = i;
     // Under the mask nothing is read.
@@ -121,7 +121,8 @@ class EnsembleQuery {
   PILE_DEVICE void order() {
     sort_keys(team_, w_.keys(), slot_, query_.n);
     counts_ = Counts::of(w_.keys(), query_.n);
-    pairs_ = weigh_pairs(team_, w_, call_.ensemble.pair_weight, counts_.labelled);
+    weigh_order(team_, w_, gain_of(call_.ensemble.pair_weight), counts_.labelled);
+    pairs_ = sum_pairs(team_, w_, counts_.labelled);
     team_.sync();
   }
 

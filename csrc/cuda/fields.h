@@ -134,19 +134,22 @@ constexpr int kCellsAtOnce = 16;
 constexpr int deposit_words(int threads) { return threads / 32 * 2 * kCellsAtOnce * kPowers; }
 
 // Moments of documents at logits u(i), i in [0, count), to to[kinds][cells][kPowers]: their powers, and with gains also those
-// weighted by the gains. NaN: takes no part. At most kOwn documents a thread; the whole block calls.
+// weighted by the gains; with weights everything times these. NaN: takes no part. At most kOwn documents a thread; the whole
+// block calls.
 template <int kOwn, class Logit>
-PILE_DEVICE void deposit(const Grid& grid, int count, Logit u, const float* gains, float* partial, float* to) {
+PILE_DEVICE void deposit(const Grid& grid, int count, Logit u, const float* gains, float* partial, float* to,
+                         const float* weights = nullptr) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32, kinds = gains ? 2 : 1;
   int cell[kOwn];
-  float x[kOwn], gain[kOwn];
+  float x[kOwn], weight[kOwn], gain[kOwn];
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
     const int k = own * int(blockDim.x) + int(threadIdx.x);
     const float at = k < count ? u(k) : not_a_number();
     x[own] = 0;
     cell[own] = is_number(at) ? grid.locate(at, x[own]) : -1;
-    gain[own] = gains && k < count ? gains[k] : 0.0f;
+    weight[own] = !weights ? 1.0f : k < count ? weights[k] : 0.0f;
+    gain[own] = gains && k < count ? weight[own] * gains[k] : 0.0f;
   }
   for (int begin = 0; begin < grid.cells; begin += kCellsAtOnce) {
     const int cells = smaller(kCellsAtOnce, grid.cells - begin), words = cells * kPowers;
@@ -159,7 +162,7 @@ PILE_DEVICE void deposit(const Grid& grid, int count, Logit u, const float* gain
         float value[kPowers] = {};
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) {
-          float power = cell[own] == begin + c ? (kind ? gain[own] : 1.0f) : 0.0f;
+          float power = cell[own] == begin + c ? (kind ? gain[own] : weight[own]) : 0.0f;
 #pragma unroll
           for (int k = 0; k < kPowers; ++k, power *= x[own]) value[k] += power;
         }

@@ -56,6 +56,24 @@ PILE_DEVICE bool holds_document(const Call& call, const Query& query, int64_t i)
   return !mask.data || read(static_cast<const uint8_t*>(mask.data), at(mask, query, i)) != 0;
 }
 
+// Whether a document counts in the loss; its weight, and its query's. Weights that cannot be, which a host refuses, are NaN.
+PILE_DEVICE float weight_or_nan(double weight) {
+  const float w = float(weight);
+  return weight >= 0 && w < kInfinity ? w : not_a_number();
+}
+PILE_DEVICE bool counts_in_loss(const Call& call, const Query& query, int64_t i) {
+  const View& weights = call.batch.weights;
+  return holds_document(call, query, i) && !(weights.data && load_number(weights, at(weights, query, i)) == 0);
+}
+PILE_DEVICE float document_weight(const Call& call, const Query& query, int64_t i) {
+  const View& weights = call.batch.weights;
+  return weights.data ? weight_or_nan(load_number(weights, at(weights, query, i))) : 1.0f;
+}
+PILE_DEVICE float query_weight(const Call& call, const Query& query) {
+  const View& weights = call.batch.query_weights;
+  return weights.data ? weight_or_nan(load_number(weights, query.index * weights.query)) : 1.0f;
+}
+
 // In the student's dtype; in float32 where the reduction still has to scale it.
 PILE_DEVICE void store_gradient(const Call& call, int64_t document, float value) {
   switch (call.scaled ? DType::f32 : call.batch.student.dtype) {

@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) trace_pieces(const LongState
   const float *u = piece.at(state.u[read]), *gains = piece.at(state.gain);
   for (int k = team.rank; k < kPiece; k += kPieceThreads) memory.pull[k] = 0;
   team.sync();
-  for_label_tiles(piece, memory, u, [&](const LabelTile& tile) {
+  for_label_tiles(piece, memory, u, nullptr, [&](const LabelTile& tile) {
     for (int k = tile.lo + team.rank / kLanes; k < tile.hi; k += kPieceThreads / kLanes) {
       SlopeAndLoss sums;
       add_losses<true>(tile.columns, u[k], state.weighted ? gains[k] : 0.0f, larger(piece.at(state.last)[k], tile.from),
@@ -255,7 +255,8 @@ void run_long_ensemble(const Call& call, const int64_t* keys, const int64_t* ord
   run.pieces(gather_pieces, 0);
   if (!call.by_pairs()) return check(cudaGetLastError(), "the launches of a long mean");
   run.tabulate();
-  run.order(call.ensemble.pair_weight);
+  run.bound(gain_of(call.ensemble.pair_weight));
+  run.weigh();
   advance(0, 0, false, true);
   for (int64_t it = 0;; ++it) {
     const int read = call.by_document() ? int(it & 1) : 0;

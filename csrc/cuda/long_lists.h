@@ -22,19 +22,21 @@ PILE_SHARED int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / siz
 
 // What is known of a query before the terms of its loss add up.
 struct LossFacts {
-  double pairs = 0, targets = 0;  // Σ ω over P; documents with a target
-  Range student, target;          // of the distillation: from the pivots, in its unit
-  float student_pivot = 0, target_pivot = 0;
-  bool broken = false;  // some student logit is no number
+  double pairs = 0;  // Σ ω over P; of a term that takes gains, what it divides by instead
+  double targets = 0, target_weight = 0, target_squares = 0;  // documents with a target, Σ c and Σ c² of their weights
+  Range student, target;                                      // of the distillation: from the pivots, in its unit
+  float student_pivot = 0, target_pivot = 0;                  // the highest
+  float weight = 1;                                           // the query's
+  bool broken = false;                                        // some student logit or weight is no number, or a gain negative
 
   // From the ranges of plain logits that have a target. Divided is only what has been subtracted: large logits would lose their
   // differences.
   PILE_DEVICE void settle(const Range& of_student, const Range& of_target, float unit) {
     if (!(targets > 0)) return;
-    student_pivot = of_student.low;
-    target_pivot = of_target.low;
-    student = {0, (of_student.high - student_pivot) * unit};
-    target = {0, (of_target.high - target_pivot) * unit};
+    student_pivot = of_student.high;
+    target_pivot = of_target.high;
+    student = {(of_student.low - student_pivot) * unit, 0};
+    target = {(of_target.low - target_pivot) * unit, 0};
   }
 };
 
@@ -52,7 +54,7 @@ struct QueryState : LossFacts {
 
 // What a piece's documents tell the loss.
 struct LossPart {
-  double broken = 0, targets = 0, difference = 0;
+  double broken = 0, targets = 0, target_weight = 0, target_squares = 0, difference = 0;
   Range labels, student, target;
 };
 
@@ -75,10 +77,12 @@ struct LongState {
   int64_t list_pieces, list_label_blocks;             // of one padded list
   bool packed, weighted;
   PairSum pairwise;
+  bool label_fields;  // label pairs meet through fields
   float offset;
 
   const int64_t *keys = nullptr, *order = nullptr;  // sorted; nullptr: positions are slots
   float* u[2];                                      // the ensemble's logits, read and written in turns; or student and target
+  float* weight;                                    // of documents in the loss; nullptr: 1 each
   float *gain, *per_pair, *above, *exponent, *low, *high, *logit, *teachers;
   int *first, *last;
   double* prefix;  // documents + queries
@@ -95,6 +99,10 @@ struct LongState {
 
   static constexpr int kKind = kMostCells * kPowers;
   PILE_SHARED int kinds() const { return weighted ? 2 : 1; }
+  // A label pair counts as its higher document does: where documents have weights they have other moments as that than as the
+  // lower one, and a field of either.
+  PILE_SHARED int sides() const { return weight ? 2 : 1; }
+  PILE_SHARED int64_t side_words() const { return int64_t(kinds()) * kKind; }
 
   // Where a query's own begin. For packed lists bounds that grow with the documents before: no table, no scan.
   PILE_SHARED int64_t first_piece(int64_t q, int64_t first) const { return packed ? first / kPiece + q : q * list_pieces; }
@@ -151,10 +159,10 @@ struct LongQuery {
   PILE_DEVICE int64_t first_label_block() const { return state.first_label_block(query.index, base); }
   PILE_DEVICE int* label_starts() const { return state.label_starts + first_label_block() + query.index; }
   PILE_DEVICE float* moments(int piece, int label_block) const {
-    return state.moments + (first_piece() + first_label_block() + piece + label_block) * state.kinds() * LongState::kKind;
+    return state.moments + (first_piece() + first_label_block() + piece + label_block) * state.sides() * state.side_words();
   }
-  PILE_DEVICE float* field(int label_block) const {
-    return state.fields + (first_label_block() + label_block) * state.kinds() * LongState::kKind;
+  PILE_DEVICE float* field(int label_block, int side) const {
+    return state.fields + ((first_label_block() + label_block) * state.sides() + side) * state.side_words();
   }
   PILE_DEVICE bool meets_through_fields() const { return own.label_blocks > 1; }
   // Losses of pairs between label blocks, by one warp.
@@ -262,9 +270,9 @@ struct LabelTile {
   int lo, hi, begin, from, to;
 };
 
-// use(tile) for every tile of every mixed label block, of logits u.
+// use(tile) for every tile of every mixed label block, of logits u, and `more` of the columns unless it is nullptr.
 template <class Use>
-PILE_DEVICE void for_label_tiles(const Piece& piece, const PieceMemory& memory, const float* u, Use use) {
+PILE_DEVICE void for_label_tiles(const Piece& piece, const PieceMemory& memory, const float* u, const float* more, Use use) {
   const float* gains = piece.at(piece.state.gain);
   for_label_blocks(piece, [&](const Overlap& of) {
     if (!of.mixed) return;
@@ -273,40 +281,50 @@ PILE_DEVICE void for_label_tiles(const Piece& piece, const PieceMemory& memory, 
         [&](int j, int to) {
           memory.tile.student[to] = u[j];
           if (piece.state.weighted) memory.tile.target[to] = gains[j];
+          if (piece.state.weight) memory.tile.student_more[to] = piece.at(piece.state.weight)[j];
+          if (more) memory.tile.target_more[to] = more[j];
         },
         [&](int from, int to) {
           const Tile tile = memory.tile.from(from);
-          const LossColumns columns = {tile.student, tile.target, piece.state.weighted, 1, piece.state.offset};
+          LossColumns columns = {tile.student, tile.target, piece.state.weighted, 1, piece.state.offset};
+          if (piece.state.weight) columns.weights = tile.student_more;
+          columns.more = tile.target_more;
           use(LabelTile{columns, of.lo, of.hi, of.begin, from, to});
         });
   });
 }
 
-// visit(k, value) by a thread for each of the piece's documents that meet others through fields, at logits u.
+// visit(k, value) by a thread for each of the piece's documents that meet others through fields, at logits u; once for those
+// below and once for those above where documents have weights.
 template <class Visit>
 PILE_DEVICE void for_label_fields(const Piece& piece, const PieceMemory& memory, const float* u, Visit visit) {
   if (!piece.meets_through_fields()) return;
   const Grid& grid = piece.own.grid;
   const float* gains = piece.at(piece.state.gain);
   const int row = grid.cells * kPowers, rank = int(threadIdx.x);
+  const float* weights = piece.state.weight ? piece.at(piece.state.weight) : nullptr;
   for_label_blocks(piece, [&](const Overlap& of) {
-    for (int e = rank; e < piece.state.kinds() * row; e += kPieceThreads) memory.field[e] = piece.field(of.number)[e];
-    __syncthreads();
-    for (int k = of.lo + rank; k < of.hi; k += kPieceThreads) {
-      const float value = grid.value(memory.field, u[k]);
-      visit(k, piece.state.weighted ? gains[k] * value - grid.value(memory.field + row, u[k]) : value);
+#pragma unroll 1
+    for (int side = 0; side < piece.state.sides(); ++side) {
+      for (int e = rank; e < piece.state.kinds() * row; e += kPieceThreads) memory.field[e] = piece.field(of.number, side)[e];
+      __syncthreads();
+      for (int k = of.lo + rank; k < of.hi; k += kPieceThreads) {
+        float value = grid.value(memory.field, u[k]);
+        if (piece.state.weighted) value = gains[k] * value - grid.value(memory.field + row, u[k]);
+        visit(k, weights && side == 0 ? weights[k] * value : value);
+      }
+      __syncthreads();
     }
-    __syncthreads();
   });
 }
 
-// The piece's moments at logits u, label block by label block.
-PILE_DEVICE void deposit_piece(const Piece& piece, const PieceMemory& memory, const float* u) {
+// The piece's moments at logits u, label block by label block; with weights those of the second side.
+PILE_DEVICE void deposit_piece(const Piece& piece, const PieceMemory& memory, const float* u, const float* weights = nullptr) {
   for_label_blocks(piece, [&](const Overlap& of) {
     const float* gains = piece.state.weighted ? piece.at(piece.state.gain) + of.lo : nullptr;
     deposit<kOwn>(
         piece.own.grid, of.hi - of.lo, [&](int i) { return u[of.lo + i]; }, gains, memory.partial,
-        piece.moments(piece.number, of.number));
+        piece.moments(piece.number, of.number) + (weights ? piece.state.side_words() : 0), weights ? weights + of.lo : nullptr);
   });
 }
 
@@ -324,9 +342,11 @@ struct LongRun {
     launch(kernel, state.call.batch.queries, threads, shared, stream, state, more...);
   }
   // The phases that ensemble and loss share, in long_pairs.cu.
-  void tabulate() const;                // unless direct: the tables of the fields
-  void order(PairWeight weight) const;  // label blocks, weights of pairs; and moments of 0 to deposit in
-  void solve(bool losses) const;        // unless direct: the label blocks' fields
+  void tabulate() const;             // unless direct: the tables of the fields
+  void bound(LabelGain gain) const;  // label blocks, gains; and moments of 0 to deposit in
+  void weigh() const;                // weights of pairs, and their sum
+  void total() const;                // a query's `pairs`, of its pieces' sums
+  void solve(bool losses) const;     // unless direct: the label blocks' fields
 };
 
 }  // namespace pile::gpu

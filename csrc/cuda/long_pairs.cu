@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2) write_keys(const LongState s
   const Piece piece(state);
   const Call& call = state.call;
   for (int i = piece.begin + int(threadIdx.x); i < piece.end; i += kPieceThreads) {
-    int64_t key = slot_key(call, piece.query, i, true);
+    int64_t key = slot_key(call, piece.query, i, true, !call.has_ensemble);
     if (call.has_ensemble && key != kAbsent) {
       const View& view = call.batch.teacher;
       bool any = false;
@@ -28,13 +28,13 @@ __global__ void __launch_bounds__(kPieceThreads, 2) write_keys(const LongState s
 }
 
 // Label bounds and gains; gains also summed over the piece.
-__global__ void __launch_bounds__(kPieceThreads, 2) bound_labels(const LongState state, PairWeight weight) {
+__global__ void __launch_bounds__(kPieceThreads, 2) bound_labels(const LongState state, LabelGain gain) {
   PILE_SHARED_MEMORY(memory);
   const Piece piece(state);
   const int labelled = piece.own.counts.labelled, end = piece.labelled_end();
   if (piece.begin >= end) return;
   const int64_t* keys = piece.keys();
-  const Gains gain_of(weight, keys, labelled);
+  const Gains gain_of(gain, keys, labelled);
   float* const gains = piece.at(state.gain);
   for (int k = piece.begin + int(threadIdx.x); k < end; k += kPieceThreads) {
     const int64_t key = keys[k];
@@ -158,13 +158,15 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_label_blocks(const Lon
   const int cells = q.own.grid.cells, row = cells * kPowers, words = state.kinds() * row, b = q.number;
   const int* begin = q.label_starts();
   // Numbers that no piece and label block share hold zeros.
-  const MomentRows overlaps = {q.moments(0, 0), int64_t(state.kinds()) * LongState::kKind, words, partial};
+  const int sides = state.sides();
+  const MomentRows lower = {q.moments(0, 0), sides * state.side_words(), words, partial};
+  const MomentRows higher = {lower.rows + (sides - 1) * state.side_words(), lower.stride, words, partial};
   const int own = begin[b] / kPiece + b, next = (begin[b + 1] - 1) / kPiece + b + 1,
             last = (begin[q.own.label_blocks] - 1) / kPiece + q.own.label_blocks;
-  overlaps.sum(next, last, low);
+  lower.sum(next, last, low);
   const CellTable plus = state.table(0), minus = state.table(1), psi = state.table(2);
   if (losses) {
-    overlaps.sum(own, next, high);  // the label block's own, for now
+    higher.sum(own, next, high);  // the label block's own, for now
     const double loss = ordered_sum(team, cells, [&](int c) {
       if (!state.weighted) return psi.apply_psi<true>(high, low, cells, c);
       return psi.apply_psi<true>(high + row, low, cells, c) - psi.apply_psi<true>(high, low + row, cells, c);
@@ -172,21 +174,23 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_label_blocks(const Lon
     if (team.rank == 0) state.label_sum[q.index] = loss;
     team.sync();
   }
-  overlaps.sum(0, own, high);
+  higher.sum(0, own, high);
   // Σ_below ω σ(offset − (u − u_j)) − Σ_above ω σ(offset − (u_j − u)) by σ = 1/2 + κ and κ odd.
   // Counts: Σ_below κ(offset + u_j − u) + Σ_above κ(u_j − u − offset); where gains give ω its sign, minus.
   const float sign = state.weighted ? -1.0f : 1.0f;
-  float* const field = q.field(b);
-  for (int e = team.rank; e < words; e += team.size) {
-    const int kind = e / row, c = e % row / kPowers, power = e % kPowers;
+  for (int e = team.rank; e < sides * words; e += team.size) {
+    const int side = e / words, own_e = e % words, kind = own_e / row, c = own_e % row / kPowers, power = e % kPowers;
+    const bool of_lower = side == 0, of_higher = side == sides - 1;
     const float *below = low + kind * row, *above = high + kind * row;
-    float value = plus.apply_kappa(below, cells, c, power) + sign * minus.apply_kappa(above, cells, c, power);
+    float value = of_lower ? plus.apply_kappa(below, cells, c, power) : 0.0f;
+    if (of_higher) value += sign * minus.apply_kappa(above, cells, c, power);
     if (power == 0) {
       float half = 0;
-      for (int s = 0; s < cells; ++s) half += below[s * kPowers] - sign * above[s * kPowers];
+      for (int s = 0; s < cells; ++s)
+        half += (of_lower ? below[s * kPowers] : 0.0f) - (of_higher ? sign * above[s * kPowers] : 0.0f);
       value += half / 2;
     }
-    field[e] = value;
+    q.field(b, side)[own_e] = value;
   }
 }
 
@@ -194,8 +198,10 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_label_blocks(const Lon
 
 LongState::LongState(const Call& call) : call(call), documents(call.documents()), packed(call.batch.packed()) {
   const bool ensemble = call.has_ensemble, pairs = call.by_pairs() || call.ranks();
-  weighted = (ensemble ? call.ensemble.pair_weight : call.loss.pair_weight) != PairWeight::none && pairs;
+  weighted = (ensemble ? gain_of(call.ensemble.pair_weight) : call.label_gain) != LabelGain::none && pairs;
   pairwise = ensemble ? call.ensemble.pairwise : call.loss.pairwise;
+  label_fields = pairs && pairwise != PairSum::direct;
+  if (!ensemble && pairs) with_loss(call.loss.label_loss, [&](auto of, auto) { label_fields = label_fields && of.kFields; });
   offset = ensemble ? call.offset : 0.0f;
   const int64_t queries = call.batch.queries;
   list_pieces = larger<int64_t>(parts(call.batch.slots, kPiece), 1);
@@ -213,14 +219,15 @@ LongState::LongState(const Call& call) : call(call), documents(call.documents())
   take(3 * kTableWords, tables);
   take(pieces, piece_sum);
   take(documents, u[0], u[1]);
+  weight = nullptr;
+  if (!ensemble && call.batch.weights.data) take(documents, weight);
   take(pairs ? documents : 0, gain, per_pair, above, first, last);
   take(pairs ? label_blocks + queries : 0, label_starts);
   take(pairs ? label_blocks : 0, label_sum);
   take(weighted ? documents + queries : 0, prefix);
   take(weighted ? pieces + queries : 0, piece_prefix);
-  const bool through_fields = pairs && pairwise != PairSum::direct;
-  take(through_fields ? overlaps * kinds() * kKind : 0, moments);
-  take(through_fields ? label_blocks * kinds() * kKind : 0, fields);
+  take(label_fields ? overlaps * sides() * side_words() : 0, moments);
+  take(label_fields ? label_blocks * sides() * side_words() : 0, fields);
   take(ensemble ? documents : 0, exponent, low, high, logit);
   take(documents * call.teachers(), teachers);
   take(queries * call.teachers(), mean, scale);
@@ -244,19 +251,25 @@ void LongRun::tabulate() const {
          state);
 }
 
-void LongRun::order(PairWeight weight) const {
-  if (state.pairwise != PairSum::direct)
-    check(cudaMemsetAsync(state.moments, 0, size_t(state.overlaps * state.kinds() * LongState::kKind) * sizeof(float), stream),
-          "cudaMemsetAsync");
-  pieces(bound_labels, BlockTeam::kBytes, weight);
+void LongRun::bound(LabelGain gain) const {
+  if (state.label_fields)
+    check(
+        cudaMemsetAsync(state.moments, 0, size_t(state.overlaps * state.sides() * state.side_words()) * sizeof(float), stream),
+        "cudaMemsetAsync");
+  pieces(bound_labels, BlockTeam::kBytes, gain);
   queries(cut_label_blocks, kQueryThreads, kMostLabelBlocks * sizeof(int));
-  if (state.weighted) launch(sum_gains, state.pieces, 32, 0, stream, state);
-  pieces(weigh_labels, kPiece * sizeof(double) + BlockTeam::kBytes);
-  queries(total_pairs, 32, 0);
 }
 
+void LongRun::weigh() const {
+  if (state.weighted) launch(sum_gains, state.pieces, 32, 0, stream, state);
+  pieces(weigh_labels, kPiece * sizeof(double) + BlockTeam::kBytes);
+  total();
+}
+
+void LongRun::total() const { queries(total_pairs, 32, 0); }
+
 void LongRun::solve(bool losses) const {
-  if (state.pairwise == PairSum::direct) return;
+  if (!state.label_fields) return;
   constexpr size_t kBytes = (4 * LongState::kKind + kSolveThreads) * sizeof(float) + BlockTeam::kBytes;
   launch(solve_label_blocks, state.label_blocks, kSolveThreads, kBytes, stream, state, losses);
 }

@@ -18,8 +18,9 @@ PILE_DEVICE int64_t label_key(double label) {
 }
 PILE_DEVICE double label_of(int64_t key) { return __longlong_as_double(in_order(~key)); }
 
-PILE_DEVICE int64_t slot_key(const Call& call, const Query& query, int64_t i, bool with_labels) {
-  if (!holds_document(call, query, i)) return kAbsent;
+// of_loss: a document of weight 0 is absent, which the ensemble sees.
+PILE_DEVICE int64_t slot_key(const Call& call, const Query& query, int64_t i, bool with_labels, bool of_loss) {
+  if (!(of_loss ? counts_in_loss(call, query, i) : holds_document(call, query, i))) return kAbsent;
   const View& labels = call.batch.labels;
   return with_labels ? label_key(load_number(labels, at(labels, query, i))) : kUnlabelled;
 }
@@ -73,21 +74,28 @@ struct Counts {
 
 // A label's gain, in [0, 1]: weights enter by their ratios alone, so the query's largest may be 1, and no label is too large.
 struct Gains {
-  PairWeight kind;
+  LabelGain kind;
   double highest = 0, low = 0, per_range = 0;
-  PILE_DEVICE Gains(PairWeight kind, const int64_t* keys, int labelled) : kind(kind) {
-    if (kind == PairWeight::none || labelled == 0) return;
+  PILE_DEVICE Gains(LabelGain kind, const int64_t* keys, int labelled) : kind(kind) {
+    if (kind == LabelGain::none || labelled == 0) return;
     highest = label_of(keys[0]);
-    low = value(keys[labelled - 1]);
+    // Pairs take differences, so they begin at the lowest label; lists at label 0.
+    low = kind == LabelGain::exp2 ? exp2(-highest) : takes_gains(kind) ? 0.0 : value(keys[labelled - 1]);
     const double range = value(keys[0]) - low;
     per_range = range > 0 ? 1 / range : 0;
   }
   PILE_DEVICE double value(int64_t key) const {
     const double label = label_of(key);
-    return kind == PairWeight::gain_gap ? exp2(label - highest) : label / 2;  // halves: a gap may be too large for a double
+    if (kind == LabelGain::any) return label > 0 ? 1.0 : 0.0;
+    const bool power = kind == LabelGain::gain_gap || kind == LabelGain::exp2;
+    return power ? exp2(label - highest) : label / 2;  // halves: a gap may be too large for a double
   }
   PILE_DEVICE double operator()(int64_t key) const { return (value(key) - low) * per_range; }
 };
+// A label that cannot be a gain, which a host refuses, makes its query's loss NaN.
+PILE_DEVICE bool has_negative_gain(LabelGain kind, const int64_t* keys, int labelled) {
+  return takes_gains(kind) && labelled > 0 && label_of(keys[labelled - 1]) < 0;
+}
 
 // Running sums: to[k + 1] = before + Σ_{j <= k} of[j] for k in [0, n), by one warp.
 template <class Team, class T>
@@ -124,21 +132,22 @@ struct OwnPairs {
   PILE_DEVICE float share() const { return above + below > 0 ? float(1 / (above + below)) : 0.0f; }
 };
 
-// Each position's label's first and last position, gain, Σ ω above it, and 1 / k_i. Returns K.
+// Each position's label's first and last position, and gain; of pairs also Σ ω above it, and 1 / k_i.
 template <class Team>
-PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight kind, int labelled) {
+PILE_DEVICE void weigh_order(const Team& team, const Workspace& w, LabelGain kind, int labelled) {
   const int64_t* keys = w.keys();
   int *first = w.whole(w.kFirst), *last = w.whole(w.kLast);
   float* gain = w.field(w.kGain);
-  const bool weighted = kind != PairWeight::none;
+  const bool weighted = kind != LabelGain::none;
   const Gains gain_of(kind, keys, labelled);
   for (int k = team.rank; k < labelled; k += team.size) {
     first[k] = lower_bound(keys, 0, k, keys[k]);
     last[k] = lower_bound(keys, k + 1, labelled, keys[k] + 1);
     if (weighted) gain[k] = float(gain_of(keys[k]));
   }
+  team.sync();
+  if (takes_gains(kind)) return;
   if (weighted) {
-    team.sync();
     if (team.rank == 0) w.prefix()[0] = 0;
     running_sum(team, gain, w.prefix(), labelled);
     team.sync();
@@ -149,7 +158,6 @@ PILE_DEVICE double weigh_pairs(const Team& team, const Workspace& w, PairWeight 
     w.field(w.kPerPair)[k] = own.share();
   }
   team.sync();
-  return sum_pairs(team, w, labelled);
 }
 
 }  // namespace pile::gpu

@@ -143,26 +143,33 @@ struct SlopeAndLoss {
   float slope = 0, loss = 0;
 };
 
-// Logits u and, where ω is their difference, gains of columns; scale and offset of softplus(offset − scale (u_i − u_j)).
+// Logits u and, where ω is their difference, gains of columns, and their documents' weights, if they have any; scale and offset
+// of softplus(offset − scale (u_i − u_j)).
 struct LossColumns {
   const float *u, *gains;
   bool weighted;
   float scale = 1, offset = 0;
+  const float *weights = nullptr, *more = nullptr;  // `more`: what else a term asked for
 };
 
-// Adds, over the columns [from, to) and a row at u with its gain, ω p and, for kBelow, ω softplus(−x); x = ±scale (u_i − u_j) −
+struct One {  // for every pair
+  PILE_DEVICE float operator()(int) const { return 1; }
+};
+
+// Adds, over the columns [from, to) and a row at u, weight(j) p and, for kBelow, weight(j) softplus(−x); x = ±scale (u_i − u_j) −
 // offset says how far the pair is ordered right. Relative accuracy of every pair, however well ordered: with t = e^{−|x|}, p is
 // t / (1 + t) or 1 / (1 + t).
-template <bool kBelow, bool kWeighted>
-PILE_DEVICE void add_losses_weighted(const LossColumns& of, float row, float gain, int from, int to, const Lanes& lanes,
-                                     SlopeAndLoss& sums) {
+template <bool kBelow, class Weight>
+PILE_DEVICE void add_losses(const LossColumns& of, float row, int from, int to, const Lanes& lanes, SlopeAndLoss& sums,
+                            Weight weight_of) {
+  constexpr bool kWeighted = !std::is_same_v<Weight, One>;
   struct Pair {
     float weight, numerator, denominator, excess;
   };
   auto pair = [&](int j) {
     const float x = of.scale * (kBelow ? row - of.u[j] : of.u[j] - row) - of.offset;
     const float t = expf(-fabsf(x));
-    const float weight = kWeighted ? fabsf(gain - of.gains[j]) : 1.0f;
+    const float weight = weight_of(j);
     return Pair{weight, weight * (x > 0 ? t : 1.0f), 1.0f + t, fmaxf(-x, 0.0f)};
   };
   for (int j = (from & ~3) + 4 * lanes.rank; j < to; j += 4 * kLanes) {
@@ -187,13 +194,14 @@ PILE_DEVICE void add_losses_weighted(const LossColumns& of, float row, float gai
     }
   }
 }
+// The same where pairs weigh as their gains do, a row's gain being `gain`.
 template <bool kBelow>
 PILE_DEVICE void add_losses(const LossColumns& of, float row, float gain, int from, int to, const Lanes& lanes,
                             SlopeAndLoss& sums) {
   if (of.weighted)
-    add_losses_weighted<kBelow, true>(of, row, gain, from, to, lanes, sums);
+    add_losses<kBelow>(of, row, from, to, lanes, sums, [&](int j) { return fabsf(gain - of.gains[j]); });
   else
-    add_losses_weighted<kBelow, false>(of, row, gain, from, to, lanes, sums);
+    add_losses<kBelow>(of, row, from, to, lanes, sums, One());
 }
 
 }  // namespace pile::gpu

@@ -131,7 +131,8 @@ void set_options(Call& call, const EnsembleOptions* ensemble, const LossOptions*
     call.has_loss = true;
     call.loss = *loss;
     if (call.distills()) with_loss(loss->distillation, [&](auto of, auto term) { call.distill_unit = of.unit(term); });
-    if (call.ranks()) with_loss(loss->label_loss, [](auto, auto) {});  // throws where there is no such file
+    if (call.ranks())
+      with_loss(loss->label_loss, [&](auto of, auto term) { call.label_gain = of.gain(term, loss->pair_weight); });
   }
 }
 

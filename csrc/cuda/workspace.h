@@ -48,6 +48,7 @@ struct Workspace {
     kPrefix = kLow,  // 8 bytes: running sum of the gains
     // The loss's own, by position; a tile is what its term makes of the columns, filled up to whole fours.
     kPlainStudent = kExponent,
+    kWeight = kStudent,
     kSlope = kAbove,
     kLoss = kPerPair,
     kTileStudent = kLow,

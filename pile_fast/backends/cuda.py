@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.backends import native
-from pile_fast.backends.protocol import missing_term, missing_weights
+from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -67,7 +67,7 @@ def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOpt
         return "computes in float32, got float64 logits; use backend='auto' or 'torch', or cast them"
     if torch.compiler.is_compiling():  # a tracer cannot look into an import
         return ""
-    return missing_weights(batch) or missing_term(_module().TERMS, loss)
+    return missing_term(_module().TERMS, loss)
 
 
 def ensemble(

@@ -133,7 +133,7 @@ TRITON_INTERPRETER = Target(
 
 # A warp per query up to 32 documents, a block beyond; 130: more than one document per four lanes.
 _CUDA_LENGTHS = (1, 2, 7, 17, 31, 33, 64, 130, 300)
-_CUDA_WAYS = tuple(Way(f"cuda-{sums}", "cuda", sums, _CUDA_LENGTHS, 54, lacks=_LACKS) for sums in ("direct", "chebyshev"))
+_CUDA_WAYS = tuple(Way(f"cuda-{sums}", "cuda", sums, _CUDA_LENGTHS, 54) for sums in ("direct", "chebyshev"))
 CUDA_EMULATION = Target(
     ways=_CUDA_WAYS,
     numerics=_CUDA_WAYS,
@@ -161,5 +161,5 @@ TARGETS = {
     "triton-interpreter": TRITON_INTERPRETER,
     "cuda-emulation": CUDA_EMULATION,
     "triton": _gpu("triton", 40),
-    "cuda": _gpu("cuda", 100, _LACKS),
+    "cuda": _gpu("cuda", 100),
 }

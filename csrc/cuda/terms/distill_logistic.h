@@ -8,13 +8,15 @@
 //   slope_i = field_s − field_z,
 //
 // unless a range is too wide for a grid or direct sums are asked for: then every piece walks through all columns, tile by tile.
+// Where documents have weights a pair counts c_i c_j: moments are weighted, and direct sums take a loop of their own.
 #pragma once
 
 #include "../terms.h"
 
 namespace pile::gpu {
 
-// Columns and rows of the direct sums; `more` are e^{z − c} and e^{s − c}, 0 without a target, not read where wide.
+// Columns and rows of the direct sums; `more` are e^{z − c} and e^{s − c}, 0 without a target, not read where wide. Of documents
+// with weights these take the first's place.
 constexpr float kNeutral = -1e30f;  // z and s without a target: e = f = 0
 struct DistillRow {
   int position;
@@ -73,6 +75,20 @@ PILE_DEVICE void distill_wide(const Tile& of, const DistillRow& row, int from, i
   sums.loss += kLn2 * log2_fast(product);
 }
 
+// Of documents with weights, which are the columns' `student_more`: an exponential each as where it is wide, and a logarithm.
+PILE_DEVICE void distill_weighted(const Tile& of, const DistillRow& row, int from, int to, const Lanes& lanes,
+                                  SlopeAndLoss& sums) {
+#pragma unroll 1
+  for (int j = from + lanes.rank; j < to; j += kLanes) {
+    const float dz = row.z - of.student[j], weight = of.student_more[j];
+    const float e = exp_fast(fminf(-dz, 43.0f)), f = exp_fast(fminf(of.target[j] - row.s, 43.0f)), own = 1.0f + e;
+    const float r = reciprocal(own * (1.0f + f));
+    sums.slope = fmaf(weight, (f - e) * r, sums.slope);
+    if (dz > 0 || (dz == 0 && row.position < j))
+      sums.loss = fmaf(weight, fmaf(dz * f * own, r, kLn2 * log2_fast(own)), sums.loss);
+  }
+}
+
 // The two fields of a long list, of its student (0) and of its target (1): their grids, and where they lie in the term's
 // scratch.
 struct DistillFields {
@@ -108,7 +124,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2) deposit_distillation(const S
       return which || !is_number(s) ? s : list.scaled_student(piece.begin + i);
     };
     const Grid& grid = which ? fields.target : fields.student;
-    deposit<kOwn>(grid, piece.end - piece.begin, logit, nullptr, memory.partial, fields.moments(which, piece.index));
+    deposit<kOwn>(grid, piece.end - piece.begin, logit, nullptr, memory.partial, fields.moments(which, piece.index),
+                  list.weight ? list.weight + piece.begin : nullptr);
   }
 }
 
@@ -131,7 +148,7 @@ __global__ void __launch_bounds__(kSolveThreads, 1) solve_distillation(const Sta
   for (int e = team.rank; e < words; e += team.size) field[e] = kappa.apply_kappa(all, cells, e / kPowers, e % kPowers);
   if (which) return;
   const double sum = ordered_sum(team, cells, [&](int c) { return psi.template apply_psi<false>(all, all, cells, c); });
-  if (team.rank == 0) q.own.distill_rest = (sum - q.own.targets * 0.69314718055994530942) / 2;
+  if (team.rank == 0) q.own.distill_rest = (sum - q.own.target_squares * 0.69314718055994530942) / 2;
 }
 
 template <>
@@ -144,17 +161,19 @@ struct Loss<DistillLogistic> : DistillTerm {
       const DistillFields fields(list.piece);
       if (fields.usable()) return add_fields(fields, list, scale);
     }
-    if (list.facts.student.wide(0) || list.facts.target.wide(0))
-      add_pairs<true>(list, scale);
+    if (list.weight)
+      add_pairs<Columns::weighted>(list, scale);
+    else if (list.facts.student.wide(0) || list.facts.target.wide(0))
+      add_pairs<Columns::wide>(list, scale);
     else
-      add_pairs<false>(list, scale);
+      add_pairs<Columns::narrow>(list, scale);
   }
 
   static int64_t words(const LongState& state) {
     return state.pairwise == PairSum::direct ? 0 : 2 * (state.pieces + state.call.batch.queries) * LongState::kKind;
   }
   template <class Run>
-  static void launch(const Run& run) {
+  static void launch(const Run& run, const DistillLogistic&) {
     if (run.state.pairwise == PairSum::direct) return;
     run.pieces(deposit_distillation<LongState>, PieceMemory::kBytes);
     constexpr size_t kBytes = (LongState::kKind + kSolveThreads) * sizeof(float) + BlockTeam::kBytes;
@@ -163,14 +182,17 @@ struct Loss<DistillLogistic> : DistillTerm {
   PILE_DEVICE static double rest(const LongQuery& q) { return q.own.distill_rest; }
 
  private:
-  template <bool kWide, class List>
+  enum class Columns { narrow, wide, weighted };
+  template <Columns kColumns, class List>
   PILE_DEVICE static void add_pairs(const List& list, float scale) {
     const Tile tile = list.tile;
     const float z_middle = list.facts.student.middle(), s_middle = list.facts.target.middle();
     const auto row_at = [&](int k) {
       const bool used = k < list.columns && is_number(list.scaled_target(k));
       const float z = used ? list.scaled_student(k) : kNeutral, s = used ? list.scaled_target(k) : kNeutral;
-      return DistillRow{k, z, s, used && !kWide ? expf(z - z_middle) : 0.0f, used && !kWide ? expf(s - s_middle) : 0.0f};
+      if (!used || kColumns == Columns::wide) return DistillRow{k, z, s, 0, 0};
+      if (kColumns == Columns::weighted) return DistillRow{k, z, s, list.weight[k], 0};
+      return DistillRow{k, z, s, expf(z - z_middle), expf(s - s_middle)};
     };
     list.tiles(
         [&](int j, int to) {
@@ -188,10 +210,14 @@ struct Loss<DistillLogistic> : DistillTerm {
                              : row_at(k);
             if (row.s == kNeutral) return;
             SlopeAndLoss sums;
-            kWide ? distill_wide(columns, row, from, to, list.lanes, sums)
-                  : distill_narrow(columns, row, from, to, list.lanes, sums);
+            if constexpr (kColumns == Columns::narrow)
+              distill_narrow(columns, row, from, to, list.lanes, sums);
+            else if constexpr (kColumns == Columns::wide)
+              distill_wide(columns, row, from, to, list.lanes, sums);
+            else
+              distill_weighted(columns, row, from, to, list.lanes, sums);
             sums.slope *= list.call.distill_unit;
-            list.add_row(k, scale, sums);
+            list.add_row(k, kColumns == Columns::weighted ? scale * row.z_power : scale, sums);
           });
         });
   }
@@ -208,8 +234,9 @@ struct Loss<DistillLogistic> : DistillTerm {
       const float z = list.scaled_student(k), s = list.scaled_target(k);
       if (!is_number(s)) return;
       const float of_z = fields.student.value(field, z), of_s = fields.target.value(field + LongState::kKind, s);
+      const float own = scale * list.weight_of(k);
       // z about its middle: the cross terms are then no larger than they must be.
-      list.add(k, scale * list.call.distill_unit * (of_s - of_z), scale * (z - list.facts.student.middle()) * of_s);
+      list.add(k, own * list.call.distill_unit * (of_s - of_z), own * (z - list.facts.student.middle()) * of_s);
     });
   }
 };

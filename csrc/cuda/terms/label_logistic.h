@@ -1,4 +1,4 @@
-// R as RankNet: Σ_P ω softplus(−(z_i − z_j)). Directly where labels meet in a tile; between the label blocks of a long list
+// R as RankNet: Σ_P ω c_i softplus(−(z_i − z_j)), c_i the weight of the preferred document. Directly where labels meet in a tile; between the label blocks of a long list
 // through fields.
 #pragma once
 
@@ -12,21 +12,23 @@ __global__ void __launch_bounds__(kPieceThreads, 2) deposit_students(const State
   PILE_SHARED_MEMORY(base);
   const PieceMemory memory(base);
   const Piece piece(state);
-  if (piece.meets_through_fields()) deposit_piece(piece, memory, piece.at(state.u[0]));
+  if (!piece.meets_through_fields()) return;
+  deposit_piece(piece, memory, piece.at(state.u[0]));
+  if (state.weight) deposit_piece(piece, memory, piece.at(state.u[0]), piece.at(state.weight));
 }
 
 template <>
 struct Loss<LabelLogistic> : LabelTerm {
+  static constexpr bool kFields = true;
+
   template <class List>
   PILE_DEVICE static void add(LabelLogistic, const List& list, float scale) {
-    list.label_tiles([&](const LabelTile& tile) {
+    list.label_tiles(nullptr, [&](const LabelTile& tile) {
+      const float* gains = tile.columns.gains;
       list.rows(tile.lo, tile.hi, [&](int k) {
-        SlopeAndLoss sums, above;
-        const float z = list.student[k], gain = tile.columns.weighted ? list.gain[k] : 0.0f;
-        add_losses<true>(tile.columns, z, gain, larger(list.last[k], tile.from), tile.to, list.lanes, sums);
-        add_losses<false>(tile.columns, z, gain, larger(tile.begin, tile.from), smaller(list.first[k], tile.to), list.lanes,
-                          above);
-        list.add_row(k, scale, {above.slope - sums.slope, sums.loss});
+        if (!tile.columns.weighted) return add_label_row(list, tile, k, scale, One());
+        const float gain = list.gain[k];
+        add_label_row(list, tile, k, scale, [&](int j) { return fabsf(gain - gains[j]); });
       });
     });
     if constexpr (!List::kWhole)
@@ -34,9 +36,10 @@ struct Loss<LabelLogistic> : LabelTerm {
   }
 
   template <class Run>
-  static void launch(const Run& run) {
-    run.order(run.state.call.loss.pair_weight);
-    if (run.state.pairwise == PairSum::direct) return;
+  static void launch(const Run& run, const LabelLogistic&) {
+    run.bound(run.state.call.label_gain);
+    run.weigh();
+    if (!run.state.label_fields) return;
     run.pieces(deposit_students<LongState>, PieceMemory::kBytes);
     run.solve(true);
   }

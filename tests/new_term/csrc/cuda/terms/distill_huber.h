@@ -15,6 +15,7 @@ struct Loss<DistillHuber> : DistillTerm {
         [&](int j, int to) {
           tile.student[to] = j < list.columns ? list.scaled_student(j) : 0.0f;
           tile.target[to] = j < list.columns ? list.scaled_target(j) : not_a_number();
+          tile.student_more[to] = j < list.columns ? list.weight_of(j) : 0.0f;
         },
         [&](int from, int to) {
           const Tile columns = tile.from(from);
@@ -25,10 +26,11 @@ struct Loss<DistillHuber> : DistillTerm {
             for (int j = from + list.lanes.rank; j < to; j += kLanes) {
               if (!is_number(columns.target[j])) continue;
               const float d = (z - columns.student[j]) - (s - columns.target[j]), size = fabsf(d);
-              sums.slope += fminf(fmaxf(d, -delta), delta);
-              sums.loss += size <= delta ? d * d / 4 : delta * (size - delta / 2) / 2;
+              const float weight = columns.student_more[j];
+              sums.slope += weight * fminf(fmaxf(d, -delta), delta);
+              sums.loss += weight * (size <= delta ? d * d / 4 : delta * (size - delta / 2) / 2);
             }
-            list.add_row(k, scale, sums);
+            list.add_row(k, scale * list.weight_of(k), sums);
           });
         });
   }
