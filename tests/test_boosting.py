@@ -3,8 +3,10 @@
 import copy
 import doctest
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -571,6 +573,17 @@ def test_objectives_are_plain_data():
 
 def test_examples():
     assert doctest.testmod(boosting).failed == 0
+
+
+@pytest.mark.parametrize("section", ["LightGBM", "XGBoost", "Distil teachers"])
+def test_the_pages_examples(section):
+    text = (Path(__file__).parents[1] / "docs/boosting.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text.split(f"## {section}\n")[1].split("\n## ")[0], re.DOTALL)
+    names = {}
+    exec(example, names)
+    scores = names["booster"].predict(names["x"] if section != "XGBoost" else names["xgboost"].DMatrix(names["x"]))
+    truth = np.clip(np.round(names["x"][:, 0] + names["x"][:, 1] * names["x"][:, 2]), 0, 4)
+    assert lightgbm_metric("ndcg@10")(truth, scores, None, [20] * 60)[1] > 0.75
 
 
 # -- as good as LightGBM's own
