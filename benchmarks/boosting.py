@@ -20,7 +20,7 @@ import lightgbm
 import numpy as np
 import torch
 import xgboost
-from _quality_data import BOTTOM, EXAMPLE, Fold, load, with_share
+from _quality_data import BOTTOM, EXAMPLE, Fold, _collection, with_share
 from _report import table
 from _timing import where
 from scipy import stats
@@ -31,6 +31,8 @@ from pile_fast.evaluation.metrics import ndcg
 from pile_fast.integrations.boosting import lightgbm_objective, pile_targets, xgboost_objective
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs/boosting.md"
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 ROUNDS = 100
 SHARE = 0.1  # of the training queries that keep their labels, for distillation
 OWN_LIGHTGBM, OWN_XGBOOST = "LightGBM's own lambdarank", "XGBoost's own rank:ndcg"
@@ -53,7 +55,7 @@ def fit_xgboost(train: RankedLists, test: RankedLists, objective: object) -> Sco
     return model.predict(xgboost.DMatrix(test.features.numpy()))
 
 
-def distilled(alpha: float, how: str) -> Callable[[Fold], Scores]:
+def distilled(alpha: float, how: str) -> Callable[[Fold, int], Scores]:
     """Trees from teachers and a tenth of the labels."""
 
     def fit(fold: Fold, number: int) -> Scores:
@@ -71,20 +73,10 @@ def distilled(alpha: float, how: str) -> Callable[[Fold], Scores]:
     return fit
 
 
-def by_lightgbm(objective: str) -> Callable[[Fold, int], Scores]:
-    def fit(fold: Fold, number: int) -> Scores:
-        own = objective == OWN_LIGHTGBM
-        return fit_lightgbm(fold.train, fold.test, "lambdarank" if own else lightgbm_objective(objective))
-
-    return fit
-
-
-def by_lightgbm_sampled(objective: str, seed: int) -> Callable[[Fold, int], Scores]:
-    def fit(fold: Fold, number: int) -> Scores:
-        own = objective == OWN_LIGHTGBM
-        return fit_lightgbm(fold.train, fold.test, "lambdarank" if own else lightgbm_objective(objective), seed=seed, **SAMPLED)
-
-    return fit
+def by_lightgbm(objective: str, **params: object) -> Callable[[Fold, int], Scores]:
+    return lambda fold, number: fit_lightgbm(
+        fold.train, fold.test, "lambdarank" if objective == OWN_LIGHTGBM else lightgbm_objective(objective), **params
+    )
 
 
 def by_xgboost(objective: str) -> Callable[[Fold, int], Scores]:
@@ -105,7 +97,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], dict[str, list[Callable[[Fold, int], 
     ),
     "LightGBM, sampled": (
         (EXAMPLE, BOTTOM),
-        {name: [by_lightgbm_sampled(name, seed) for seed in SEEDS] for name in (OWN_LIGHTGBM, "lambdarank@10")},
+        {name: [by_lightgbm(name, seed=seed, **SAMPLED) for seed in SEEDS] for name in (OWN_LIGHTGBM, "lambdarank@10")},
     ),
     "XGBoost": ((EXAMPLE, BOTTOM), {name: [by_xgboost(name)] for name in (OWN_XGBOOST, "lambdarank@10")}),
     "LightGBM, labels on a tenth of the training queries": (
@@ -131,7 +123,7 @@ def measure(data: Path, only: str | None) -> list[dict]:
             for name, fits in methods.items():
                 values, seconds = [], 0.0
                 for number in range(1, 6):
-                    fold = load(data_set, number, data, Path()) if data_set == BOTTOM else _example(number, data)
+                    fold = Fold(*_collection(data_set, data).fold(number))
                     test, begin = fold.test, time.perf_counter()
                     scores = [torch.from_numpy(np.asarray(fit(fold, number), dtype=np.float64)) for fit in fits]
                     seconds += (time.perf_counter() - begin) / len(fits)
@@ -158,42 +150,49 @@ def measure(data: Path, only: str | None) -> list[dict]:
     return rows
 
 
-def _example(number: int, data: Path) -> Fold:
-    from _quality_data import _collection
-
-    return Fold(*_collection(EXAMPLE, data).fold(number))
-
-
 def markdown(found: dict) -> str:
     """The page of a run."""
+    versions = " and ".join(f"{name} {version}" for name, version in found["libraries"].items())
     parts = [
-        f"# Boosted trees\n\nWritten by `benchmarks/boosting.py`, {found['date']}. Difference to the first row of a table:\n"
+        f"# Boosted trees\n\nWritten by `benchmarks/boosting.py`, {found['date']}, with {versions}.\n"
+        "The difference is to the first row of a table, with its 95 % interval; p is the paired t-test's over the queries.\n"
     ]
-    parts += ["mean over test queries, 95 % interval and p of the paired t-test.\n"]
-    for section in dict.fromkeys(row["section"] for row in found["rows"]):
-        for data in dict.fromkeys(row["data"] for row in found["rows"] if row["section"] == section):
-            own = [row for row in found["rows"] if (row["section"], row["data"]) == (section, data)]
-            lines = [
-                [
-                    row["objective"],
-                    f"{row['ndcg@10']:.4f}",
-                    *(
-                        ["", ""]
-                        if row["p"] is None
-                        else [f"{row['difference']:+.4f} ± {row['half_interval']:.4f}", f"{row['p']:.3f}"]
-                    ),
-                ]
-                for row in own
-            ]
-            parts += [f"\n## {section}: {data}, {own[0]['queries']} queries\n"]
-            parts += [table(["objective", "NDCG@10", "difference", "p"], lines), ""]
-    return "\n".join(parts).rstrip() + "\n"
+    for section, data in dict.fromkeys((row["section"], row["data"]) for row in found["rows"]):
+        own = [row for row in found["rows"] if (row["section"], row["data"]) == (section, data)]
+        parts.append(f"## {section}: {data}, {own[0]['queries']} queries\n")
+        parts.append(table(["Objective", *FIGURES], [[row["objective"], *_figures(row)] for row in own]))
+    return "\n".join(parts)
+
+
+FIGURES = ("NDCG@10", "difference", "p")
+
+
+def _figures(row: dict) -> list[str]:
+    against = (
+        ["", ""]
+        if row["p"] is None
+        else [f"{row['difference']:+.4f} ± {row['half_interval']:.4f}", "< .001" if row["p"] < 0.001 else f"{row['p']:.3f}"]
+    )
+    return [f"{row['ndcg@10']:.4f}", *against]
+
+
+def summary(found: dict) -> str:
+    """The table of docs/boosting.md: the default objective beside the library's own, and distillation."""
+    chosen = [
+        row
+        for row in found["rows"]
+        if row["objective"] in (OWN_LIGHTGBM, OWN_XGBOOST, "lambdarank@10") or "tenth" in row["section"]
+    ]
+    return table(
+        ["Data", "Library", "Objective", *FIGURES],
+        [[row["data"], row["section"], row["objective"], *_figures(row)] for row in chosen],
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=find_data("mq2008"))
-    parser.add_argument("--only", help="the sections whose names hold this; prints, writes nothing")
+    parser.add_argument("--only", help="the sections whose names hold this; the others keep their figures")
     parser.add_argument("--report", action="store_true", help="write the page of the last run anew")
     args = parser.parse_args()
     path = RESULTS / "boosting.json"
@@ -203,10 +202,15 @@ def main() -> None:
         torch.set_num_threads(1)
         rows = measure(args.data, args.only)
         if args.only:
-            return
+            done = {(row["section"], row["data"], row["objective"]): row for row in rows}
+            old = json.loads(path.read_text())["rows"]
+            rows = [done.get((row["section"], row["data"], row["objective"]), row) for row in old]
         versions = {"lightgbm": lightgbm.__version__, "xgboost": xgboost.__version__}
         path.write_text(json.dumps(where(1) | {"libraries": versions, "rows": rows}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(json.loads(path.read_text())))
+    found = json.loads(path.read_text())
+    path.with_suffix(".md").write_text(markdown(found))
+    text = PAGE.read_text()
+    PAGE.write_text(text[: text.index(BEGIN) + len(BEGIN)] + summary(found) + text[text.index(END) :])
 
 
 if __name__ == "__main__":

@@ -244,11 +244,12 @@ class XGBoostObjective(_Objective):
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """(gradient, second derivatives) of (predictions, DMatrix), or of (labels, predictions, weights)."""
         rows = _of_xgboost(y_true, y_pred, sample_weight, self.lengths)
-        if self.weights is None:
-            return self._derivatives(rows)
-        if rows.weights is not None:
-            raise ValueError("weights: expected them here or in the data, got both")
-        return self._derivatives(rows._replace(weights=_column("weights", self.weights, len(rows.scores))))
+        if self.weights is not None:
+            if rows.weights is not None:
+                raise ValueError("weights: expected them here or in the data, got both")
+            rows = rows._replace(weights=_column("weights", self.weights, len(rows.scores)))
+        gradient, hessian = self._derivatives(rows)
+        return gradient, 2 * hessian  # as in XGBoost's own
 
 
 def xgboost_objective(
@@ -267,7 +268,8 @@ def xgboost_objective(
 ) -> XGBoostObjective:
     """An objective for XGBoost: ``xgboost.train(..., obj=...)`` or ``XGBRegressor(objective=...)``.
 
-    As `lightgbm_objective`, but for what XGBoost hands over:
+    As `lightgbm_objective`, but with twice the second derivatives, as XGBoost's own ranking objectives have them (both rows of
+    a pair move), so that its learning rates fit; and but for what XGBoost hands over:
 
     - ``xgboost.train``: the groups of the `DMatrix`, by its ``group=`` or ``qid=``. Its weights are then one per query, by
       XGBoost's rule; those of rows are `weights` here.
