@@ -1,7 +1,6 @@
 """Boosted trees by this package's losses, with the real LightGBM and XGBoost. D1 to D6 are traps that others fell into."""
 
 import copy
-import doctest
 import pickle
 import re
 import subprocess
@@ -576,10 +575,6 @@ def test_objectives_are_plain_data():
 
 
 # -- pages and data
-
-
-def test_examples():
-    assert doctest.testmod(boosting).failed == 0
 
 
 @pytest.mark.parametrize("section", ["LightGBM", "XGBoost", "Distil teachers"])
