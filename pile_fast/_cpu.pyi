@@ -3,6 +3,7 @@
 from typing import Any
 
 DONE: int
+CURVED: tuple[str, ...]
 TERMS: tuple[str, ...]
 
 class EnsembleOptions:
@@ -18,6 +19,7 @@ def run(
     loss: LossOptions | None,
     outputs: tuple[int, ...],
     exponents: int,
+    hessian: int,
     float64: bool,
     threads: int,
     /,

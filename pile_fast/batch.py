@@ -200,6 +200,12 @@ class RankingBatch:
         other.prior = prior
         return other
 
+    def with_student(self, student_logits: Tensor) -> RankingBatch:
+        """The same batch with the student's logits in another dtype."""
+        other = copy.copy(self)
+        other.student_logits = student_logits
+        return other
+
     def _check_dense(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, with the sign that a lazy negation keeps beside its memory; kernels read memory alone."""
         if not isinstance(tensor, Tensor):

@@ -346,7 +346,7 @@ class Derivatives(NamedTuple):
         loss: (Q,), of each query.
         gradient: (Q, N) or (D,), of the sum of the losses by each document's logit.
         hessian: the same shape, second derivatives by that logit alone, never negative; of "approx_ndcg", which is not
-            convex, an upper bound of their size.
+            convex, a number of about their size.
     """
 
     loss: Tensor

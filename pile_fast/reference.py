@@ -251,7 +251,7 @@ class PairLoss(NamedTuple):
     loss: Tensor  # (Q,), 0 for a query that does not count
     counts: Tensor  # (Q,) bool: in the mean over queries; some term in use has something to say
     # (Q, N), of `loss.sum()`, written out; None unless asked for. The second derivatives are those by each logit alone, for
-    # boosted trees; where a loss is not convex, an upper bound of their size.
+    # boosted trees; where a loss is not convex, a number >= 0 of about their size.
     gradient: Tensor | None = None
     hessian: Tensor | None = None
 
@@ -376,11 +376,11 @@ def distill_mse(term: terms.MSE, query: Query) -> PairLoss:
 
 def distill_kl(term: terms.KL, query: Query) -> PairLoss:
     assert query.s is not None
-    log_p, log_q = (log_softmax(x, query, term.temperature, query.c) for x in (query.s, query.z))
-    p, q = (torch.where(query.used, x.exp(), 0.0) for x in (log_p, log_q))
+    (log_p, p, rest_p), (log_q, q, rest_q) = (softmax(x, query, term.temperature, query.c) for x in (query.s, query.z))
     counts = query.used.sum(1) > 1
-    loss = term.temperature**2 * torch.where(query.used, p * (log_p - log_q), 0.0).sum(1)
-    return of_list(query, counts, loss, term.temperature * (q - p), q * (1 - q))
+    loss = term.temperature**2 * (p * (log_p - log_q)).sum(1)
+    gradient = term.temperature * torch.where((p > 0.5) & (q > 0.5), rest_p - rest_q, q - p)
+    return of_list(query, counts, loss, gradient, q * rest_q)
 
 
 def label_logistic(term: terms.RankNet, query: Query) -> PairLoss:
@@ -395,11 +395,11 @@ def label_softmax(term: terms.Softmax, query: Query) -> PairLoss:
     total = gain.sum(1, keepdim=True)
     share = gain / torch.where(total != 0, total, 1.0)
     share = (share if query.c is None else query.c * share).to(query.z.dtype)
-    log_q = log_softmax(query.z, query, term.temperature)
-    q, weight = torch.where(query.used, log_q.exp(), 0.0), share.sum(1, keepdim=True)
-    gradient = (weight * q - share) / term.temperature
-    loss = -torch.where(share != 0, share * log_q, 0.0).sum(1)
-    return of_list(query, total.squeeze(1) != 0, loss, gradient, weight * q * (1 - q) / term.temperature**2)
+    log_q, q, rest = softmax(query.z, query, term.temperature)
+    weight = share.sum(1, keepdim=True)
+    gradient = ((weight - share) * q - share * rest) / term.temperature
+    loss = -(share * log_q).sum(1)
+    return of_list(query, total.squeeze(1) != 0, loss, gradient, weight * q * rest / term.temperature**2)
 
 
 def label_lambdarank(term: terms.LambdaRank, query: Query) -> PairLoss:
@@ -426,9 +426,10 @@ def label_approx_ndcg(term: terms.ApproxNDCG, query: Query) -> PairLoss:
     both = query.used.unsqueeze(2) & query.used.unsqueeze(1)
     rank = 0.5 + torch.where(both, sigma, 0.0).sum(2)
     loss = 1 - (gain / torch.log2(1 + rank)).sum(1)
-    # By rank, then by logits: Σ_j (a_j − a_i) σ'. A bound of the second derivatives takes a_j + a_i.
+    # By rank, then by logits: Σ_j (a_j − a_i) σ'. What stands for the second derivatives takes a_j + a_i.
     a = gain * math.log(2) / ((1 + rank) * torch.log1p(rank).square())
     slope = torch.where(both, sigma * (1 - sigma), 0.0) / term.temperature
+    slope = slope - torch.diag_embed(slope.diagonal(dim1=1, dim2=2))
     gradient = (slope * (a.unsqueeze(1) - a.unsqueeze(2))).sum(2)
     hessian = (slope * (a.unsqueeze(1) + a.unsqueeze(2))).sum(2) / term.temperature
     return of_list(query, most != 0, loss, gradient, hessian)
@@ -442,14 +443,25 @@ def of_list(query: Query, counts: Tensor, loss: Tensor, gradient: Tensor, hessia
     return PairLoss(torch.where(counts, loss, 0.0), counts, torch.where(there, gradient, 0.0), torch.where(there, hessian, 0.0))
 
 
-def log_softmax(x: Tensor, query: Query, temperature: float, c: Tensor | None = None) -> Tensor:
-    """log softmax of x / temperature over the documents used, each as if it were there c times; elsewhere no number to use."""
+def softmax(x: Tensor, query: Query, temperature: float, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithm, q and 1 − q of the softmax of x / temperature over the documents used; 0 elsewhere.
+
+    The last has all its digits where q is nearly 1. With c each document is there c times; the logarithm is that of one of
+    them.
+    """
     if x.shape[1] == 0:
-        return x
+        return x, x, x
     # Differences before the division: large logits would lose theirs.
-    x = (x - torch.where(query.used, x, torch.finfo(x.dtype).min).amax(1, keepdim=True).detach()) / temperature
-    energy = x if c is None else x + c.log()
-    return x - torch.where(query.used, energy, -1e30).logsumexp(1, keepdim=True)
+    top = torch.where(query.used, x, torch.finfo(x.dtype).min).detach().max(1, keepdim=True)
+    x = torch.where(query.used, x - x.gather(1, top.indices), 0.0) / temperature
+    e = torch.where(query.used, x.exp() if c is None else c * x.exp(), 0.0)
+    at_top = torch.zeros_like(query.used).scatter(1, top.indices, True)
+    most = torch.ones_like(top.values) if c is None else c.gather(1, top.indices)
+    others = torch.where(at_top, 0.0, e).sum(1, keepdim=True)
+    log_q = x - torch.log1p(others / most) - most.log()
+    q = e / (most + others)
+    rest = torch.where(at_top, others / (most + others), 1 - q)
+    return torch.where(query.used, log_q, 0.0), q, torch.where(query.used, rest, 0.0)
 
 
 def gains(query: Query, kind: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Autograd, registration and the company the losses keep: torch.compile, opcheck, autocast, checkpointing, DDP."""
 
+import itertools
 import subprocess
 import sys
 
@@ -45,16 +46,29 @@ def test_gradcheck_of_the_reference_itself(backend):
     y[0, 3] = torch.nan
     each = [dict(alpha=1.0, distillation=term) for term in terms_of("distill")]
     each += [dict(alpha=0.0, label_loss=term) for term in terms_of("label")]
-    for term in [*each, dict(alpha=0.4)]:
+    c, by_query = torch.rand(z.shape, dtype=z.dtype) + 0.1, torch.rand(3, dtype=z.dtype)
+    c[0, 0] = 0
+    for term, weights in itertools.product([*each, dict(alpha=0.4)], [(None, None), (c, by_query)]):
         options = loss_options(pair_weight="label_gap", reduction="none", **term)
 
-        def loss(z, options=options):
-            return reference.pair_loss(z, t[..., 0], y, valid, options).loss
+        def loss(z, options=options, weights=weights):
+            return reference.pair_loss(z, t[..., 0], y, valid, options, False, *weights).loss
 
         assert torch.autograd.gradcheck(loss, z.requires_grad_())
         (gradient,) = torch.autograd.grad(loss(z).sum(), z)
-        written_out = reference.pair_loss(z.detach(), t[..., 0], y, valid, options, derivatives=True).gradient
-        torch.testing.assert_close(written_out, gradient, rtol=1e-10, atol=1e-12)
+        written_out = reference.pair_loss(z.detach(), t[..., 0], y, valid, options, True, *weights)
+        torch.testing.assert_close(written_out.gradient, gradient, rtol=1e-10, atol=1e-12)
+        exact = (
+            torch.autograd.functional.hessian(lambda z: loss(z).sum(), z.detach())
+            .flatten(0, 1)
+            .flatten(1)
+            .diagonal()
+            .view_as(z)
+        )
+        if "ApproxNDCG" in str(term):  # not convex: about their size
+            assert (written_out.hessian >= 0).all() and (4 * written_out.hessian >= exact.abs() - 1e-12).all()
+        else:
+            torch.testing.assert_close(written_out.hessian, exact, rtol=1e-9, atol=1e-12)
     options = ensemble_options(iterations=3, granularity="query")
     assert torch.autograd.gradcheck(
         lambda t: reference.ensemble(t, y, torch.ones_like(valid), options).logits, t.requires_grad_()

@@ -114,6 +114,18 @@ void set_option(const char* name, py::handle value, OneOf<Terms...>& option) {
   option = found;
 }
 
+// The keys of the terms that `has(Term{})`.
+template <class Has>
+py::tuple keys(Has has) {
+  py::list terms;
+  const auto add = [&](auto term) {
+    if (has(term)) terms.append(term.kKey);
+  };
+  Distillation::each(add);
+  LabelLoss::each(add);
+  return py::tuple(terms);
+}
+
 // The structs, to be filled attribute by attribute, and TERMS, the keys of those that `has(Term{})`.
 // module_local: each extension has its own Python type of the struct.
 template <class Has>
@@ -130,13 +142,7 @@ void bind_options(py::module_& m, Has has) {
   PILE_LOSS_OPTIONS(PILE_LOSS_OPTION)
 #undef PILE_ENSEMBLE_OPTION
 #undef PILE_LOSS_OPTION
-  py::list terms;
-  const auto add = [&](auto term) {
-    if (has(term)) terms.append(term.kKey);
-  };
-  Distillation::each(add);
-  LabelLoss::each(add);
-  m.attr("TERMS") = py::tuple(terms);
+  m.attr("TERMS") = keys(has);
 }
 
 }  // namespace pile::bindings

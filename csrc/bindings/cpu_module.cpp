@@ -29,11 +29,12 @@ bool offsets_fit(const pile::Batch& batch) {
 }
 
 int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensemble, const pile::LossOptions* loss,
-            py::tuple outputs, uintptr_t exponents, bool float64, int threads) {
+            py::tuple outputs, uintptr_t exponents, uintptr_t hessian, bool float64, int threads) {
   pile::Job job;
   job.batch = pile::bindings::read_batch(sizes.ptr(), views.ptr());
   job.out = pile::bindings::read_outputs(outputs.ptr());
   job.exponents = reinterpret_cast<double*>(exponents);
+  job.hessian = reinterpret_cast<void*>(hessian);
   job.ensemble = ensemble;
   job.loss = loss;
   job.float64 = float64;
@@ -52,7 +53,8 @@ int64_t run(py::tuple sizes, py::tuple views, const pile::EnsembleOptions* ensem
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pile_fast.";
-  pile::bindings::bind_options(m, [](auto term) { return pile::baseline::has_term(term.kKey); });
+  pile::bindings::bind_options(m, [](auto term) { return pile::baseline::has_term(term.kKey, false); });
+  m.attr("CURVED") = pile::bindings::keys([](auto term) { return pile::baseline::has_term(term.kKey, true); });
   m.attr("DONE") = py::int_(int64_t{kDone});
   m.def("run", &run,
         "Run one call. DONE; less if cu_seqlens does not fit or a query is too long; or the first query with wrong labels.");

@@ -55,9 +55,10 @@ class FieldSums {
   // Smallest block worth a field: its own direct sums then cost about as much.
   static int least_block(int cells) { return larger(96, 2 * cells * P); }
 
-  // `below` == nullptr: one block, every document meets every other one (and itself).
-  void plan(Grid<T> cells, int n, const int* below, const T* gain, Arena& arena) {
-    depositor_ = {cells, gain};
+  // `below` == nullptr: one block, every document meets every other one (and itself). `weights`: of the documents as those that
+  // others meet; nullptr: 1 each.
+  void plan(Grid<T> cells, int n, const int* below, const T* gain, Arena& arena, const T* weights = nullptr) {
+    depositor_ = {cells, gain, weights};
     grid = cells;
     weighted = gain != nullptr;
     const int least = least_block(grid.cells);
@@ -144,15 +145,16 @@ class FieldSums {
 
   // Field of block b for the label pairs, Σ_below ω σ(offset − (u − u_j)) − Σ_above ω σ(offset − (u_j − u)), by σ = 1/2 + κ and
   // κ odd. Counts: Σ_below κ(offset + u_j − u) + Σ_above κ(u_j − u − offset); where gains give ω its sign, minus.
-  void solve(int b, const Table& plus, const Table& minus) {
-    const T sign = weighted ? T(-1) : T(1);
+  // `of_low`, `of_high`: what the two sides count.
+  void solve(int b, const Table& plus, const Table& minus, T of_low = 1, T of_high = 1) {
+    const T sign = weighted ? -of_high : of_high;
     for (int w = 0; w < (weighted ? 2 : 1); ++w) {
       const Row* low = low_ + int64_t(b) * row_ + w * grid.cells;
       const Row* high = high_ + int64_t(b) * row_ + w * grid.cells;
-      const double half = (count(low, grid.cells) - double(sign) * count(high, grid.cells)) / 2;
+      const double half = (double(of_low) * count(low, grid.cells) - double(sign) * count(high, grid.cells)) / 2;
       if (plus.offset == 0) {  // one table serves both
         Row* both = high_ + int64_t(b) * row_ + w * grid.cells;
-        for (int c = 0; c < grid.cells; ++c) both[c] = low[c] + sign * high[c];
+        for (int c = 0; c < grid.cells; ++c) both[c] = of_low * low[c] + sign * high[c];
         apply(plus, both, block[b].filled, [&](int c, Row f) {
           f[0] += T(half);
           put(b, w, c, f);
@@ -160,10 +162,21 @@ class FieldSums {
       } else {
         apply(minus, high, block[b].filled, [&](int c, Row f) { put(b, w, c, sign * f); });
         apply(plus, low, block[b].filled, [&](int c, Row f) {
+          f = of_low * f;
           f[0] += T(half);
           put(b, w, c, f + get(b, w, c));
         });
       }
+    }
+  }
+  // The same of κ', for second derivatives and no offset: Σ over both sides of ω κ'(u_j − u), ω >= 0.
+  void solve_slope(int b, const Table& table, T of_low = 1, T of_high = 1) {
+    const T sign = weighted ? -of_high : of_high;
+    for (int w = 0; w < (weighted ? 2 : 1); ++w) {
+      const Row* low = low_ + int64_t(b) * row_ + w * grid.cells;
+      Row* both = high_ + int64_t(b) * row_ + w * grid.cells;
+      for (int c = 0; c < grid.cells; ++c) both[c] = of_low * low[c] + sign * both[c];
+      each_near_field(table, table.slope, both, block[b].filled, [&](int c, Row f) { put(b, w, c, f); });
     }
   }
   // Field of the only block on itself: Σ_j κ(u_j − u).
@@ -171,22 +184,29 @@ class FieldSums {
     apply(table, block_moments_, filled_, [&](int c, Row f) { put(0, 0, c, f); });
   }
 
-  // Value of block b's field at u for the documents from k on: Σ ω κ.
-  PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k) const {
+  // Fields of the only block on itself under κ': Σ_j κ'(u_j − u), and with gains Σ_j g_j κ'(u_j − u).
+  void solve_slope_of_self(const Table& table) {
+    for (int w = 0; w < (weighted ? 2 : 1); ++w)
+      each_near_field(table, table.slope, block_moments_ + w * grid.cells, filled_, [&](int c, Row f) { put(0, w, c, f); });
+  }
+
+  // Value of block b's field at u for the documents from k on: Σ ω κ; `sign`: of the gains of the documents that are met.
+  PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k, T sign = -1) const {
     Vec<T> x;
     const Ints<T> cell = grid.locate(u, x);
     const T* f = field_ + int64_t(b) * (weighted ? 2 : 1) * P * stride_;
     const Vec<T> counts = horner(f, cell, x);
     if (!weighted) return counts;
-    return load(depositor_.gain + k) * counts - horner(f + P * stride_, cell, x);
+    return load(depositor_.gain + k) * counts + sign * horner(f + P * stride_, cell, x);
   }
 
-  // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone. Before solve().
-  double softplus_of_labels(const Table& plus) const {
+  // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone: i counts as it does here, j as it
+  // does in `others`. Before solve().
+  double softplus_of_labels(const Table& plus, const FieldSums& others) const {
     double total = 0;
     for (int b = 0; b + 1 < blocks; ++b) {
       const Row* own = block_moments_ + int64_t(b) * row_;
-      const Row* low = low_ + int64_t(b) * row_;
+      const Row* low = others.low_ + int64_t(b) * row_;
       if (weighted)
         total += between<true>(plus, own + grid.cells, low, block[b].filled) -
                  between<true>(plus, own, low + grid.cells, block[b].filled);
@@ -195,9 +215,14 @@ class FieldSums {
     }
     return total;
   }
-  // Σ_{i<j} ψ(u_i − u_j) of the only block.
-  double psi_of_self(const Table& table) const {
-    const double itself = count(block_moments_, grid.cells) * 0.69314718055994530942;
+  // Σ_{i<j} c_i c_j ψ(u_i − u_j) of the only block of n documents.
+  double psi_of_self(const Table& table, int n) const {
+    double squares = n;
+    if (depositor_.weight) {
+      squares = 0;
+      for (int k = 0; k < n; ++k) squares += double(depositor_.weight[k]) * double(depositor_.weight[k]);
+    }
+    const double itself = squares * 0.69314718055994530942;
     return (between<false>(table, block_moments_, block_moments_, filled_) - itself) / 2;
   }
 

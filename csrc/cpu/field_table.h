@@ -18,7 +18,7 @@ struct FieldTable : FieldReach<P> {
 
   double offset;
   int first;
-  Matrices kappa = {}, psi = {};
+  Matrices kappa = {}, psi = {}, slope = {};  // slope: of κ
 
   explicit FieldTable(double offset) : offset(offset), first(FieldReach<P>::first(offset)) {
     using Real = long double;
@@ -28,6 +28,7 @@ struct FieldTable : FieldReach<P> {
       const Real shift = Real(this->offset) + Real(kCell) * (first + e);
       fill(kappa, e, shift, cell.node, cell.lagrange, [](Real v) { return PILE_ISA::kappa(v); });
       fill(psi, e, shift, cell.node, cell.lagrange, [](Real v) { return PILE_ISA::psi(v); });
+      fill(slope, e, shift, cell.node, cell.lagrange, [](Real v) { return PILE_ISA::kappa_slope(v); });
     }
   }
 

@@ -16,6 +16,7 @@ struct Job {
   const LossOptions* loss = nullptr;
   Outputs out;
   double* exponents = nullptr;  // M; then out.trace is the batch's, iterations + 1
+  void* hessian = nullptr;      // documents, in the dtype of the arithmetic: with reduction "none" and a gradient
   bool float64 = false;         // the arithmetic
   int threads = 1;
   // The first query whose labels cannot be compared (infinite, or integers from 2^53 on), -1 while there is none.
@@ -27,7 +28,8 @@ struct Job {
 
 namespace baseline {
 void run(const Job& job);
-bool has_term(const char* key);  // the sets have the same ones
+// The sets have the same ones. `curvature`: with second derivatives.
+bool has_term(const char* key, bool curvature);
 }  // namespace baseline
 namespace avx2 {
 void run(const Job& job);

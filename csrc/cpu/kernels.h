@@ -30,7 +30,7 @@ class Run {
     }
     if (m.leads() && job_.loss) {
       losses_ = m.arena->take<double>(batch_.queries);
-      has_pairs_ = m.arena->take<uint8_t>(batch_.queries);
+      counts_ = m.arena->take<uint8_t>(batch_.queries);
       gradient_ = static_cast<T*>(job_.out.gradient);
       const bool as_computed = batch_.student.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
       if (gradient_ && !as_computed) gradient_ = m.arena->take<T>(documents());
@@ -54,8 +54,9 @@ class Run {
   struct Scratch {
     Arena::Mark after_order;
     uint8_t *valid, *scored;  // by slot
+    uint8_t* counted;         // by slot, what the loss sees: valid ones whose weight is not 0
     uint8_t* takes_part;      // by teacher: has a positive prior; nullptr: all have
-    int* counts;              // by piece of slots: valid, scored, scores missing
+    int* counts;              // by piece of slots: valid, scored, scores missing, counted
     LabelSort sort;
     Order order;
     T* target;  // the ensemble by slot, unless it is an output
@@ -124,7 +125,7 @@ class Run {
   }
 
   struct Counts {
-    int valid, scored, missing;
+    int valid, scored, missing, counted;
   };
 
   void query(const Member& m, Scratch& s, int64_t q) {
@@ -132,7 +133,7 @@ class Run {
     const Arena::Mark own = m.arena->mark();
     const Counts found = look_at(m, s, q, slots);
     if (job_.ensemble) run_ensemble(m, s, q, slots, found.scored, found.missing > 0);
-    if (job_.loss) run_loss(m, s, q, slots, found.valid, found.scored);
+    if (job_.loss) run_loss(m, s, q, slots, found);
     m.sync();
     m.arena->release(own);
   }
@@ -143,7 +144,8 @@ class Run {
     if (m.leads()) {
       s.valid = m.arena->take<uint8_t>(slots);
       s.scored = job_.ensemble ? m.arena->take<uint8_t>(slots) : nullptr;
-      s.counts = m.arena->take<int>(3 * (pieces(slots) + 1));
+      s.counted = job_.loss && weighs() ? m.arena->take<uint8_t>(slots) : s.valid;
+      s.counts = m.arena->take<int>(4 * (pieces(slots) + 1));
       s.target = job_.ensemble && !job_.out.logits ? m.arena->take<T>(slots) : nullptr;
       s.takes_part = nullptr;
       if (const View& prior = batch_.prior; prior.data) {
@@ -156,11 +158,12 @@ class Run {
     m.sync();
     scan(m, s, q, slots);
     m.sync();
-    Counts found = {0, 0, 0};
+    Counts found = {};
     for (int p = 0; p < pieces(slots); ++p) {
-      found.valid += s.counts[3 * p];
-      found.scored += s.counts[3 * p + 1];
-      found.missing += s.counts[3 * p + 2];
+      found.valid += s.counts[4 * p];
+      found.scored += s.counts[4 * p + 1];
+      found.missing += s.counts[4 * p + 2];
+      found.counted += s.counts[4 * p + 3];
     }
     return found;
   }
@@ -268,6 +271,32 @@ class Run {
     }
   }
 
+  bool weighs() const { return batch_.weights.data || batch_.query_weights.data; }
+  double query_weight(int64_t q) const {
+    const View& weights = batch_.query_weights;
+    double weight = 1;
+    if (weights.data) with_logits(weights, [&](const auto* data) { weight = double(read(data, q * weights.query)); });
+    return weight;
+  }
+  // Of the slots [begin, end): which the loss sees, and how many those are.
+  int count_weights(const Scratch& s, int64_t q, int begin, int end) const {
+    const View& weights = batch_.weights;
+    int counted = 0;
+    if (query_weight(q) == 0) {
+      std::memset(s.counted + begin, 0, end - begin);
+    } else if (!weights.data) {
+      std::memcpy(s.counted + begin, s.valid + begin, end - begin);
+      for (int i = begin; i < end; ++i) counted += s.counted[i];
+    } else {
+      with_logits(weights, [&](const auto* data) {
+        const int64_t at = q * weights.query + batch_.first(q) * weights.document;
+        for (int i = begin; i < end; ++i)
+          counted += s.counted[i] = s.valid[i] & uint8_t(!(read(data, at + i * weights.document) == 0));
+      });
+    }
+    return counted;
+  }
+
   // Which slots hold a document, and which of those a teacher scored.
   void scan(const Member& m, Scratch& s, int64_t q, int slots) const {
     const View &mask = batch_.mask, &teacher = batch_.teacher;
@@ -310,9 +339,10 @@ class Run {
           }
         });
       }
-      s.counts[3 * p] = valid;
-      s.counts[3 * p + 1] = scored;
-      s.counts[3 * p + 2] = missing;
+      s.counts[4 * p] = valid;
+      s.counts[4 * p + 1] = scored;
+      s.counts[4 * p + 2] = missing;
+      s.counts[4 * p + 3] = s.counted == s.valid ? valid : count_weights(s, q, begin, end);
     }
   }
 
@@ -383,22 +413,26 @@ class Run {
   }
   double label_limit() const { return batch_.labels.dtype == DType::i64 ? 0x1p53 : __builtin_inf(); }
 
-  void run_loss(const Member& m, Scratch& s, int64_t q, int slots, int valid, int scored) {
+  void run_loss(const Member& m, Scratch& s, int64_t q, int slots, Counts found) {
     const LossOptions& options = *job_.loss;
     const int64_t begin = batch_.begin(q);
     T* gradient = gradient_ ? gradient_ + begin : nullptr;
+    T* hessian = job_.hessian ? static_cast<T*>(job_.hessian) + begin : nullptr;
     const T* targets = !job_.ensemble ? nullptr : job_.out.logits ? static_cast<T*>(job_.out.logits) + begin : s.target;
-    const bool same = job_.ensemble && scored == valid;
+    const bool same = job_.ensemble && found.scored == found.valid && found.counted == found.valid;
     if (!same) {
       const View labels = options.alpha < 1 ? batch_.labels : View{};
       const int64_t offset = q * labels.query + batch_.first(q) * labels.document;
-      s.sort.run(m, labels, offset, slots, valid < slots ? s.valid : nullptr, s.order);
+      s.sort.run(m, labels, offset, slots, found.counted < slots ? s.counted : nullptr, s.order);
       if (m.leads()) check_labels(s.order, q);
     }
-    for (int p = m.rank; gradient && valid < slots && p < pieces(slots); p += m.size)
+    for (int p = m.rank; gradient && found.counted < slots && p < pieces(slots); p += m.size)
       for (int i = p * kPiece; i < smaller(slots, (p + 1) * kPiece); ++i)
-        if (!s.valid[i]) gradient[i] = 0;
-    s.loss.run(m, batch_, options, q, s.order, targets, s.counts, gradient, losses_ + q, has_pairs_ + q);
+        if (!s.counted[i]) {
+          gradient[i] = 0;
+          if (hessian) hessian[i] = 0;
+        }
+    s.loss.run(m, batch_, options, q, s.order, targets, query_weight(q), s.counts, gradient, hessian, losses_ + q, counts_ + q);
   }
 
   // The batch's loss, and the gradient in the student's dtype. Queries are added in order, in double.
@@ -408,7 +442,7 @@ class Run {
     int64_t count = 0;
     for (int64_t q = 0; q < batch_.queries; ++q) {
       total += losses_[q];
-      count += has_pairs_[q];
+      count += counts_[q];
     }
     const bool mean = job_.loss->reduction == Reduction::mean;
     const double scale = mean && count > 1 ? 1.0 / double(count) : 1.0;
@@ -421,6 +455,7 @@ class Run {
     if (!gradient_) return;
     const int64_t all = documents(), used = covered();
     const int64_t from = all * m.rank / m.size, to = all * (m.rank + 1) / m.size;
+    for (int64_t d = larger(from, used); job_.hessian && d < to; ++d) static_cast<T*>(job_.hessian)[d] = 0;
     if (static_cast<void*>(gradient_) == job_.out.gradient) {
       if (scale != 1)
         for (int64_t d = from; d < smaller(to, used); ++d) gradient_[d] *= T(scale);
@@ -436,7 +471,7 @@ class Run {
   const Batch& batch_;
   const FieldTable<T, kPowers<T>>*plus_ = nullptr, *minus_ = nullptr;  // of ±margin / temperature
   double* losses_ = nullptr;
-  uint8_t* has_pairs_ = nullptr;
+  uint8_t* counts_ = nullptr;
   T* gradient_ = nullptr;
   Scratch team_;
   // Of a fit: by query, pulls also by teacher.
@@ -465,9 +500,12 @@ void run_as(const Job& job) {
 
 void run(const Job& job) { job.float64 ? run_as<double>(job) : run_as<float>(job); }
 
-bool has_term(const char* key) {
+bool has_term(const char* key, bool curvature) {
   bool has = false;
-  const auto look = [&](auto term) { has |= Loss<float, decltype(term)>::kHere && std::strcmp(term.kKey, key) == 0; };
+  const auto look = [&](auto term) {
+    using Own = Loss<float, decltype(term)>;
+    has |= (curvature ? Own::kCurvature : Own::kHere) && std::strcmp(term.kKey, key) == 0;
+  };
   Distillation::each(look);
   LabelLoss::each(look);
   return has;

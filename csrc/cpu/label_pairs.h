@@ -1,6 +1,9 @@
 // The label pairs of one query: their weights, the sums over them in either way, and their loss with its gradient.
 #pragma once
 
+#include <type_traits>
+
+#include "curvature.h"
 #include "field_sums.h"
 
 namespace pile::PILE_ISA {
@@ -62,13 +65,17 @@ struct LabelSums {
 
   bool direct = true, paired = true;  // paired: some pairs are summed directly
   Fields fields;
+  Fields counted;  // the same with the documents' weights, if they have any
   Exponentials<T> near;
   PairOutput<T> sums;
 
+  // `c`: the documents' weights, of which a pair counts the preferred one's, or nullptr; `wide_c`: room for them, to be filled
+  // where the sums are not direct.
   void plan(const Order& order, const PairWeights<T>& weights, T low, T high, T offset, PairSum how, PairCosts cost,
-            Arena& arena) {
+            Arena& arena, const T* c = nullptr, F** wide_c = nullptr) {
     const int n = order.labelled;
     gain_ = weights.gain;
+    c_ = c;
     below_ = order.below;
     const auto grid = Grid<F>::over(low, high, n);
     int labels = 0;
@@ -81,6 +88,11 @@ struct LabelSums {
       for (int k = 0; gain && k < n; ++k) gain[k] = F(gain_[k]);
       fields = Fields();
       fields.plan(grid, n, order.below, gain, arena);
+      if (c) {
+        *wide_c = arena.take<F>(n);
+        counted = Fields();
+        counted.plan(grid, n, order.below, gain, arena, *wide_c);
+      }
       for (int b = 0; b < fields.blocks; ++b) paired |= fields.block[b].inner;
     }
     if (!paired) return;
@@ -91,18 +103,24 @@ struct LabelSums {
   // run(the pairs at logits u, in their form).
   template <bool kLoss, class Run>
   void with_pairs(const T* u, Run run) const {
-    if (gain_)
-      near.wide ? run(pairs<true, true, kLoss>(u)) : run(pairs<true, false, kLoss>(u));
-    else
-      near.wide ? run(pairs<false, true, kLoss>(u)) : run(pairs<false, false, kLoss>(u));
+    if constexpr (kLoss) {
+      if (c_) return run_pairs<kLoss, true>(u, run);
+    }
+    run_pairs<kLoss, false>(u, run);
   }
 
  private:
-  template <bool kWeighted, bool kWide, bool kLoss>
-  LabelPairs<T, kWeighted, kWide, kLoss> pairs(const T* u) const {
-    return {u, near, gain_, below_};
+  template <bool kLoss, bool kCounted, class Run>
+  void run_pairs(const T* u, Run run) const {
+    const auto run_as = [&](auto weighted, auto wide) {
+      run(LabelPairs<T, weighted(), wide(), kLoss, kCounted>{u, near, gain_, below_, c_});
+    };
+    const auto by_width = [&](auto weighted) { near.wide ? run_as(weighted, yes) : run_as(weighted, no); };
+    gain_ ? by_width(yes) : by_width(no);
   }
-  const T* gain_ = nullptr;
+  static constexpr std::true_type yes = {};
+  static constexpr std::false_type no = {};
+  const T *gain_ = nullptr, *c_ = nullptr;
   const int* below_ = nullptr;
 };
 
@@ -115,14 +133,15 @@ class LabelPairLoss {
  public:
   using Table = FieldTable<double, kPowers<T>>;
 
-  void plan(const Order& order, const PairWeights<T>& weights, double offset, PairSum how) {
+  void plan(const Order& order, const PairWeights<T>& weights, double offset, PairSum how, const T* c = nullptr) {
     order_ = &order;
     weights_ = &weights;
+    c_ = c;
     offset_ = offset;
     how_ = how;
   }
 
-  // λ to lambda[0, labelled) (nullptr: not wanted). Returns Σ_P ω softplus(offset − (u_i − u_j)) to every member. What it
+  // λ to lambda[0, labelled) (nullptr: not wanted). Returns Σ_P c_i ω softplus(offset − (u_i − u_j)) to every member. What it
   // takes from the leader's arena is the caller's to give back.
   double run(const Member& m, const T* u, T* lambda) {
     const int n = order_->labelled;
@@ -134,6 +153,7 @@ class LabelPairLoss {
     });
     each_piece(m, way_.direct ? 0 : n, [&](int, int begin, int end) {
       for (int k = begin; k < end; ++k) double_u_[k] = double(u[k]);
+      for (int k = begin; c_ && k < end; ++k) wide_c_[k] = double(c_[k]);
     });
     m.sync();
     way_.direct ? run_direct(m, u, n, lambda) : run_fields(m, u, lambda);
@@ -141,11 +161,46 @@ class LabelPairLoss {
     return result_;
   }
 
+  // After run() at the same logits and no offset: the second derivatives.
+  void curve(const Member& m, const T* u, T* curvature) {
+    const int n = order_->labelled;
+    const WeightOfPreferred<T> weight = {order_->below, weights_->gain, nullptr, c_};
+    if (way_.direct) return all_curvature<T>(m, u, way_.near, weight, n, way_.sums, curvature);
+    auto &fields = way_.fields, &counted = way_.counted;
+    m.sync();
+    each_vector<T>(m, way_.paired ? n : 0, [&](int k) { way_.sums.clear(k); });
+    if (m.leads()) {  // what lies above was overwritten
+      fields.collect();
+      if (c_) counted.collect();
+    }
+    m.sync();
+    for (int b = m.rank; b < fields.blocks; b += m.size) {
+      fields.solve_slope(b, *plus_, 1, c_ ? 0 : 1);
+      if (c_) counted.solve_slope(b, *plus_, 0, 1);
+      const auto& block = fields.block[b];
+      if (block.inner)
+        with_curvature(u, way_.near, weight,
+                       [&](auto pairs) { rectangle<T>(pairs, block.begin, block.end, block.begin, block.end, way_.sums); });
+    }
+    m.sync();
+    for (int c = m.rank; c < fields.chunks; c += m.size) {
+      const int b = fields.chunk[c].block, end = fields.chunk[c].end;
+      for (int k = fields.chunk[c].begin; k < end; k += kLanes<double>) {
+        Vec<double> field = fields.evaluate(b, load(double_u_ + k), k);
+        if (c_) field = load(wide_c_ + k) * field + counted.evaluate(b, load(double_u_ + k), k);
+        for (int l = k; l < smaller(k + kLanes<double>, end); ++l)
+          curvature[l] =
+              T(larger(field[l - k], 0.0)) + (fields.block[b].inner ? way_.sums.rows[l] + way_.sums.columns[l] : T(0));
+      }
+    }
+    m.sync();
+  }
+
  private:
   void prepare(const T* u, int n, Arena& arena) {
     T low, high;
     find_range(u, n, low, high);
-    way_.plan(*order_, *weights_, low, high, T(offset_), how_, kLabelCosts<T>, arena);
+    way_.plan(*order_, *weights_, low, high, T(offset_), how_, kLabelCosts<T>, arena, c_, &wide_c_);
     totals_ = arena.take<double>(way_.direct ? kPairTotals : way_.fields.blocks);
     if (way_.direct) return;
     double_u_ = arena.take<double>(n);
@@ -160,19 +215,23 @@ class LabelPairLoss {
   }
 
   void run_fields(const Member& m, const T* u, T* lambda) {
-    auto& fields = way_.fields;
+    auto &fields = way_.fields, &counted = way_.counted;
     for (int c = m.rank; c < fields.chunks; c += m.size) {
       m.poll();
       fields.deposit(c, double_u_);
+      if (c_) counted.deposit(c, double_u_);
     }
     m.sync();
     if (m.leads()) {
       fields.collect();
-      result_ = fields.softplus_of_labels(*plus_);
+      if (c_) counted.collect();
+      result_ = (c_ ? counted : fields).softplus_of_labels(*plus_, fields);
     }
     m.sync();
     for (int b = m.rank; b < fields.blocks; b += m.size) {
-      fields.solve(b, *plus_, *minus_);
+      // With weights: what lies below counts c_i, by the document that reads the field, what lies above its own.
+      fields.solve(b, *plus_, *minus_, 1, c_ ? 0 : 1);
+      if (c_) counted.solve(b, *plus_, *minus_, 0, 1);
       totals_[b] = 0;
       const auto& block = fields.block[b];
       if (block.inner) {
@@ -189,7 +248,8 @@ class LabelPairLoss {
       const int b = fields.chunk[c].block, end = fields.chunk[c].end;
       const bool inner = fields.block[b].inner;
       for (int k = fields.chunk[c].begin; k < end; k += kLanes<double>) {
-        const Vec<double> field = fields.evaluate(b, load(double_u_ + k), k);
+        Vec<double> field = fields.evaluate(b, load(double_u_ + k), k);
+        if (c_) field = load(wide_c_ + k) * field + counted.evaluate(b, load(double_u_ + k), k);
         if (!inner && k + kLanes<double> <= end) {
           store_narrow(lambda + k, field);
           continue;
@@ -202,6 +262,8 @@ class LabelPairLoss {
 
   const Order* order_ = nullptr;
   const PairWeights<T>* weights_ = nullptr;
+  const T* c_ = nullptr;
+  double* wide_c_ = nullptr;
   double offset_ = 0;
   PairSum how_ = PairSum::auto_;
   LabelSums<T, double> way_;

@@ -1,5 +1,5 @@
-// What the documents of each cell are to other cells: their moments Σ w · (1, x, …, x^{P−1}), x from the cell's centre, w = 1
-// and the documents' gains.
+// What the documents of each cell are to other cells: their moments Σ c w · (1, x, …, x^{P−1}), x from the cell's centre, w = 1
+// and the documents' gains, c the documents' weights.
 #pragma once
 
 #include "grid.h"
@@ -22,6 +22,7 @@ struct Depositor {
 
   Grid<T> grid;
   const T* gain = nullptr;
+  const T* weight = nullptr;  // nullptr: 1 each
 
   // Documents [begin, end) at logits u[]; returns the cells that may have got something. Neighbouring documents mostly lie in
   // the same few cells, and each sum would wait for the last one's store: they go by turns to kCopies copies of the rows,
@@ -39,7 +40,7 @@ struct Depositor {
       std::memcpy(cells, &cell, sizeof cell);
       const int lanes = smaller(W, end - k);
       for (int l = 0; l < lanes; ++l) {
-        const Row p = powers(xs[l]);
+        const Row p = weight ? powers(xs[l]) * weight[k + l] : powers(xs[l]);
         Row* const to = rows + (l % kCopies) * stride + cells[l];
         *to += p;
         if (gain) to[grid.cells] += p * gain[k + l];
@@ -88,27 +89,28 @@ struct Depositor {
       for (int c = first; c < first + count; c += at_once) {
         for (int w = 0; w < (gain ? 2 : 1); ++w) {
           Row* rows = to + w * grid.cells + c;
-          const T* weight = w ? gain + begin : nullptr;
+          const T *gains = w ? gain + begin : nullptr, *weights = weight ? weight + begin : nullptr;
           const int some = smaller(at_once, first + count - c);
           if (some == 1)
-            add_cells<1>(rows, c, n, x, cell, weight);
+            add_cells<1>(rows, c, n, x, cell, gains, weights);
           else if (some == 2 && kAtOnce >= 2)
-            add_cells<kAtOnce >= 2 ? 2 : 1>(rows, c, n, x, cell, weight);
+            add_cells<kAtOnce >= 2 ? 2 : 1>(rows, c, n, x, cell, gains, weights);
           else
-            add_cells<kAtOnce>(rows, c, n, x, cell, weight);
+            add_cells<kAtOnce>(rows, c, n, x, cell, gains, weights);
         }
       }
     }
     return filled;
   }
   template <int N>
-  PILE_INLINE void add_cells(Row* to, int first, int n, const T* x, const typename Simd<T>::integer* cell,
-                             const T* weight) const {
+  PILE_INLINE void add_cells(Row* to, int first, int n, const T* x, const typename Simd<T>::integer* cell, const T* gains,
+                             const T* weights) const {
     Vec<T> sums[N][P] = {};
     int k = 0;
     do {
       const Vec<T> at = load(x + k);
-      Vec<T> power = weight ? load(weight + k) : splat<T>(1);
+      Vec<T> power = gains ? load(gains + k) : splat<T>(1);
+      if (weights) power *= load(weights + k);
       Ints<T> own;
       std::memcpy(&own, cell + k, sizeof own);
 #pragma GCC unroll 16
@@ -133,6 +135,7 @@ struct Depositor {
   CellRange add_by_cell(Row*, int, int, const T*) const { return {}; }
 #endif
 
+ public:
   // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
   static PILE_INLINE Row powers(T x) {
     Row p = one_or<1>(x) * one_or<2>(x * x) * one_or<4>(x * x * (x * x));
@@ -142,6 +145,8 @@ struct Depositor {
     }
     return p;
   }
+
+ private:
   template <int kDigit>
   static PILE_INLINE Row one_or(T x) {
     typedef typename Simd<T>::integer Mask __attribute__((vector_size(P * sizeof(T))));

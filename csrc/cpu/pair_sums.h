@@ -45,19 +45,20 @@ struct Exponentials {
 };
 
 // Σ_below ω σ(offset − (u_i − u_j)) − Σ_above ω σ(offset − (u_j − u_i)): λ of the label pairs. With kLoss also
-// Σ_P ω softplus(offset − (u_i − u_j)).
-template <class T, bool kWeighted, bool kWide, bool kLoss>
+// Σ_P ω softplus(offset − (u_i − u_j)). kCounted: a pair counts c_i of its row, the preferred document, in both.
+template <class T, bool kWeighted, bool kWide, bool kLoss, bool kCounted = false>
 struct LabelPairs {
   static constexpr int kRows = kLoss ? 2 : 4;
   const T* u;
   Exponentials<T> near;
   const T* gain;
   const int* below;
+  const T* c = nullptr;
   double total = 0;
   Vec<T> loss = {};
 
   struct Row {
-    Vec<T> u, up, down, gain;
+    Vec<T> u, up, down, gain, c;
   };
   PILE_INLINE int first(int i) const { return below[i]; }
   PILE_INLINE Row row(int i) const {
@@ -66,6 +67,7 @@ struct LabelPairs {
     if (!kWide) r.up = splat<T>(near.up[i] * near.offset_down);
     if (!kWide && kLoss) r.down = splat<T>(near.down[i] * near.offset_up);
     if (kWeighted) r.gain = splat<T>(gain[i]);
+    if (kCounted) r.c = splat<T>(c[i]);
     return r;
   }
   template <bool kMasked>
@@ -86,6 +88,10 @@ struct LabelPairs {
       const Vec<T> omega = r.gain - load(gain + j);
       p = p * omega;
       if (kLoss) value = value * omega;
+    }
+    if (kCounted) {
+      p = p * r.c;
+      if (kLoss) value = value * r.c;
     }
     if (kMasked) p = mask ? p : Vec<T>{};
     if (kLoss) loss += kMasked ? (mask ? value : Vec<T>{}) : value;
@@ -110,7 +116,30 @@ struct PairOutput {
     store(columns + k, Vec<T>{}, lanes);
   }
   PILE_INLINE Vec<T> value(int k) const { return load(rows + k) - load(columns + k); }
+  PILE_INLINE Vec<T> sum(int k) const { return load(rows + k) + load(columns + k); }
 };
+
+// What a pair adds to its row and to its column: mostly the same.
+template <class T>
+struct TwoSided {
+  Vec<T> row, column;
+};
+template <class V>
+PILE_INLINE V of_row(V value) {
+  return value;
+}
+template <class V>
+PILE_INLINE V of_column(V value) {
+  return value;
+}
+template <class T>
+PILE_INLINE Vec<T> of_row(TwoSided<T> value) {
+  return value.row;
+}
+template <class T>
+PILE_INLINE Vec<T> of_column(TwoSided<T> value) {
+  return value.column;
+}
 
 // R rows from i against the columns [begin, end) that follow them.
 template <class T, int R, class Pairs>
@@ -136,17 +165,17 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
       const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[0]));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-        acc[r] += value;
-        sums += value;
+        const auto value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += of_row(value);
+        sums += of_column(value);
       }
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const Ints<T> mask = inside & (column >= typename Simd<T>::integer(first[r]));
-        const Vec<T> value = pairs.template pair<true>(row[r], j, mask);
-        acc[r] += value;
-        sums += value;
+        const auto value = pairs.template pair<true>(row[r], j, mask);
+        acc[r] += of_row(value);
+        sums += of_column(value);
       }
     }
     // Only the columns from `begin` on: a neighbour in the same vector may be another thread's.
@@ -159,9 +188,9 @@ PILE_INLINE void pair_rows(Pairs& pairs, int i, int begin, int end, PairOutput<T
     Vec<T> sums = {};
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T> value = pairs.template pair<false>(row[r], j, Ints<T>{});
-      acc[r] += value;
-      sums += value;
+      const auto value = pairs.template pair<false>(row[r], j, Ints<T>{});
+      acc[r] += of_row(value);
+      sums += of_column(value);
     }
     store(out.columns + j, load(out.columns + j) + sums);
   }

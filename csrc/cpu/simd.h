@@ -125,6 +125,11 @@ template <class T>
 PILE_INLINE Vec<T> first_lanes(int count, Vec<T> v) {
   return iota<T>() < typename Simd<T>::integer(count) ? v : Vec<T>{};
 }
+// v, and 0 in the lane of that number, if there is one.
+template <class T>
+PILE_INLINE Vec<T> without(int lane, Vec<T> v) {
+  return iota<T>() == typename Simd<T>::integer(lane) ? Vec<T>{} : v;
+}
 template <class T>
 PILE_INLINE Ints<T> bits(Vec<T> v) {
   Ints<T> r;
@@ -332,6 +337,16 @@ PILE_INLINE Vec<T> vlog1p(Vec<T> t) {
 #pragma GCC unroll 20
   for (int k = Simd<T>::kLog1pTerms - 2; k >= 0; --k) p = p * w2 + T(1) / T(2 * k + 1);
   return T(2) * w * p;
+}
+
+// log(x) of x >= 1: x is m 2^n with m in [1, 2).
+template <class T>
+PILE_INLINE Vec<T> vlog(Vec<T> x) {
+  using S = Simd<T>;
+  const Ints<T> all = bits<T>(x), exponent = (all >> S::kMantissa) - typename S::integer(S::kBias);
+  const Ints<T> one = Ints<T>{} + (typename S::integer(S::kBias) << S::kMantissa);
+  const Ints<T> fraction = all & ((typename S::integer(1) << S::kMantissa) - 1);
+  return to_vec<T>(exponent) * T(0.69314718055994530942) + vlog1p<T>(from_bits<T>(fraction | one) - T(1));
 }
 
 template <class I>

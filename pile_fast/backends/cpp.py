@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pile_fast.backends import native
-from pile_fast.backends.protocol import missing_term, missing_weights
+from pile_fast.backends.protocol import missing_term
 from pile_fast.batch import RankingBatch, check_cu_seqlens, label_error
 from pile_fast.options import EnsembleOptions, LossOptions
 
@@ -45,7 +45,7 @@ def unavailable() -> str:
 
 
 def refusal(batch: RankingBatch, ensemble: EnsembleOptions | None, loss: LossOptions | None) -> str:
-    return missing_weights(batch) or missing_term(_TERMS, loss)
+    return missing_term(_TERMS, loss)
 
 
 def ensemble(
@@ -77,6 +77,25 @@ def ensemble(
 
 def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) -> tuple[Tensor, Tensor]:
     return _loss(batch, None, options, with_gradient)
+
+
+def derivatives(batch: RankingBatch, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    if reason := missing_term(_cpu.CURVED, options):
+        raise RuntimeError(f"backend 'cpp' {reason}")
+    student = batch.student_logits
+    loss = student.new_empty(batch.num_queries, dtype=batch.dtype)
+    gradient, hessian = (torch.empty(student.shape, dtype=batch.dtype) for _ in range(2))
+    # A gradient has the student's dtype, so that it must be that of the arithmetic here.
+    wide = batch.with_student(student.to(batch.dtype))
+    _run(
+        wide,
+        None,
+        options._replace(reduction="none"),
+        (0, 0, 0, loss.data_ptr(), gradient.data_ptr(), 0),
+        0,
+        hessian.data_ptr(),
+    )
+    return loss, gradient, hessian
 
 
 def pile_loss(
@@ -123,13 +142,13 @@ def _loss(
 
 def _run(
     batch: RankingBatch, of_ensemble: EnsembleOptions | None, of_loss: LossOptions | None, outputs: tuple[int, ...],
-    exponents: int = 0,
+    exponents: int = 0, hessian: int = 0,
 ) -> None:  # fmt: skip
     failed = _cpu.run(
         native.sizes(batch), native.views(batch),
         None if of_ensemble is None else native.struct(_cpu, of_ensemble),
         None if of_loss is None else native.struct(_cpu, of_loss),
-        outputs, exponents, batch.dtype is torch.float64, torch.get_num_threads(),
+        outputs, exponents, hessian, batch.dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     if failed == _cpu.DONE:
         return

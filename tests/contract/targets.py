@@ -74,7 +74,7 @@ _CPU_LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 95, 97, 130, 200, 333)
 _LACKS = frozenset({"distill_kl", "label_softmax", "label_lambdarank", "label_approx_ndcg", "weights"})
 _CPU_WAYS = [Way("torch", "torch", "auto", _CPU_LENGTHS, 17)]
 if not cpp.unavailable():
-    _CPU_WAYS += [Way(f"cpp-{sums}", "cpp", sums, _CPU_LENGTHS, 60, lacks=_LACKS) for sums in ("direct", "chebyshev", "auto")]
+    _CPU_WAYS += [Way(f"cpp-{sums}", "cpp", sums, _CPU_LENGTHS, 60) for sums in ("direct", "chebyshev", "auto")]
 CPU = Target(
     ways=tuple(_CPU_WAYS[:3]),
     numerics=tuple(_CPU_WAYS),

@@ -8,7 +8,7 @@
 // > h/2), and they make moments and evaluation cheapest.
 //
 // Two kernels: κ(v) = σ(v) − 1/2, and ψ(v) = log(2 cosh(v/2)) = softplus(v) − v/2. Beyond `reach` they are ±1/2 and |v|/2 to
-// the last bit that matters.
+// the last bit that matters. And κ' = σ', which is 0 there.
 #pragma once
 
 #include <cmath>
@@ -27,6 +27,10 @@ constexpr double kCell = 1.5;  // h
 template <class Real>
 PILE_SHARED Real kappa(Real v) {
   return std::tanh(v / 2) / 2;
+}
+template <class Real>
+PILE_SHARED Real kappa_slope(Real v) {
+  return (Real(1) - 4 * kappa(v) * kappa(v)) / 4;
 }
 template <class Real>
 PILE_SHARED Real psi(Real v) {

@@ -1,0 +1,222 @@
+// The student's ranks: documents by falling logit, and what each rank is worth where documents share it.
+#pragma once
+
+#include <type_traits>
+
+#include "gains.h"
+
+namespace pile::PILE_ISA {
+
+// A stable radix sort of (key, item) by rising keys, by a team; the result does not depend on the team's size.
+template <class Key>
+class RadixSort {
+ public:
+  // Room for n pairs, which the caller fills.
+  void take(int n, int members, Arena& arena) {
+    n_ = n;
+    for (int side = 0; side < 2; ++side) {
+      keys_[side] = arena.take<Key>(n);
+      items_[side] = arena.take<int>(n);
+    }
+    counts_ = n > kInsertion ? arena.take<int>(int64_t(members) << bits()) : nullptr;
+    side_ = 0;
+  }
+  Key* keys() const { return keys_[side_]; }
+  int* items() const { return items_[side_]; }
+
+  void run(const Member& m) {
+    if (n_ <= kInsertion) {
+      if (m.leads()) insert();
+      m.sync();
+      return;
+    }
+    const int digits = 1 << bits(), from = int(int64_t(n_) * m.rank / m.size), to = int(int64_t(n_) * (m.rank + 1) / m.size);
+    for (int shift = 0; shift < int(8 * sizeof(Key)); shift += bits()) {
+      const auto digit = [&](Key key) { return int(key >> shift) & (digits - 1); };
+      const Key* key = keys();
+      const int* item = items();
+      int* count = counts_ + int64_t(m.rank) * digits;
+      for (int d = 0; d < digits; ++d) count[d] = 0;
+      for (int k = from; k < to; ++k) ++count[digit(key[k])];
+      m.sync();
+      if (m.leads()) {
+        skip_ = false;
+        for (int d = 0, start = 0; d < digits && !skip_; ++d) {
+          const int before = start;
+          for (int r = 0; r < m.size; ++r) {
+            int& own = counts_[int64_t(r) * digits + d];
+            const int size = own;
+            own = start;
+            start += size;
+          }
+          skip_ = start - before == n_;  // all keys have this digit
+        }
+        next_ = skip_ ? side_ : 1 - side_;
+      }
+      m.sync();
+      if (!skip_) {
+        Key* to_key = keys_[next_];
+        int* to_item = items_[next_];
+        for (int k = from; k < to; ++k) {
+          const int place = count[digit(key[k])]++;
+          to_key[place] = key[k];
+          to_item[place] = item[k];
+        }
+      }
+      m.sync();
+      if (m.leads()) side_ = next_;
+      m.sync();
+    }
+  }
+
+ private:
+  static constexpr int kInsertion = 64;
+  int bits() const { return n_ < 4096 ? 8 : 11; }
+
+  void insert() {
+    Key* key = keys_[0];
+    int* item = items_[0];
+    for (int k = 1; k < n_; ++k) {
+      const Key own = key[k];
+      const int own_item = item[k];
+      int to = k;
+      for (; to > 0 && key[to - 1] > own; --to) {
+        key[to] = key[to - 1];
+        item[to] = item[to - 1];
+      }
+      key[to] = own;
+      item[to] = own_item;
+    }
+  }
+
+  Key* keys_[2] = {};
+  int *items_[2] = {}, *counts_ = nullptr;
+  int n_ = 0, side_ = 0, next_ = 0;
+  bool skip_ = false;
+};
+
+// Documents by falling logit. Those of equal logits, a tie, share the mean discount of their ranks.
+template <class T>
+class Ranks {
+ public:
+  int* position = nullptr;     // by rank from 0
+  double* discount = nullptr;  // by rank, the mean over a tie
+  double ideal = 0;            // Σ gain · discount in the best order
+
+  // All members; the leader's arena holds the result. Logits by position, of the labelled documents.
+  void run(const Member& m, const Order& order, const Gains& gains, Metric metric, double cutoff, const T* z) {
+    const int n = order.labelled;
+    if (m.leads()) {
+      sort_.take(n, m.size, *m.arena);
+      discount = m.arena->take<double>(n);
+    }
+    m.sync();
+    each_piece(m, n, [&](int, int begin, int end) {
+      for (int k = begin; k < end; ++k) {
+        sort_.keys()[k] = falling(z[k]);
+        sort_.items()[k] = k;
+      }
+    });
+    write_discounts(m, metric, cutoff, n, discount);
+    m.sync();
+    sort_.run(m);
+    if (m.leads()) {
+      position = sort_.items();
+      ideal = ideal_dcg(order, gains, discount);
+      share_ties(n, *m.arena);
+    }
+    m.sync();
+  }
+
+  // Adds what pairs within ties count, whose logits do not differ: λ to `lambda` by position, and to `curvature` unless that is
+  // nullptr. Returns the sum of their losses. `gain` by position; c may be nullptr. One member.
+  template <class Gain>
+  double add_ties(const Order& order, const Gain* gain, const T* c, T* lambda, T* curvature) const {
+    double loss = 0;
+    for (int t = 0; t < ties_; ++t) {
+      const Tie& tie = tie_[t];
+      // Positions rise within a tie, so labels fall: one pass with the sums over the labels before, one with those behind.
+      double higher = 0, higher_gain = 0;  // Σ c, Σ c gain
+      const auto pass = [&](auto&& each_label) {
+        for (int k = tie.begin; k < tie.end;) {
+          int end = k + 1;
+          while (end < tie.end && position[end] < order.below[position[k]]) ++end;
+          each_label(k, end);
+          k = end;
+        }
+      };
+      double all_gain = 0;
+      for (int k = tie.begin; k < tie.end; ++k) all_gain += double(gain[position[k]]);
+      int seen = 0;
+      double seen_gain = 0;
+      pass([&](int begin, int end) {
+        const double own = double(gain[position[begin]]);
+        seen += end - begin;
+        seen_gain += own * (end - begin);
+        const double lower = (tie.end - tie.begin - seen) * own - (all_gain - seen_gain);
+        const double upper = higher_gain - higher * own;
+        for (int k = begin; k < end; ++k) {
+          const double weight = c ? double(c[position[k]]) : 1.0;
+          lambda[position[k]] += T(tie.apart / 2 * (weight * lower - upper));
+          if (curvature) curvature[position[k]] += T(tie.apart / 4 * (weight * lower + upper));
+          loss += tie.apart * weight * lower;
+          higher += weight;
+          higher_gain += weight * own;
+        }
+      });
+    }
+    return loss * 0.69314718055994530942;
+  }
+  T logit(int rank) const {
+    const Key key = sort_.keys()[rank], sign = Key(1) << (8 * sizeof(Key) - 1), word = key & sign ? key : ~key & ~sign;
+    T z;
+    std::memcpy(&z, &word, sizeof z);
+    return z;
+  }
+  bool has_ties() const { return ties_ > 0; }
+
+ private:
+  using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  struct Tie {
+    int begin, end;  // ranks
+    double apart;    // the mean of |d_p − d_q| over two of its ranks
+  };
+
+  // Rises as the logit falls; -0 is 0.
+  static Key falling(T z) {
+    const T canonical = z + T(0);
+    Key word;
+    std::memcpy(&word, &canonical, sizeof word);
+    const Key sign = Key(1) << (8 * sizeof(Key) - 1);
+    return word & sign ? word : ~(word | sign);
+  }
+
+  void share_ties(int n, Arena& arena) {
+    const Key* key = sort_.keys();
+    ties_ = 0;
+    int ties = 0;
+    for (int k = 1; k < n; ++k) ties += key[k] == key[k - 1] && (k == 1 || key[k - 1] != key[k - 2]);
+    tie_ = arena.take<Tie>(ties);
+    for (int k = 0; ties_ < ties;) {
+      int end = k + 1;
+      while (end < n && key[end] == key[k]) ++end;
+      if (end - k > 1) {
+        double sum = 0, apart = 0;
+        for (int r = k; r < end; ++r) {
+          sum += discount[r];
+          apart += discount[r] * double(end - 1 + k - 2 * r);
+        }
+        const double size = end - k;
+        for (int r = k; r < end; ++r) discount[r] = sum / size;
+        tie_[ties_++] = {k, end, apart / (size * (size - 1) / 2)};
+      }
+      k = end;
+    }
+  }
+
+  RadixSort<Key> sort_;
+  Tie* tie_ = nullptr;
+  int ties_ = 0;
+};
+
+}  // namespace pile::PILE_ISA
