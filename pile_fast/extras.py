@@ -15,6 +15,8 @@ EXTRAS = {
     "ray": "ray",
     "sentence_transformers": "sentence-transformers",
     "lightning_ir": "lightning-ir",
+    "lightgbm": "boosting",
+    "xgboost": "boosting",
     "triton": "gpu",
     "ir_measures": "ir-measures",
 }  # fmt: skip

@@ -363,6 +363,8 @@ def derivatives(batch: RankingBatch, options: LossOptions, backend: str = "auto"
     check_gains(batch, options)
     by = select(backend, batch, None, options)
     own = getattr(load(by), "derivatives", None)
+    if own is None and backend == "auto":
+        own = getattr(load(select("torch", batch, None, options)), "derivatives", None)
     if own is None:
         raise RuntimeError(f"backend {by!r} computes no second derivatives; use backend='auto' or 'torch'")
     return Derivatives(*own(batch, options))

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/oldest"
-EXTRAS = ("train", "ensembles", "ray", "sentence-transformers")  # not gpu: Triton is PyTorch's affair
+EXTRAS = ("train", "ensembles", "ray", "sentence-transformers", "boosting")  # not gpu: Triton is PyTorch's affair
 # They test the build, or need what the extras above do not bring.
 LEFT_OUT = (
     "test_benchmarks.py", "test_benchmarks_peers.py", "test_cuda.py", "test_integrations_lightning_ir.py",

@@ -30,6 +30,14 @@ def test_the_tables_of_speed_are_those_of_the_run(kind):
         assert path.with_suffix(".md").read_text() == report.markdown(json.loads(path.read_text())), path
 
 
+def test_the_tables_of_boosted_trees_are_those_of_the_run():
+    boosting = pytest.importorskip("boosting", exc_type=ImportError)
+    found = json.loads((RESULTS / "boosting.json").read_text())
+    assert (RESULTS / "boosting.md").read_text() == boosting.markdown(found)
+    page = boosting.PAGE.read_text()
+    assert page[page.index(boosting.BEGIN) + len(boosting.BEGIN) : page.index(boosting.END)] == boosting.summary(found)
+
+
 def test_the_tables_of_quality_are_those_of_the_run():
     import _quality_report
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pile_fast import reference
 from pile_fast.backends.protocol import missing_term
-from pile_fast.batch import PaddedView, RankingBatch
+from pile_fast.batch import PaddedView, RankingBatch, check_cu_seqlens
 from pile_fast.options import EnsembleOptions, LossOptions
 
 DEVICES: tuple[str, ...] = ()  # any
@@ -39,6 +39,35 @@ def pair_loss(batch: RankingBatch, options: LossOptions, with_gradient: bool) ->
 
 
 def derivatives(batch: RankingBatch, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists of similar lengths together: whoever boosts trees hands over a whole data set, too much to pad to its longest."""
+    student, cu_seqlens = batch.student_logits, batch.cu_seqlens
+    if cu_seqlens is None or batch.num_queries == 0:
+        return _derivatives(batch, options)
+    check_cu_seqlens(cu_seqlens, student.shape[0])
+    lengths = cu_seqlens.diff().long()
+    size = lengths.clamp(min=1).double().log2().mul(2).ceil()
+    sizes = size.unique()
+    if len(sizes) == 1:
+        return _derivatives(batch, options)
+    loss = student.new_zeros(batch.num_queries, dtype=batch.dtype)
+    gradient, hessian = (torch.zeros_like(student, dtype=batch.dtype) for _ in range(2))
+    size_of_row = size.repeat_interleave(lengths)
+    for one in sizes:
+        queries, rows = (size == one).nonzero().squeeze(1), (size_of_row == one).nonzero().squeeze(1)
+        own = lengths[queries]
+        some = RankingBatch(
+            student_logits=student[rows],
+            target_logits=None if batch.target_logits is None else batch.target_logits[rows],
+            labels=None if batch.labels is None else batch.labels[rows],
+            weights=None if batch.weights is None else batch.weights[rows],
+            query_weights=None if batch.query_weights is None else batch.query_weights[queries],
+            cu_seqlens=torch.cat([own.new_zeros(1), own.cumsum(0)]),
+        )
+        loss[queries], gradient[rows], hessian[rows] = _derivatives(some, options)
+    return loss, gradient, hessian
+
+
+def _derivatives(batch: RankingBatch, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
     view = PaddedView(batch)
     target = None if batch.target_logits is None else view.pad(batch.target_logits).to(batch.dtype)
     found = _per_query(view, batch, target, options, True)
