@@ -70,7 +70,7 @@ class RankedSums {
       for (int k = begin; k < end; ++k) {
         u_[k] = double(ranks.logit(k)) - middle_;
         int group = 0;
-        for (int g = 1; g < groups_; ++g) group += ranks.position[k] >= start_[g];
+        for (int g = 1; g < groups_; ++g) group += ranks.position(k) >= start_[g];
         group_[k] = uint8_t(group);
       }
     });
@@ -158,7 +158,7 @@ class RankedSums {
     for (int t = chunk.begin; t < chunk.end; ++t) {
       const Row p = Depositor<double, P>::powers(local(t, chunk.cell));
       const double d = ranks.discount[t];
-      step<kCounted>(to + group_[t] * sets_, p, d, kCounted ? double(c[ranks.position[t]]) : 1.0, 1.0);
+      step<kCounted>(to + group_[t] * sets_, p, d, kCounted ? double(c[ranks.position(t)]) : 1.0, 1.0);
       add(sums, gain_[group_[t]], d, 1.0);
     }
     for (int s = 0; s < 4; ++s) chunk.signed_sums[s] = sums[s];
@@ -314,7 +314,7 @@ class RankedSums {
     for (int s = 0; s < 4; ++s) sums[s] = chunk.signed_sums[s];
     double loss = 0;
     for (int t = chunk.begin; t < chunk.end; ++t) {
-      const int a = group_[t], position = ranks.position[t];
+      const int a = group_[t], position = ranks.position(t);
       const double d = ranks.discount[t], weight = kCounted ? double(c[position]) : 1.0;
       const Row p = Depositor<double, P>::powers(local(t, chunk.cell));
       const Field& field = fields[a];

@@ -7,22 +7,24 @@
 
 namespace pile::PILE_ISA {
 
-// A stable radix sort of (key, item) by rising keys, by a team; the result does not depend on the team's size.
+// A stable radix sort of (key, item) by rising keys, by a team; the result does not depend on the team's size. A byte at a time,
+// keys beside their items: more digits at once, or two arrays, would write to more pages than a processor keeps track of.
 template <class Key>
 class RadixSort {
  public:
+  struct Pair {
+    Key key;
+    int item;
+  };
+
   // Room for n pairs, which the caller fills.
   void take(int n, int members, Arena& arena) {
     n_ = n;
-    for (int side = 0; side < 2; ++side) {
-      keys_[side] = arena.take<Key>(n);
-      items_[side] = arena.take<int>(n);
-    }
-    counts_ = n > kInsertion ? arena.take<int>(int64_t(members) << bits()) : nullptr;
-    side_ = 0;
+    pairs_ = arena.take<Pair>(n);
+    other_ = arena.take<Pair>(n);
+    counts_ = n > kInsertion ? arena.take<int>(int64_t(members) * kDigits) : nullptr;
   }
-  Key* keys() const { return keys_[side_]; }
-  int* items() const { return items_[side_]; }
+  Pair* pairs() const { return pairs_; }
 
   void run(const Member& m) {
     if (n_ <= kInsertion) {
@@ -30,68 +32,56 @@ class RadixSort {
       m.sync();
       return;
     }
-    const int digits = 1 << bits(), from = int(int64_t(n_) * m.rank / m.size), to = int(int64_t(n_) * (m.rank + 1) / m.size);
-    for (int shift = 0; shift < int(8 * sizeof(Key)); shift += bits()) {
-      const auto digit = [&](Key key) { return int(key >> shift) & (digits - 1); };
-      const Key* key = keys();
-      const int* item = items();
-      int* count = counts_ + int64_t(m.rank) * digits;
-      for (int d = 0; d < digits; ++d) count[d] = 0;
-      for (int k = from; k < to; ++k) ++count[digit(key[k])];
+    const int from = int(int64_t(n_) * m.rank / m.size), to = int(int64_t(n_) * (m.rank + 1) / m.size);
+    for (int shift = 0; shift < int(8 * sizeof(Key)); shift += 8) {
+      const auto digit = [&](Key key) { return int(key >> shift) & (kDigits - 1); };
+      int* count = counts_ + int64_t(m.rank) * kDigits;
+      for (int d = 0; d < kDigits; ++d) count[d] = 0;
+      for (int k = from; k < to; ++k) ++count[digit(pairs_[k].key)];
       m.sync();
-      if (m.leads()) {
-        skip_ = false;
-        for (int d = 0, start = 0; d < digits && !skip_; ++d) {
-          const int before = start;
-          for (int r = 0; r < m.size; ++r) {
-            int& own = counts_[int64_t(r) * digits + d];
-            const int size = own;
-            own = start;
-            start += size;
-          }
-          skip_ = start - before == n_;  // all keys have this digit
-        }
-        next_ = skip_ ? side_ : 1 - side_;
+      if (m.leads()) skip_ = place(m.size);
+      m.sync();
+      for (int k = from; k < to && !skip_; ++k) other_[count[digit(pairs_[k].key)]++] = pairs_[k];
+      m.sync();
+      if (m.leads() && !skip_) {
+        Pair* swap = pairs_;
+        pairs_ = other_;
+        other_ = swap;
       }
-      m.sync();
-      if (!skip_) {
-        Key* to_key = keys_[next_];
-        int* to_item = items_[next_];
-        for (int k = from; k < to; ++k) {
-          const int place = count[digit(key[k])]++;
-          to_key[place] = key[k];
-          to_item[place] = item[k];
-        }
-      }
-      m.sync();
-      if (m.leads()) side_ = next_;
       m.sync();
     }
   }
 
  private:
-  static constexpr int kInsertion = 64;
-  int bits() const { return n_ < 4096 ? 8 : 11; }
+  static constexpr int kInsertion = 64, kDigits = 256;
+
+  // In place of how many pairs of a digit each member has: where its first one goes. True if all pairs have the same digit.
+  bool place(int members) {
+    for (int d = 0, start = 0; d < kDigits; ++d) {
+      const int before = start;
+      for (int r = 0; r < members; ++r) {
+        int& own = counts_[int64_t(r) * kDigits + d];
+        const int size = own;
+        own = start;
+        start += size;
+      }
+      if (start - before == n_) return true;
+    }
+    return false;
+  }
 
   void insert() {
-    Key* key = keys_[0];
-    int* item = items_[0];
     for (int k = 1; k < n_; ++k) {
-      const Key own = key[k];
-      const int own_item = item[k];
+      const Pair own = pairs_[k];
       int to = k;
-      for (; to > 0 && key[to - 1] > own; --to) {
-        key[to] = key[to - 1];
-        item[to] = item[to - 1];
-      }
-      key[to] = own;
-      item[to] = own_item;
+      for (; to > 0 && pairs_[to - 1].key > own.key; --to) pairs_[to] = pairs_[to - 1];
+      pairs_[to] = own;
     }
   }
 
-  Key* keys_[2] = {};
-  int *items_[2] = {}, *counts_ = nullptr;
-  int n_ = 0, side_ = 0, next_ = 0;
+  Pair *pairs_ = nullptr, *other_ = nullptr;
+  int* counts_ = nullptr;
+  int n_ = 0;
   bool skip_ = false;
 };
 
@@ -99,8 +89,7 @@ class RadixSort {
 template <class T>
 class Ranks {
  public:
-  int* position = nullptr;     // by rank from 0
-  double* discount = nullptr;  // by rank, the mean over a tie
+  double* discount = nullptr;  // by rank from 0, the mean over a tie
   double ideal = 0;            // Σ gain · discount in the best order
 
   // All members; the leader's arena holds the result. Logits by position, of the labelled documents.
@@ -112,16 +101,12 @@ class Ranks {
     }
     m.sync();
     each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) {
-        sort_.keys()[k] = falling(z[k]);
-        sort_.items()[k] = k;
-      }
+      for (int k = begin; k < end; ++k) sort_.pairs()[k] = {falling(z[k]), k};
     });
     write_discounts(m, metric, cutoff, n, discount);
     m.sync();
     sort_.run(m);
     if (m.leads()) {
-      position = sort_.items();
       ideal = ideal_dcg(order, gains, discount);
       share_ties(n, *m.arena);
     }
@@ -140,25 +125,25 @@ class Ranks {
       const auto pass = [&](auto&& each_label) {
         for (int k = tie.begin; k < tie.end;) {
           int end = k + 1;
-          while (end < tie.end && position[end] < order.below[position[k]]) ++end;
+          while (end < tie.end && position(end) < order.below[position(k)]) ++end;
           each_label(k, end);
           k = end;
         }
       };
       double all_gain = 0;
-      for (int k = tie.begin; k < tie.end; ++k) all_gain += double(gain[position[k]]);
+      for (int k = tie.begin; k < tie.end; ++k) all_gain += double(gain[position(k)]);
       int seen = 0;
       double seen_gain = 0;
       pass([&](int begin, int end) {
-        const double own = double(gain[position[begin]]);
+        const double own = double(gain[position(begin)]);
         seen += end - begin;
         seen_gain += own * (end - begin);
         const double lower = (tie.end - tie.begin - seen) * own - (all_gain - seen_gain);
         const double upper = higher_gain - higher * own;
         for (int k = begin; k < end; ++k) {
-          const double weight = c ? double(c[position[k]]) : 1.0;
-          lambda[position[k]] += T(tie.apart / 2 * (weight * lower - upper));
-          if (curvature) curvature[position[k]] += T(tie.apart / 4 * (weight * lower + upper));
+          const double weight = c ? double(c[position(k)]) : 1.0;
+          lambda[position(k)] += T(tie.apart / 2 * (weight * lower - upper));
+          if (curvature) curvature[position(k)] += T(tie.apart / 4 * (weight * lower + upper));
           loss += tie.apart * weight * lower;
           higher += weight;
           higher_gain += weight * own;
@@ -167,8 +152,9 @@ class Ranks {
     }
     return loss * 0.69314718055994530942;
   }
+  int position(int rank) const { return sort_.pairs()[rank].item; }
   T logit(int rank) const {
-    const Key key = sort_.keys()[rank], sign = Key(1) << (8 * sizeof(Key) - 1), word = key & sign ? key : ~key & ~sign;
+    const Key key = sort_.pairs()[rank].key, sign = Key(1) << (8 * sizeof(Key) - 1), word = key & sign ? key : ~key & ~sign;
     T z;
     std::memcpy(&z, &word, sizeof z);
     return z;
@@ -192,14 +178,14 @@ class Ranks {
   }
 
   void share_ties(int n, Arena& arena) {
-    const Key* key = sort_.keys();
+    const auto key = [&](int rank) { return sort_.pairs()[rank].key; };
     ties_ = 0;
     int ties = 0;
-    for (int k = 1; k < n; ++k) ties += key[k] == key[k - 1] && (k == 1 || key[k - 1] != key[k - 2]);
+    for (int k = 1; k < n; ++k) ties += key(k) == key(k - 1) && (k == 1 || key(k - 1) != key(k - 2));
     tie_ = arena.take<Tie>(ties);
     for (int k = 0; ties_ < ties;) {
       int end = k + 1;
-      while (end < n && key[end] == key[k]) ++end;
+      while (end < n && key(end) == key(k)) ++end;
       if (end - k > 1) {
         double sum = 0, apart = 0;
         for (int r = k; r < end; ++r) {

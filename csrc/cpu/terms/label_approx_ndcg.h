@@ -124,15 +124,14 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     write_discounts(m, Metric::ndcg, 0, n, discount_);
     if (m.leads())
       for (int k = 0; k < n; k = order.below[k])
-        for (int i = k; i < order.below[k]; ++i) gain_[i] = gains(order.label[k]) * (list.c ? double(list.c[i]) : 1.0);
+        for (int i = k; i < order.below[k]; ++i) gain_[i] = gains(order.label[k]) * (list.c ? double(list.c[i]) : 1.0) + 0.0;  // not -0, whose bits are large
     m.sync();
     if (list.c) {
       each_piece(m, n, [&](int, int begin, int end) {
         for (int k = begin; k < end; ++k) {
           uint64_t word;  // of a number >= 0: rises with it
           std::memcpy(&word, gain_ + k, sizeof word);
-          sort_.keys()[k] = ~word;
-          sort_.items()[k] = k;
+          sort_.pairs()[k] = {~word, k};
         }
       });
       m.sync();
@@ -140,7 +139,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     }
     if (m.leads()) {
       ideal_ = 0;
-      for (int k = 0; k < n; ++k) ideal_ += gain_[list.c ? sort_.items()[k] : k] * discount_[k];
+      for (int k = 0; k < n; ++k) ideal_ += gain_[list.c ? sort_.pairs()[k].item : k] * discount_[k];
     }
     m.sync();
     each_vector<double>(m, n, [&](int k) { store(gain_ + k, load(gain_ + k) / ideal_); });

@@ -109,7 +109,7 @@ class Loss<T, LabelLambdaRank> : public LabelTerm {
       near_.set(k, load(list.z + k));
     });
     each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) discount_[ranks_.position[k]] = T(ranks_.discount[k]);
+      for (int k = begin; k < end; ++k) discount_[ranks_.position(k)] = T(ranks_.discount[k]);
     });
     m.sync();
     list.c ? run_pairs<true>(m, list) : run_pairs<false>(m, list);
