@@ -10,9 +10,9 @@ the cells are apart. So, over the chunks of kernels/chunks.py,
     evaluate a document reads its block's field at its own x.
 
 ω_ij = gain_i − gain_j splits into a field of counts and one of gains; documents' weights c multiply w. A label pair counts its
-higher document's c, so there the fields of what lies below and above are made apart. Sums are of one sign and relative accuracy:
-Σ_below σ(offset − (u_i − u_j)) and Σ_above σ(offset − (u_j − u_i)) have matrices of their own, so well ordered lists keep their
-digits.
+higher document's c, so there the fields of what lies below and above are made apart. Sums are of one sign and relative
+accuracy: Σ_below σ(offset − (u_i − u_j)) and Σ_above σ(offset − (u_j − u_i)) have matrices of their own, so well ordered lists
+keep their digits.
 
 Moments without atomics: a program owns a chunk and, cell by cell, sums the powers of the documents in it (a [CHUNK, 8] tile in
 registers, times 0 or 1) over its threads. Cells · 8 multiply-adds per document, 10 instructions per document and cell in all; a

@@ -154,12 +154,12 @@ def pile_ensemble(
     )
 
 
-def pair_loss(shape, *, alpha, distillation="logistic", label_loss="logistic", weights=False, **options):
+def pair_loss(shape, *, alpha, distillation="logistic", label_loss="logistic", pairwise="direct", weights=False, **options):
     batch = RankingBatch(
         student_logits=tensor(*shape), target_logits=tensor(*shape), labels=tensor(*shape),
         weights=tensor(*shape) if weights else None, query_weights=tensor(shape[0]) if weights else None,
     )  # fmt: skip
-    of_loss = loss_options(alpha=alpha, distillation=distillation, label_loss=label_loss, pairwise="direct", **options)
+    of_loss = loss_options(alpha=alpha, distillation=distillation, label_loss=label_loss, pairwise=pairwise, **options)
     backend.pair_loss(batch, of_loss, True)
 
 
@@ -209,10 +209,11 @@ LONG = {
         (1 << 20, 8), packed=64, granularity="shared", prior=True, pulls=True, pairwise="chebyshev"
     ),
     "pulls": lambda: pulls((4, 40_000, 8), normalize="logit", pairwise="chebyshev"),
-    "kl and lambdarank": lambda: pair_loss((16, 1000), alpha=0.5, distillation="kl", label_loss="lambdarank"),
-    "softmax, weights": lambda: pair_loss((16, 1000), alpha=0.5, label_loss="softmax", weights=True),
-    "approx_ndcg": lambda: pair_loss((16, 1000), alpha=0.0, label_loss="approx_ndcg"),
-    "weights": lambda: pair_loss((16, 1000), alpha=0.0, weights=True),
+    "direct, kl and lambdarank": lambda: pair_loss((16, 1000), alpha=0.5, distillation="kl", label_loss="lambdarank"),
+    "direct, softmax, weights": lambda: pair_loss((16, 1000), alpha=0.5, label_loss="softmax", weights=True),
+    "direct, approx_ndcg": lambda: pair_loss((16, 1000), alpha=0.0, label_loss="approx_ndcg"),
+    "direct, weights": lambda: pair_loss((16, 1000), alpha=0.0, weights=True),
+    "weights": lambda: pair_loss((4, 40_000), alpha=0.5, pairwise="chebyshev", weights=True),
     "direct, packed, by query, 128 teachers": lambda: pile_ensemble((6000, 128), packed=3, granularity="query", more=True),
 }  # fmt: skip
 

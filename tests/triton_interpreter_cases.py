@@ -63,6 +63,48 @@ def test_more_than_128_teachers_are_refused():
         pile_fast.pile_ensemble(torch.zeros(1, 4, 129), torch.zeros(1, 4), backend="triton")
 
 
+# -- what nobody can check on a device
+
+
+@pytest.mark.parametrize("way", TRITON_INTERPRETER.numerics[:2], ids=lambda way: way.name)
+@pytest.mark.parametrize("term", ["logistic", "softmax", "lambdarank", "approx_ndcg"])
+def test_wrong_labels_and_weights_break_their_query_and_no_other(monkeypatch, way, term):
+    way.prepare(monkeypatch)
+    z, _, y, _ = make(20, 3)
+    options = loss_options(alpha=0.0, label_loss=term, pairwise=way.pairwise, reduction="none")
+    batch = RankingBatch(student_logits=z, labels=y, weights=torch.ones(3, 20), query_weights=torch.ones(3))
+    want, want_gradient = backend.pair_loss(batch, options, True)
+    broken = []
+    for weight in (-1.0, NAN, float("inf")):
+        batch.weights = torch.ones(3, 20)
+        batch.weights[1, 2] = weight
+        broken.append(backend.pair_loss(batch, options, True))
+    batch.weights = torch.ones(3, 20)
+    for weight in (-1.0, NAN):
+        batch.query_weights = torch.tensor([1.0, weight, 1.0])
+        broken.append(backend.pair_loss(batch, options, True))
+    batch.query_weights = torch.ones(3)
+    if options.label_loss.has_gains:
+        batch.labels = y.clone()
+        batch.labels[1, 3] = -1
+        broken.append(backend.pair_loss(batch, options, True))
+    for loss, gradient in broken:
+        assert loss.isnan().tolist() == [False, True, False] and gradient[1].isnan().all()
+        assert torch.equal(loss[[0, 2]], want[[0, 2]]) and torch.equal(gradient[[0, 2]], want_gradient[[0, 2]])
+
+
+def test_weights_of_large_groups_in_linear_time(monkeypatch):
+    """Two grades, so that groups are blocks of several chunks, and documents of weight 0 at their ends."""
+    short_blocks(monkeypatch)
+    z, t, y, _ = make(150, 2, 1, missing=0.1, unlabelled=0.3, spread=2.0)
+    y = torch.where(y > 2, 2.0, torch.where(y == y, 0.0, NAN))
+    weights = torch.rand(z.shape) * 3
+    weights[torch.rand(z.shape) < 0.2] = 0
+    options = dict(alpha=0.5, granularity="shared", iterations=0, reduction="none", weights=weights)
+    for pair_weight in (None, "label_gap"):
+        check_loss(pile_fast.pile_loss, z, t, y, LINEAR, pair_weight=pair_weight, prior=torch.ones(1), **options)
+
+
 # -- weights that all queries share
 
 TINY = torch.finfo(torch.float32).tiny

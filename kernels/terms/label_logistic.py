@@ -78,13 +78,12 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
         weight += tl.where(rank == rank, more, 0.0)
     if not how.DIRECT:
         if has_others(near):
-            of_others = label_field(losses, k, lists, LABEL_GRID, z, rank, gain, how)
             if how.HAS_C:
                 c = load_c(k, rows, how)
-                loss += c * of_others
+                loss += c * label_field(losses, k, lists, LABEL_GRID, z, rank, gain, how)
                 slope += c * label_field(pulls[0], k, lists, LABEL_GRID, z, rank, gain, how)
                 slope += label_field(pulls[1], k, lists, LABEL_GRID, z, rank, gain, how)
             else:
                 slope += label_field(pulls, k, lists, LABEL_GRID, z, rank, gain, how)
-                loss += of_others
+                loss += label_field(losses, k, lists, LABEL_GRID, z, rank, gain, how)
     return loss, -slope, weight

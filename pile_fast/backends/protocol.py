@@ -54,13 +54,6 @@ class Backend(Protocol):
         """(loss, gradient, pulls) of ensemble and loss in one; `with_pulls` comes with granularity "shared" only."""
 
 
-def missing_weights(batch: RankingBatch) -> str:
-    """The `refusal` of a backend that knows no weights of documents and queries, "" if there are none."""
-    if batch.weights is None and batch.query_weights is None:
-        return ""
-    return "does not take weights of documents or queries; use backend='auto' or 'torch'"
-
-
 def missing_term(keys: Container[str], loss: LossOptions | None) -> str:
     """A `refusal` if a term in use is not among a backend's `keys`, else ""."""
     if loss is None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from contract import problems
-from contract.targets import TARGETS, Target, Way
+from contract.targets import TARGETS, Target
 
 import pile_fast
 
@@ -57,31 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     own = [item for item in items if "contract" in item.path.parts]
     target = target_of(config)
     left_out = {item for item in own for mark in item.iter_markers("needs") if not getattr(target, mark.args[0])}
-    left_out |= {item for item in own if _needs(item) & _way(item).lacks}
     part, parts = map(int, config.getoption("part", "0/1").split("/"))
     left_out |= {item for number, item in enumerate(own) if number % parts != part}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
-
-
-def _way(item: pytest.Item) -> Way:
-    """The way that a test goes, or one that lacks nothing."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return params.get("how", Way("", ""))
-
-
-def _needs(item: pytest.Item) -> set[str]:
-    """What a `Way` must not lack for it."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    needs = {"weights"} if item.path.name == "test_weights.py" else set()
-    if "loss" in params and params["loss"].term is not None:
-        needs.add(params["loss"].term.key)
-    sample = params.get("sample", {})
-    alpha = sample.get("alpha", 0.5)
-    for name, share in (("distillation", alpha), ("label_loss", 1 - alpha)):
-        if share and name in sample:
-            needs.add(sample[name].key)
-    return needs
 
 
 @pytest.fixture

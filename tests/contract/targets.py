@@ -28,7 +28,6 @@ class Way:
     lengths: tuple[int, ...] = ()
     samples: int = 0
     prepare: Callable[[pytest.MonkeyPatch], None] = lambda patch: None
-    lacks: frozenset[str] = frozenset()  # keys of the terms that it refuses, and "weights" if it refuses those
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,8 +69,6 @@ class Target:
 _CPU_LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 95, 97, 130, 200, 333)
 
 
-# Not there yet.
-_LACKS = frozenset({"distill_kl", "label_softmax", "label_lambdarank", "label_approx_ndcg", "weights"})
 _CPU_WAYS = [Way("torch", "torch", "auto", _CPU_LENGTHS, 17)]
 if not cpp.unavailable():
     _CPU_WAYS += [Way(f"cpp-{sums}", "cpp", sums, _CPU_LENGTHS, 60) for sums in ("direct", "chebyshev", "auto")]
@@ -148,10 +145,8 @@ CUDA_EMULATION = Target(
 _GPU_LENGTHS = (1, 2, 7, 31, 33, 64, 100, 129, 300, 1000)
 
 
-def _gpu(backend: str, samples: int, lacks: frozenset[str] = frozenset()) -> Target:
-    ways = tuple(
-        Way(f"{backend}-{sums}", backend, sums, _GPU_LENGTHS, samples, lacks=lacks) for sums in ("direct", "chebyshev")
-    )
+def _gpu(backend: str, samples: int) -> Target:
+    ways = tuple(Way(f"{backend}-{sums}", backend, sums, _GPU_LENGTHS, samples) for sums in ("direct", "chebyshev"))
     linear = dataclasses.replace(ways[1], lengths=(1100,))
     return Target(ways, ways, linear, (1024, 1025, 9001), (7, 40, 1100), device="cuda")
 

@@ -2,8 +2,8 @@
 
 import triton
 import triton.language as tl
-from pile_fast.kernels.layout import S_SCALED, Z_SCALED, field
-from pile_fast.kernels.loss import half_of_others, load_scaled
+from pile_fast.kernels.layout import S_SCALED, Z_SCALED, C, field
+from pile_fast.kernels.loss import half_of_others, load_c, load_scaled
 from pile_fast.kernels.pairs import column
 
 
@@ -30,6 +30,13 @@ def rows(k, lists, rows, state, pulls, losses, numbers, how: tl.constexpr):
         d = (z[None, :] - z_j) - (s[None, :] - s_j)
         size = tl.abs(d)
         used = d == d
-        loss += tl.sum(tl.where(used, tl.where(size <= delta, d * d / 4, delta * (size - delta / 2) / 2), 0.0), 0)
-        slope += tl.sum(tl.where(used, tl.minimum(tl.maximum(d, -delta), delta), 0.0), 0)
-    return loss, slope, half_of_others(k, s)
+        value = tl.where(size <= delta, d * d / 4, delta * (size - delta / 2) / 2)
+        force = tl.minimum(tl.maximum(d, -delta), delta)
+        if how.HAS_C:
+            c = column(j, n, field(k, C), 0.0, TAIL)
+            value *= c
+            force *= c
+        loss += tl.sum(tl.where(used, value, 0.0), 0)
+        slope += tl.sum(tl.where(used, force, 0.0), 0)
+    c_row = load_c(k, rows, how)
+    return c_row * loss, c_row * slope, half_of_others(k, s)
