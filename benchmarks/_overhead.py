@@ -28,8 +28,8 @@ class _Empty(torch.autograd.Function):
 
 
 OPTIONS = {"iterations": ITERATIONS, "granularity": "document"}
-# mask, cu_seqlens, prior, options, gradient, pulls, backend
-_FLAT = (None, None, None, *autograd.flat(ENSEMBLE["document"]), *autograd.flat(LOSS), True, False, "cpp")
+# mask, cu_seqlens, prior, weights, query_weights, options, gradient, pulls, backend
+_FLAT = (None, None, None, None, None, *autograd.flat(ENSEMBLE["document"]), *autograd.flat(LOSS), True, False, "cpp")
 
 
 class _ThroughDispatcher(torch.autograd.Function):
