@@ -1,5 +1,6 @@
 // Long lists: the student's loss and gradient. Four launches, and those of the terms in use (terms/): two for the logistic
-// distillation, 6 or 7 and a sort for label pairs, besides the fields' table.
+// distillation, 6 or 7 and a sort for label pairs, besides the fields' table; one for "kl", 5 and a sort for the terms that take
+// labels as gains.
 //
 // add_pieces is the phase that counts: for the two logistic terms through fields 20 bytes per document read, 4 written, 60
 // operations; T iterations of the ensemble cost more.
