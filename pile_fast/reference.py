@@ -365,7 +365,7 @@ def differences(x: Tensor | None) -> Tensor:
 def distill_logistic(term: terms.Logistic, query: Query) -> PairLoss:
     dz, target = differences(query.z) / term.temperature, torch.sigmoid(differences(query.s) / term.temperature)
     value, sigma = F.binary_cross_entropy_with_logits(dz, target, reduction="none"), torch.sigmoid(dz)
-    slope, curvature = (sigma - target) / term.temperature, sigma * (1 - sigma) / term.temperature**2
+    slope, curvature = (sigma - target) / term.temperature, sigma * torch.sigmoid(-dz) / term.temperature**2
     return mean_over_pairs(query, *target_pairs(query), value, slope, curvature)
 
 
@@ -422,13 +422,14 @@ def label_approx_ndcg(term: terms.ApproxNDCG, query: Query) -> PairLoss:
     gain = gain if query.c is None else query.c.to(gain.dtype) * gain
     most = (gain.sort(1, descending=True).values * discounts(gain.shape[1], terms.LambdaRank(), gain)).sum(1)
     gain = (gain / torch.where(most != 0, most, 1.0).unsqueeze(1)).to(query.z.dtype)
-    sigma = torch.sigmoid(differences(query.z) / -term.temperature)  # of z_j − z_i
+    gap = differences(query.z) / -term.temperature  # z_j − z_i
+    sigma = torch.sigmoid(gap)
     both = query.used.unsqueeze(2) & query.used.unsqueeze(1)
     rank = 0.5 + torch.where(both, sigma, 0.0).sum(2)
     loss = 1 - (gain / torch.log2(1 + rank)).sum(1)
     # By rank, then by logits: Σ_j (a_j − a_i) σ'. What stands for the second derivatives takes a_j + a_i.
     a = gain * math.log(2) / ((1 + rank) * torch.log1p(rank).square())
-    slope = torch.where(both, sigma * (1 - sigma), 0.0) / term.temperature
+    slope = torch.where(both, sigma * torch.sigmoid(-gap), 0.0) / term.temperature  # 1 − σ would lose digits
     slope = slope - torch.diag_embed(slope.diagonal(dim1=1, dim2=2))
     gradient = (slope * (a.unsqueeze(1) - a.unsqueeze(2))).sum(2)
     hessian = (slope * (a.unsqueeze(1) + a.unsqueeze(2))).sum(2) / term.temperature
@@ -506,7 +507,7 @@ def expected_discounts(query: Query, discount: Tensor) -> tuple[Tensor, Tensor]:
 def _logistic(dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """softplus(−dz) and its two derivatives."""
     sigma = torch.sigmoid(-dz)
-    return F.softplus(-dz), -sigma, sigma * (1 - sigma)
+    return F.softplus(-dz), -sigma, sigma * torch.sigmoid(dz)
 
 
 def _of_preferred(query: Query) -> Tensor | float:

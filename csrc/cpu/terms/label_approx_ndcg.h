@@ -124,7 +124,8 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     write_discounts(m, Metric::ndcg, 0, n, discount_);
     if (m.leads())
       for (int k = 0; k < n; k = order.below[k])
-        for (int i = k; i < order.below[k]; ++i) gain_[i] = gains(order.label[k]) * (list.c ? double(list.c[i]) : 1.0) + 0.0;  // not -0, whose bits are large
+        for (int i = k; i < order.below[k]; ++i)
+          gain_[i] = gains(order.label[k]) * (list.c ? double(list.c[i]) : 1.0) + 0.0;  // not -0, whose bits are large
     m.sync();
     if (list.c) {
       each_piece(m, n, [&](int, int begin, int end) {

@@ -30,7 +30,8 @@ PILE_SHARED Real kappa(Real v) {
 }
 template <class Real>
 PILE_SHARED Real kappa_slope(Real v) {
-  return (Real(1) - 4 * kappa(v) * kappa(v)) / 4;
+  const Real small = std::exp(-std::fabs(v));
+  return small / ((1 + small) * (1 + small));
 }
 template <class Real>
 PILE_SHARED Real psi(Real v) {
