@@ -89,7 +89,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
   }
 
  private:
-  static constexpr int P = 16;
+  static constexpr int P = 16, kLeastFields = 32;
 
   void plan(const LabelList<T>& list, double per_unit, PairSum how, int members, Arena& arena) {
     const int n = list.order.labelled;
@@ -98,7 +98,8 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     middle_ = double(T(low / 2 + high / 2));
     const double from = (double(low) - middle_) * per_unit, to = (double(high) - middle_) * per_unit;
     const auto grid = Grid<double>::over(from, to, n);
-    direct_ = direct_is_faster(how, grid, double(n) * n / 2, n, 3, kApproxCosts<T>);
+    // A field holds the document itself, too, and where a short list has saturated, all the others together are less than that.
+    direct_ = n < kLeastFields || direct_is_faster(how, grid, double(n) * n / 2, n, 3, kApproxCosts<T>);
     for (double** array : {&gain_, &discount_, &u_, &rank_, &slope_}) *array = arena.take<double>(n);
     totals_ = arena.take<double>(pieces(n));
     if (list.c) sort_.take(n, members, arena);
