@@ -13,7 +13,7 @@
 // Floor per query (n documents, M teachers, T iterations, float32): 4 n (M + 3) bytes in and out of device memory.
 // Instructions, by arithmetic: ensemble T n² (3 float + 1/4 reciprocal) less the pairs of equal labels, T n M (1 exponential +
 // 5); distillation n² (12 float + 1/2 reciprocal); label losses as their files say. Weights are 4 n bytes more in, and pairs with
-// weights take loops of their own, 1/2 of the speed or less. From about 64 documents on the pairs limit it (float and reciprocal pipes
+// weights take loops of their own. From about 64 documents on the pairs limit it (float and reciprocal pipes
 // about evenly); below, the latency of T dependent iterations, each a tilted mean, a barrier and n / (4 lanes) dependent
 // additions. At weights that are given T is 0: nothing is sorted for the ensemble, one tilted mean remains; the pulls add the
 // sort, one sweep over the pairs, n² (3 float + 1/4 reciprocal), and 2 n M float, and 4 M bytes out.
