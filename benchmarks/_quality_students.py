@@ -232,12 +232,12 @@ class _Loss:
         for kind, of in self.distilled.items():
             # A τ for each student: the loss of τ = 1 on logits divided by τ. "mse" has no τ; there it scales the target.
             tau = self.temperature[of, None, None]
-            loss = kl_loss if kind == "kl" else functools.partial(distillation_loss, kind=kind)
+            loss = functools.partial(distillation_loss, kind=kind)
             student = z[of] if kind == "mse" else z[of] / tau
             total = total + self._mean(loss, student, self._gather(self.targets[of], batch) / tau, self.alpha[of], batch)
         for (kind, pair_weight), of in self.labelled.items():
             tau = 1.0 if kind == "logistic" else self.temperature[of, None, None]
-            loss = softmax_loss if kind == "softmax" else functools.partial(ranking_loss, pair_weight=pair_weight)
+            loss = functools.partial(ranking_loss, kind=kind, pair_weight=pair_weight)
             total = total + self._mean(loss, z[of] / tau, self._gather(self.labels[of], batch), 1 - self.alpha[of], batch)
         return total
 
@@ -254,40 +254,6 @@ class _Loss:
         losses = loss(logits.flatten(), to.flatten(), cu_seqlens=cu_seqlens, reduction="none")
         queries = batch.lengths.shape[1] - 1
         return (losses.view(len(weight), -1).sum(1) * weight).sum() / queries
-
-
-def kl_loss(z: Tensor, target: Tensor, *, cu_seqlens: Tensor, reduction: str = "none") -> Tensor:
-    """(Q,) KL(softmax(target) ‖ softmax(z)) over each list's documents that have a target."""
-    present = target.isfinite()
-    query, count = _owner(cu_seqlens)
-    log_p, log_q = (_log_softmax(x, present, query, count) for x in (target, z))
-    each = torch.where(present, log_p.exp() * (log_p - log_q), 0.0)
-    return z.new_zeros(count).index_add(0, query, each)
-
-
-def softmax_loss(z: Tensor, labels: Tensor, *, cu_seqlens: Tensor, reduction: str = "none") -> Tensor:
-    """(Q,) −Σ y/Σy · log softmax(z) over each list's labelled documents; 0 where Σy = 0. One positive: InfoNCE."""
-    present = labels.isfinite()
-    query, count = _owner(cu_seqlens)
-    y = torch.where(present, labels, 0.0)
-    total = y.new_zeros(count).index_add(0, query, y)
-    share = y / total.clamp(min=1e-9)[query]
-    each = torch.where(present, share * _log_softmax(z, present, query, count), 0.0)
-    return -z.new_zeros(count).index_add(0, query, each)
-
-
-def _owner(cu_seqlens: Tensor) -> tuple[Tensor, int]:
-    lengths = cu_seqlens.diff()
-    return torch.arange(len(lengths)).repeat_interleave(lengths), len(lengths)
-
-
-def _log_softmax(x: Tensor, present: Tensor, query: Tensor, count: int) -> Tensor:
-    """(D,) over the present documents of each query; the others get a finite number without meaning."""
-    x = torch.where(present, x, 0.0)
-    highest = x.detach().new_full((count,), -torch.inf).scatter_reduce(0, query, x.detach(), "amax")
-    x = x - highest[query]
-    total = x.new_zeros(count).index_add(0, query, torch.where(present, x.exp(), 0.0))
-    return x - total.clamp(min=1e-30).log()[query]
 
 
 class _Adam:

@@ -322,9 +322,10 @@ def check_gains(batch: RankingBatch, options: LossOptions) -> None:
     On a device, where reading them would stall the stream, a negative one makes its query's loss NaN.
     """
     if options.alpha < 1 and options.label_loss.has_gains and batch.concrete and batch.device.type == "cpu":
-        wrong = (batch.labels < 0) & (batch.labels > -LABEL_LIMIT)  # beyond it they are refused as what they are
+        wrong = batch.labels < 0
         if not wrong.any():
             return
+        wrong &= batch.labels > -LABEL_LIMIT  # beyond it they are refused as what they are
         if batch.mask is not None:
             wrong &= batch.mask
         elif batch.cu_seqlens is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pile_fast import terms
 from pile_fast.options import EnsembleOptions, LossOptions
+from pile_fast.terms import Term
 
 # With missing scores a pull on the teachers' weights divides by the share of the weight that a document's teachers hold. It is
 # bounded below, or one document scored by an abandoned teacher alone would outvote its query.
@@ -522,6 +523,15 @@ TERMS: dict[str, Callable[[Any, Query], PairLoss]] = {
         distill_logistic, distill_mse, distill_kl, label_logistic, label_softmax, label_lambdarank, label_approx_ndcg
     )
 }  # fmt: skip
+
+
+def has_label_loss(term: Term, highest: Tensor, lowest: Tensor) -> Tensor:
+    """Which queries count in a label term: `PairLoss.counts` by their largest and smallest label alone."""
+    if isinstance(term, (terms.Softmax, terms.ApproxNDCG)):
+        return highest > 0  # some gain
+    if isinstance(term, terms.LambdaRank) and term.metric == "mrr":
+        return (highest > 0) & (lowest <= 0)
+    return highest > lowest
 
 
 def reduce(per_query: PairLoss, reduction: str) -> Tensor:

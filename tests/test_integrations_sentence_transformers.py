@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from contract.problems import terms_of
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
@@ -87,7 +88,10 @@ def gradient(model, loss):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("options", [OWN, {"granularity": "query", "pair_weight": "label_gap"}, {"prior": [1.0, 0.0]}])
+@pytest.mark.parametrize(
+    "options",
+    [OWN, {"granularity": "query", "pair_weight": "label_gap"}, {"prior": [1.0, 0.0]}, OWN | {"label_loss": "lambdarank@3"}],
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("alpha", [1.0, 0.6, 0.0])
 def test_is_the_loss_of_the_models_logits(model, alpha, reduction, options):
@@ -97,7 +101,8 @@ def test_is_the_loss_of_the_models_logits(model, alpha, reduction, options):
     wanted = expected(model, rows, alpha, reduction=reduction, **plain)
     if 0 < alpha < 1:
         assert list(loss) == ["distillation", "labels"]
-        labels = expected(model, rows, 0.0, reduction="none", pair_weight=options.get("pair_weight")).sum()
+        of_labels = {name: options[name] for name in ("pair_weight", "label_loss") if name in options}
+        labels = expected(model, rows, 0.0, reduction="none", **of_labels).sum()
         if reduction == "sum":
             torch.testing.assert_close(loss["labels"], 0.4 * labels)
         loss = torch.stack(list(loss.values())).sum()
@@ -510,18 +515,20 @@ def test_warns_once_of_teachers_that_teach_nothing(model, caplog):
     ]
 
 
-def test_counts_queries_as_the_reference_does(model):
+@pytest.mark.parametrize("term", terms_of("label"), ids=str)
+def test_counts_queries_as_the_reference_does(term):
     """The divisor of the logged terms against the rule it repeats."""
-    from pile_fast.integrations.sentence_transformers import _queries_with_a_pair
+    from pile_fast.integrations.sentence_transformers import _queries_that_count
 
     labels = torch.randint(0, 2, (200, 3)).float()
     labels[torch.rand(labels.shape) < 0.3] = torch.nan
     teachers = torch.randn(200, 3, 2)
     teachers[torch.rand(teachers.shape) < 0.6] = torch.nan
     target = torch.where(teachers.isnan().all(-1), torch.nan, 0.0)
-    options = loss_options(alpha=0.5)
+    options = loss_options(alpha=0.5, label_loss=term)
     pairs = reference.pair_loss(torch.zeros(200, 3), target, labels, torch.ones(200, 3, dtype=torch.bool), options).counts
-    count = _queries_with_a_pair(teachers.flatten(0, 1), labels.flatten(), torch.arange(0, 603, 3, dtype=torch.int32), None)
+    packed = teachers.flatten(0, 1), labels.flatten(), torch.arange(0, 603, 3, dtype=torch.int32)
+    count = _queries_that_count(*packed, None, term)
     assert 0 < count < 200 and count == pairs.sum()
 
 

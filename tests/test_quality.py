@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import pile_fast
 from pile_fast.data import find_data, make_synthetic, pack_queries
@@ -117,25 +116,6 @@ def test_each_set_of_validation_queries_keeps_epochs_of_its_own(lists, one_threa
         ((alone, of_alone),) = students.train([student], [1, 2], lists, [validation], epochs=6, hidden_sizes=(8,))
         assert torch.equal(quality, of_alone) and torch.equal(stack.scores(lists.features), alone.scores(lists.features))
     assert not torch.equal(both[0][1], both[1][1])
-
-
-def test_kl_and_softmax_are_those_of_torch():
-    import _quality_students as students
-
-    z, target = torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
-    target[2] = torch.nan
-    labels = torch.tensor([1.0, 0, 2, torch.nan, 0, 0, 0, 3, 0], dtype=torch.float64)
-    cu_seqlens, lists = torch.tensor([0, 4, 7, 9]), [range(4), range(4, 7), range(7, 9)]
-    kl = students.kl_loss(z, target, cu_seqlens=cu_seqlens)
-    softmax = students.softmax_loss(z, labels, cu_seqlens=cu_seqlens)
-    for q, documents in enumerate(lists):
-        scored = [i for i in documents if i != 2]
-        wanted = F.kl_div(z[scored].log_softmax(0), target[scored].log_softmax(0), reduction="sum", log_target=True)
-        torch.testing.assert_close(kl[q], wanted)
-        labelled = [i for i in documents if i != 3]
-        y = labels[labelled]
-        share = y / y.sum() if y.sum() > 0 else y
-        torch.testing.assert_close(softmax[q], -(share * z[labelled].log_softmax(0)).sum())
 
 
 def test_every_method_has_a_grid_of_the_same_size_and_makes_students(lists):

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "load.h"
+#include "radix_sort.h"
 #include "team.h"
 
 namespace pile::PILE_ISA {
@@ -131,58 +132,17 @@ inline void scatter_by_grade(const int* slot, const uint8_t* grade, int n, int g
 #endif
 }
 
-// Stable radix sort by falling label, a byte at a time; bytes that are the same everywhere cost nothing.
+// By falling label, those of equal ones in their old order. One member.
 inline void sort_any(const double* label, const int* slot, int n, Order& order, Arena& arena) {
-  uint64_t* key = arena.take<uint64_t>(n);
-  uint64_t* other_key = arena.take<uint64_t>(n);
-  int* item = arena.take<int>(n);
-  int* other_item = arena.take<int>(n);
-  for (int i = 0; i < n; ++i) {
-    const double canonical = label[i] + 0.0;  // -0 is 0
-    int64_t word;
-    std::memcpy(&word, &canonical, 8);
-    const uint64_t rising = uint64_t(word) ^ (uint64_t(word >> 63) | (uint64_t(1) << 63));
-    key[i] = ~rising;
-    item[i] = i;
-  }
-  if (n <= 64) {
-    for (int i = 1; i < n; ++i) {
-      const uint64_t k = key[i];
-      const int it = item[i];
-      int j = i;
-      for (; j > 0 && key[j - 1] > k; --j) {
-        key[j] = key[j - 1];
-        item[j] = item[j - 1];
-      }
-      key[j] = k;
-      item[j] = it;
-    }
-  } else {
-    for (int shift = 0; shift < 64; shift += 8) {
-      int count[256] = {};
-      for (int i = 0; i < n; ++i) ++count[(key[i] >> shift) & 255];
-      if (count[(key[0] >> shift) & 255] == n) continue;
-      for (int b = 0, start = 0; b < 256; ++b) {
-        const int c = count[b];
-        count[b] = start;
-        start += c;
-      }
-      for (int i = 0; i < n; ++i) {
-        const int to = count[(key[i] >> shift) & 255]++;
-        other_key[to] = key[i];
-        other_item[to] = item[i];
-      }
-      uint64_t* k = key;
-      key = other_key;
-      other_key = k;
-      int* it = item;
-      item = other_item;
-      other_item = it;
-    }
-  }
+  const Member alone = {0, 1, nullptr, &arena, false};
+  RadixSort<uint64_t> sort;
+  sort.take(n, 1, arena);
+  for (int i = 0; i < n; ++i) sort.pairs()[i] = {falling_key<uint64_t>(label[i]), i};
+  sort.run(alone);
   for (int k = 0; k < n; ++k) {
-    order.slot[k] = slot[item[k]];
-    order.label[k] = label[item[k]];
+    const int item = sort.pairs()[k].item;
+    order.slot[k] = slot[item];
+    order.label[k] = label[item];
   }
   for (int k = n - 1, end = n; k >= 0; --k) {
     if (k + 1 < n && order.label[k] != order.label[k + 1]) end = k + 1;

@@ -105,6 +105,7 @@ class RankedSums {
   using Row = typename Depositor<double, P>::Row;
   // Moments come as sets: weighted by 1, by d and, if documents have weights c, by c and by c d.
   enum { kOne, kDiscount };
+  enum { kLow, kHigh };
 
   // Ranks [begin, end) of one cell.
   struct Chunk {
@@ -114,8 +115,8 @@ class RankedSums {
   // What a group sees in a cell of the others: polynomials of those of other cells. low: documents with smaller labels, which
   // count by the reader's weight; high: the others, or all of them where documents have no weights.
   struct Field {
-    Row low[2], high[2];
-    double half_low[2], half_high[2];  // Σ of those below less above: what σ has beyond κ
+    Row of[2][2];       // [low, high][1, d]
+    double half[2][2];  // Σ of those below less above: what σ has beyond κ
   };
 
   int rows() const { return groups_ * sets_; }
@@ -225,47 +226,37 @@ class RankedSums {
     for (int a = 0; a < groups_; ++a) {
       Field& field = field_[int64_t(cell) * groups_ + a];
       field = Field{};
-      const Row* own = cell_moments(cell) + a * sets_;
       for (int set = 0; set < 2; ++set) {
-        Row low = {}, high = {}, psi_low = {}, psi_high = {};
-        // Of saturated cells: Σ weight, and of those below also Σ place.
-        double far_low = 0, far_high = 0;
-        Far below_low = {}, below_high = {};
-        for (int s = 0; s < grid_.cells; ++s) {
-          if (s == cell) continue;
-          const Row &of_low = seen(s, a)[set], &of_high = seen(s, a)[2 + set];
-          const double sign = s < cell ? 1 : -1;
-          field.half_low[set] += sign * of_low[0];
-          field.half_high[set] += sign * of_high[0];
-          if (s < from || s > to) {
-            far_low -= of_low[0] / 2;
-            far_high -= of_high[0] / 2;
-            if (s < cell) {
-              below_low.add(of_low, s);
-              below_high.add(of_high, s);
+        for (int side = counted_ ? 0 : 1; side < 2; ++side) {
+          Row kappas = {}, psis = {};
+          double half = 0, saturated = 0;
+          Far below;  // of saturated cells
+          for (int s = 0; s < grid_.cells; ++s) {
+            if (s == cell) continue;
+            const Row& of = seen(s, a)[2 * side + set];
+            const double sign = s < cell ? 1 : -1;
+            half += sign * of[0];
+            if (s < from || s > to) {
+              saturated -= of[0] / 2;
+              if (s < cell) below.add(of, s);
+              continue;
             }
-            continue;
+            for (int k = 0; k < P; ++k) {
+              Row kappa, psi;
+              std::memcpy(&kappa, table_->kappa[k][s - cell - table_->first + 1], sizeof kappa);
+              kappas += sign * of[k] * kappa;
+              if (s > cell) continue;
+              std::memcpy(&psi, table_->psi[k][s - cell - table_->first + 1], sizeof psi);
+              psis += of[k] * psi;
+            }
           }
-          for (int k = 0; k < P; ++k) {
-            Row kappa, psi;
-            std::memcpy(&kappa, table_->kappa[k][s - cell - table_->first + 1], sizeof kappa);
-            low += sign * of_low[k] * kappa;
-            high += sign * of_high[k] * kappa;
-            if (s > cell) continue;
-            std::memcpy(&psi, table_->psi[k][s - cell - table_->first + 1], sizeof psi);
-            psi_low += of_low[k] * psi;
-            psi_high += of_high[k] * psi;
-          }
+          kappas[0] += saturated;
+          field.of[side][set] = kappas;
+          field.half[side][set] = half;
+          // A pair counts (d_i − d_j): the sources' set 1 meets the own set d, and the other way round with a minus.
+          const Row& own = cell_moments(cell)[a * sets_ + (side == kLow ? 2 : 0) + 1 - set];
+          loss += (set == kOne ? 1 : -1) * (dot(own, psis) + below.times(own, cell));
         }
-        low[0] += far_low;
-        high[0] += far_high;
-        field.low[set] = low;
-        field.high[set] = high;
-        // A pair counts (d_i − d_j): the sources' set 1 meets the own set d, and the other way round with a minus.
-        const double sign = set == kOne ? 1 : -1;
-        const Row &of_low = own[(counted_ ? 2 : 0) + 1 - set], &of_high = own[1 - set];
-        loss += sign * (dot(of_low, psi_low) + below_low.times(of_low, cell) + dot(of_high, psi_high) +
-                        below_high.times(of_high, cell));
       }
     }
     return loss;
@@ -328,9 +319,9 @@ class RankedSums {
           for (int set = 0; set < 2; ++set) low[set] += apart_[a][b] * state[b * 4 + set];
         const Row lower = weight * (d * low[0] - low[1]), higher = d * high[0] - high[1];
         all = lower + higher;
-        far = weight * (d * field.low[0] - field.low[1]) + (d * field.high[0] - field.high[1]);
-        half = (lower[0] + weight * (d * field.half_low[0] - field.half_low[1]) - higher[0] -
-                (d * field.half_high[0] - field.half_high[1])) /
+        far = weight * (d * field.of[kLow][0] - field.of[kLow][1]) + (d * field.of[kHigh][0] - field.of[kHigh][1]);
+        half = (lower[0] + weight * (d * field.half[kLow][0] - field.half[kLow][1]) - higher[0] -
+                (d * field.half[kHigh][0] - field.half[kHigh][1])) /
                2;
       } else {
         Row ones = {}, discounts = {};
@@ -339,7 +330,7 @@ class RankedSums {
           discounts += apart_[a][b] * state[b * 2 + 1];
         }
         all = d * ones - discounts;
-        far = d * field.high[0] - field.high[1];
+        far = d * field.of[kHigh][0] - field.of[kHigh][1];
         half = (gain_[a] * d * sums[0] - d * sums[1] - gain_[a] * sums[2] + sums[3]) / 2;
       }
       Row even = {}, uneven = {};

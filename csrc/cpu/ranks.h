@@ -7,84 +7,6 @@
 
 namespace pile::PILE_ISA {
 
-// A stable radix sort of (key, item) by rising keys, by a team; the result does not depend on the team's size. A byte at a time,
-// keys beside their items: more digits at once, or two arrays, would write to more pages than a processor keeps track of.
-template <class Key>
-class RadixSort {
- public:
-  struct Pair {
-    Key key;
-    int item;
-  };
-
-  // Room for n pairs, which the caller fills.
-  void take(int n, int members, Arena& arena) {
-    n_ = n;
-    pairs_ = arena.take<Pair>(n);
-    other_ = arena.take<Pair>(n);
-    counts_ = n > kInsertion ? arena.take<int>(int64_t(members) * kDigits) : nullptr;
-  }
-  Pair* pairs() const { return pairs_; }
-
-  void run(const Member& m) {
-    if (n_ <= kInsertion) {
-      if (m.leads()) insert();
-      m.sync();
-      return;
-    }
-    const int from = int(int64_t(n_) * m.rank / m.size), to = int(int64_t(n_) * (m.rank + 1) / m.size);
-    for (int shift = 0; shift < int(8 * sizeof(Key)); shift += 8) {
-      const auto digit = [&](Key key) { return int(key >> shift) & (kDigits - 1); };
-      int* count = counts_ + int64_t(m.rank) * kDigits;
-      for (int d = 0; d < kDigits; ++d) count[d] = 0;
-      for (int k = from; k < to; ++k) ++count[digit(pairs_[k].key)];
-      m.sync();
-      if (m.leads()) skip_ = place(m.size);
-      m.sync();
-      for (int k = from; k < to && !skip_; ++k) other_[count[digit(pairs_[k].key)]++] = pairs_[k];
-      m.sync();
-      if (m.leads() && !skip_) {
-        Pair* swap = pairs_;
-        pairs_ = other_;
-        other_ = swap;
-      }
-      m.sync();
-    }
-  }
-
- private:
-  static constexpr int kInsertion = 64, kDigits = 256;
-
-  // In place of how many pairs of a digit each member has: where its first one goes. True if all pairs have the same digit.
-  bool place(int members) {
-    for (int d = 0, start = 0; d < kDigits; ++d) {
-      const int before = start;
-      for (int r = 0; r < members; ++r) {
-        int& own = counts_[int64_t(r) * kDigits + d];
-        const int size = own;
-        own = start;
-        start += size;
-      }
-      if (start - before == n_) return true;
-    }
-    return false;
-  }
-
-  void insert() {
-    for (int k = 1; k < n_; ++k) {
-      const Pair own = pairs_[k];
-      int to = k;
-      for (; to > 0 && pairs_[to - 1].key > own.key; --to) pairs_[to] = pairs_[to - 1];
-      pairs_[to] = own;
-    }
-  }
-
-  Pair *pairs_ = nullptr, *other_ = nullptr;
-  int* counts_ = nullptr;
-  int n_ = 0;
-  bool skip_ = false;
-};
-
 // Documents by falling logit. Those of equal logits, a tie, share the mean discount of their ranks.
 template <class T>
 class Ranks {
@@ -101,7 +23,7 @@ class Ranks {
     }
     m.sync();
     each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) sort_.pairs()[k] = {falling(z[k]), k};
+      for (int k = begin; k < end; ++k) sort_.pairs()[k] = {falling_key<Key>(z[k]), k};
     });
     write_discounts(m, metric, cutoff, n, discount);
     m.sync();
@@ -153,12 +75,7 @@ class Ranks {
     return loss * 0.69314718055994530942;
   }
   int position(int rank) const { return sort_.pairs()[rank].item; }
-  T logit(int rank) const {
-    const Key key = sort_.pairs()[rank].key, sign = Key(1) << (8 * sizeof(Key) - 1), word = key & sign ? key : ~key & ~sign;
-    T z;
-    std::memcpy(&z, &word, sizeof z);
-    return z;
-  }
+  T logit(int rank) const { return of_falling_key<T>(sort_.pairs()[rank].key); }
   bool has_ties() const { return ties_ > 0; }
 
  private:
@@ -167,15 +84,6 @@ class Ranks {
     int begin, end;  // ranks
     double apart;    // the mean of |d_p − d_q| over two of its ranks
   };
-
-  // Rises as the logit falls; -0 is 0.
-  static Key falling(T z) {
-    const T canonical = z + T(0);
-    Key word;
-    std::memcpy(&word, &canonical, sizeof word);
-    const Key sign = Key(1) << (8 * sizeof(Key) - 1);
-    return word & sign ? word : ~(word | sign);
-  }
 
   void share_ties(int n, Arena& arena) {
     const auto key = [&](int rank) { return sort_.pairs()[rank].key; };

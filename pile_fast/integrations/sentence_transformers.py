@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 import pile_fast
+from pile_fast import terms
 from pile_fast.checks import number
 from pile_fast.extras import needs_extra
 from pile_fast.integrations.columns import (
@@ -30,6 +31,7 @@ from pile_fast.integrations.columns import (
     read_tuples,
     without_null,
 )
+from pile_fast.reference import has_label_loss
 
 with needs_extra("sentence-transformers"):
     import sentence_transformers as library
@@ -249,9 +251,11 @@ class PILELoss(_PILELoss):
             return loss
         # The fused loss is what trains. The terms are for the log; they add up to it.
         options = {name: self.loss.options[name] for name in ("pair_weight", "pairwise", "backend")}
-        term = (1 - alpha) * pile_fast.ranking_loss(logits.detach(), labels, cu_seqlens=cu_seqlens, reduction="sum", **options)
+        kind = terms.find("label", "label_loss", self.loss.options["label_loss"])
+        alone = pile_fast.ranking_loss(logits.detach(), labels, cu_seqlens=cu_seqlens, kind=kind, reduction="sum", **options)
+        term = (1 - alpha) * alone
         if self.loss.options["reduction"] == "mean":
-            term = term / _queries_with_a_pair(teachers, labels, cu_seqlens, self.loss.prior).clamp(min=1)
+            term = term / _queries_that_count(teachers, labels, cu_seqlens, self.loss.prior, kind).clamp(min=1)
         return {"distillation": loss - term, "labels": term}
 
     def _read(self, inputs: list, labels: Any, names: Names) -> RankedBatch:
@@ -406,7 +410,9 @@ CrossEncoderTrainer.data_collator_class = CrossEncoderCollator
 SentenceTransformerTrainer.data_collator_class = SentenceTransformerCollator
 
 
-def _queries_with_a_pair(teachers: Tensor, labels: Tensor, cu_seqlens: Tensor, prior: Tensor | None) -> Tensor:
+def _queries_that_count(
+    teachers: Tensor, labels: Tensor, cu_seqlens: Tensor, prior: Tensor | None, label_loss: terms.Term
+) -> Tensor:
     """What the mean of `pile_fast.pile_loss` divides by, () on the device; reading it would stall the stream."""
     lengths = cu_seqlens.diff()
     query = torch.repeat_interleave(lengths, output_size=len(labels)).long()
@@ -415,7 +421,7 @@ def _queries_with_a_pair(teachers: Tensor, labels: Tensor, cu_seqlens: Tensor, p
     labels, infinity = labels.float(), torch.full((len(lengths),), torch.inf, device=labels.device)
     highest = (-infinity).scatter_reduce(0, query, labels.nan_to_num(-torch.inf), "amax")
     lowest = infinity.scatter_reduce(0, query, labels.nan_to_num(torch.inf), "amin")
-    return ((scored > 1) | (highest > lowest)).sum()
+    return ((scored > 1) | has_label_loss(label_loss, highest, lowest)).sum()
 
 
 def _check_teachers(teachers: np.ndarray, lengths: list[int]) -> None:

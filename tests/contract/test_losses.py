@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from contract.problems import batch, make, run, same
 
-from pile_fast import pile_loss, terms
+from pile_fast import distillation_loss, pile_loss, ranking_loss, terms
 from pile_fast.backends import select
 from pile_fast.batch import RankingBatch
 
@@ -196,3 +197,20 @@ def test_auto_takes_kernels_of_a_gpu_for_its_tensors_alone(how):
     chosen = select("auto", RankingBatch(student_logits=z), None, None)
     assert chosen in (("triton", "cuda", "torch") if z.is_cuda else ("cpp", "torch"))
     assert torch.equal(pile_loss(z, t, y), pile_loss(z, t, y, backend=chosen))
+
+
+def test_kl_and_softmax_are_those_of_torch(how):
+    z, target = torch.randn(9), torch.randn(9)
+    target[2] = torch.nan
+    labels = torch.tensor([1.0, 0, 2, torch.nan, 0, 0, 0, 3, 0])
+    lists, options = [range(4), range(4, 7), range(7, 9)], dict(cu_seqlens=torch.tensor([0, 4, 7, 9]), reduction="none", **how)
+    kl = distillation_loss(z, target, kind="kl", **options)
+    softmax = ranking_loss(z, labels, kind="softmax", **options)
+    for q, documents in enumerate(lists):
+        scored = [i for i in documents if i != 2]
+        wanted = F.kl_div(z[scored].log_softmax(0), target[scored].log_softmax(0), reduction="sum", log_target=True)
+        same(kl[q], wanted)
+        labelled = [i for i in documents if i != 3]
+        y = labels[labelled]
+        share = y / y.sum() if y.sum() > 0 else y
+        same(softmax[q], -(share * z[labelled].log_softmax(0)).sum())

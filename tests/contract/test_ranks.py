@@ -89,3 +89,17 @@ def test_negative_labels_cannot_be_gains(how, term):
         assert ranking_loss(z, y, kind=term, **hidden, **how).isfinite()
     packed = dict(cu_seqlens=torch.tensor([0, 3]))
     assert ranking_loss(z.flatten()[:5], y.flatten()[:5], kind=term, **packed, **how).isfinite()
+
+
+def test_a_label_of_minus_zero_is_zero(how, term):
+    z, y, weights = (
+        torch.tensor([[0.3, -0.2, 0.9, 0.1]]),
+        torch.tensor([[2.0, 0.0, 1.0, 0.0]]),
+        torch.tensor([[0.3, 2.0, 0.5, 1.0]]),
+    )
+    loss = lambda z, t, y, **kw: ranking_loss(z, y, kind=term, **kw)  # noqa: E731
+    for own in (dict(), dict(weights=weights)):
+        for got, want in zip(
+            run(loss, z, None, y.where(y > 0, -0.0), **own, **how), run(loss, z, None, y, **own, **how), strict=True
+        ):
+            same(got, want)

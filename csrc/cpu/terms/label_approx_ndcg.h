@@ -98,7 +98,8 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     middle_ = double(T(low / 2 + high / 2));
     const double from = (double(low) - middle_) * per_unit, to = (double(high) - middle_) * per_unit;
     const auto grid = Grid<double>::over(from, to, n);
-    // A field holds the document itself, too, and where a short list has saturated, all the others together are less than that.
+    // A field holds the document itself, too, and where a list has saturated, all the others together are less than that. Longer
+    // lists that far apart have more cells than a grid.
     direct_ = n < kLeastFields || direct_is_faster(how, grid, double(n) * n / 2, n, 3, kApproxCosts<T>);
     for (double** array : {&gain_, &discount_, &u_, &rank_, &slope_}) *array = arena.take<double>(n);
     totals_ = arena.take<double>(pieces(n));
@@ -125,16 +126,11 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     write_discounts(m, Metric::ndcg, 0, n, discount_);
     if (m.leads())
       for (int k = 0; k < n; k = order.below[k])
-        for (int i = k; i < order.below[k]; ++i)
-          gain_[i] = gains(order.label[k]) * (list.c ? double(list.c[i]) : 1.0) + 0.0;  // not -0, whose bits are large
+        for (int i = k; i < order.below[k]; ++i) gain_[i] = gains(order.label[k]) * (list.c ? double(list.c[i]) : 1.0);
     m.sync();
     if (list.c) {
       each_piece(m, n, [&](int, int begin, int end) {
-        for (int k = begin; k < end; ++k) {
-          uint64_t word;  // of a number >= 0: rises with it
-          std::memcpy(&word, gain_ + k, sizeof word);
-          sort_.pairs()[k] = {~word, k};
-        }
+        for (int k = begin; k < end; ++k) sort_.pairs()[k] = {falling_key<uint64_t>(gain_[k]), k};
       });
       m.sync();
       sort_.run(m);
@@ -174,30 +170,26 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     if (curvature) all_curvature<T>(m, unit_, near_, SumOfBoth<T>{a_}, n, sums_, curvature, per_unit_);
   }
 
-  void field_ranks(const Member& m, int n) {
-    for (int c = m.rank; c < ranks_.chunks; c += m.size) {
+  // solve(), once the fields have all documents' moments.
+  template <class Solve>
+  void find_fields(const Member& m, FieldSums<double, P>& fields, Solve solve) const {
+    for (int c = m.rank; c < fields.chunks; c += m.size) {
       m.poll();
-      ranks_.deposit(c, u_);
+      fields.deposit(c, u_);
     }
     m.sync();
     if (m.leads()) {
-      ranks_.collect();
-      ranks_.solve_self(*table_);
+      fields.collect();
+      solve();
     }
     m.sync();
+  }
+  void field_ranks(const Member& m, int n) {
+    find_fields(m, ranks_, [&] { ranks_.solve_self(*table_); });
     each_vector<double>(m, n, [&](int k) { store(rank_ + k, (n + 1) / 2.0 + ranks_.evaluate(0, load(u_ + k), k)); });
   }
   void field_slopes(const Member& m, int n, T* slope, T* curvature) {
-    for (int c = m.rank; c < slopes_.chunks; c += m.size) {
-      m.poll();
-      slopes_.deposit(c, u_);
-    }
-    m.sync();
-    if (m.leads()) {
-      slopes_.collect();
-      slopes_.solve_slope_of_self(*table_);
-    }
-    m.sync();
+    find_fields(m, slopes_, [&] { slopes_.solve_slope_of_self(*table_); });
     each_vector<double>(m, n, [&](int k) {
       store_narrow(slope + k, slopes_.evaluate(0, load(u_ + k), k));
       // But the pair of a document and itself.

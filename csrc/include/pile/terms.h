@@ -48,8 +48,7 @@ struct LabelLogistic {
   template <class Visit>
   void each_number(Visit) {}
 };
-struct LabelSoftmax {
-  static constexpr const char* kKey = "label_softmax";
+struct GainsAtTemperature {
   double temperature, gain_;
   template <class Visit>
   void each_number(Visit visit) {
@@ -57,6 +56,9 @@ struct LabelSoftmax {
     visit("gain", gain_);
   }
   PILE_SHARED Gain gain() const { return Gain(int(gain_)); }
+};
+struct LabelSoftmax : GainsAtTemperature {
+  static constexpr const char* kKey = "label_softmax";
 };
 struct LabelLambdaRank {
   static constexpr const char* kKey = "label_lambdarank";
@@ -70,15 +72,8 @@ struct LabelLambdaRank {
   PILE_SHARED Metric metric() const { return Metric(int(metric_)); }
   PILE_SHARED Gain gain() const { return Gain(int(gain_)); }
 };
-struct LabelApproxNdcg {
+struct LabelApproxNdcg : GainsAtTemperature {
   static constexpr const char* kKey = "label_approx_ndcg";
-  double temperature, gain_;
-  template <class Visit>
-  void each_number(Visit visit) {
-    visit("temperature", temperature);
-    visit("gain", gain_);
-  }
-  PILE_SHARED Gain gain() const { return Gain(int(gain_)); }
 };
 
 // One of the terms of a kind, with its numbers; at first none. Plain data: it goes to kernels by value.
