@@ -156,14 +156,14 @@ class FieldSums {
         Row* both = high_ + int64_t(b) * row_ + w * grid.cells;
         for (int c = 0; c < grid.cells; ++c) both[c] = of_low * low[c] + sign * high[c];
         apply(plus, both, block[b].filled, [&](int c, Row f) {
-          f[0] += T(half);
+          f.set(0, f[0] + T(half));
           put(b, w, c, f);
         });
       } else {
         apply(minus, high, block[b].filled, [&](int c, Row f) { put(b, w, c, sign * f); });
         apply(plus, low, block[b].filled, [&](int c, Row f) {
           f = of_low * f;
-          f[0] += T(half);
+          f.set(0, f[0] + T(half));
           put(b, w, c, f + get(b, w, c));
         });
       }
@@ -248,22 +248,22 @@ class FieldSums {
   }
 
   // Coefficients of the field that the source cells within reach make at target cells c + 1 and c, one after the other.
-  typedef T Pair __attribute__((vector_size(2 * P * sizeof(T))));
+  using Pair = Numbers<T, 2 * P>;
   // Not inlined: the sanitized build of its many copies would take minutes.
   __attribute__((noinline)) Pair near_fields(const Table& table, const typename Table::Matrices& matrices, const Row* source,
                                              int c) const {
     const int from = larger(filled_.first, near(table, c).from),
               to = smaller(filled_.last, near(table, smaller(c + 1, grid.cells - 1)).to);
-    Pair part[4] = {};  // four chains of additions, or each would wait for the last
+    // Some chains of additions, or each would wait for the last; as many as registers hold.
+    constexpr int kChains = Pair::kParts > 4 ? 1 : Pair::kParts > 2 ? 2 : 4;
+    Pair part[kChains] = {};
     for (int s = from; s <= to; ++s) {
 #pragma GCC unroll 16
-      for (int k = 0; k < P; ++k) {
-        Pair row;
-        std::memcpy(&row, matrices[k][s - c - table.first], sizeof row);
-        part[k % 4] += source[s][k] * row;
-      }
+      for (int k = 0; k < P; ++k) part[k % kChains] += source[s][k] * Pair::at(matrices[k][s - c - table.first]);
     }
-    return (part[0] + part[1]) + (part[2] + part[3]);
+    for (int step = kChains / 2; step > 0; step /= 2)
+      for (int k = 0; k < step; ++k) part[k] += part[k + step];
+    return part[0];
   }
   // visit(c, coefficients at c) for the target cells in rising order.
   template <class Visit>
@@ -271,9 +271,8 @@ class FieldSums {
                        Visit visit) const {
     for (int c = targets.first; c <= targets.last; c += 2) {
       const Pair both = near_fields(table, matrices, source, c);
-      Row rows[2];
-      std::memcpy(rows, &both, sizeof rows);
-      for (int i = 0; i < smaller(2, targets.last + 1 - c); ++i) visit(c + i, rows[1 - i]);
+      for (int i = 0; i < smaller(2, targets.last + 1 - c); ++i)
+        visit(c + i, Row::at(reinterpret_cast<const T*>(&both) + (1 - i) * P));
     }
   }
 
@@ -286,7 +285,7 @@ class FieldSums {
       const Near now = near(table, c);
       for (; seen.from < now.from; ++seen.from) before += double(source[seen.from][0]);
       for (; seen.to < now.to; ++seen.to) after -= double(source[seen.to + 1][0]);
-      f[0] += T((after - before) / 2);
+      f.set(0, f[0] + T((after - before) / 2));
       use(c, f);
     });
   }
@@ -327,7 +326,7 @@ class FieldSums {
   Row get(int b, int w, int c) const {
     const T* from = field_ + ((int64_t(b) * (weighted ? 2 : 1) + w) * P) * stride_ + c;
     Row f;
-    for (int k = 0; k < P; ++k) f[k] = from[k * stride_];
+    for (int k = 0; k < P; ++k) f.set(k, from[k * stride_]);
     return f;
   }
 

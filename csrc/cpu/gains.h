@@ -1,6 +1,8 @@
 // The gains of a query's labels, and the discounts of ranks.
 #pragma once
 
+#include <cmath>
+
 #include "order.h"
 
 namespace pile::PILE_ISA {
@@ -28,12 +30,29 @@ struct Gains {
   bool differ() const { return (*this)(highest) != (*this)(lowest); }
 };
 
+// NDCG's discounts 1/log2(1 + rank) of the first ranks, by rank from 0: logarithms are dear, and most lists are no longer.
+struct Discounts {
+  static constexpr int kNumber = 4096;
+  double value[kNumber];
+
+  Discounts() {
+    for (int k = 0; k < kNumber; ++k) value[k] = 1 / std::log2(k + 2.0);
+  }
+  static const double* get() {
+    static const Discounts discounts;
+    return discounts.value;
+  }
+};
+
 // To discount[0, n): those of ranks 1 to n, 0 past the cutoff (0: none). Whole vectors are written.
 inline void write_discounts(const Member& m, Metric metric, double cutoff, int n, double* discount) {
   const int last = cutoff > 0 && cutoff < n ? int(cutoff) : n;
+  const double* const first = Discounts::get();
   each_vector<double>(m, n, [&](int k) {
-    const Vec<double> rank = to_vec<double>(iota<double>() + (k + 1));
-    const Vec<double> value = metric == Metric::mrr ? 1.0 / rank : 0.69314718055994530942 / vlog<double>(rank + 1.0);
+    const Vec<double> rank = to_vec<double>(iota<double>()) + double(k + 1);
+    const Vec<double> value = metric == Metric::mrr                      ? 1.0 / rank
+                              : k + kLanes<double> <= Discounts::kNumber ? load(first + k)
+                                                                         : 0.69314718055994530942 / vlog<double>(rank + 1.0);
     store(discount + k, first_lanes<double>(last - k, value));
   });
 }

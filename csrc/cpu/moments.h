@@ -18,7 +18,7 @@ struct CellRange {
 // Adds documents to moments: a row per cell, and where there are gains as many rows more.
 template <class T, int P>
 struct Depositor {
-  typedef T Row __attribute__((vector_size(P * sizeof(T))));  // one cell's moments or coefficients
+  using Row = Numbers<T, P>;  // one cell's moments or coefficients
 
   Grid<T> grid;
   const T* gain = nullptr;
@@ -40,10 +40,10 @@ struct Depositor {
       std::memcpy(cells, &cell, sizeof cell);
       const int lanes = smaller(W, end - k);
       for (int l = 0; l < lanes; ++l) {
-        const Row p = weight ? powers(xs[l]) * weight[k + l] : powers(xs[l]);
+        const Row p = weight ? weight[k + l] * powers(xs[l]) : powers(xs[l]);
         Row* const to = rows + (l % kCopies) * stride + cells[l];
         *to += p;
-        if (gain) to[grid.cells] += p * gain[k + l];
+        if (gain) to[grid.cells] += gain[k + l] * p;
       }
     }
     return {0, grid.cells - 1};
@@ -123,9 +123,7 @@ struct Depositor {
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       lane_sums<T, P>(sums[i]);
-      Row row;
-      std::memcpy(&row, sums[i], sizeof row);
-      to[i] += row;
+      to[i] += Row::at(reinterpret_cast<const T*>(sums[i]));
     }
   }
 #else
@@ -136,23 +134,27 @@ struct Depositor {
 #endif
 
  public:
-  // (1, x, …, x^{P−1}): one factor per binary digit of the exponent.
+  // (1, x, …, x^{P−1}): one factor per binary digit of the exponent within a register, then one register after the other.
   static PILE_INLINE Row powers(T x) {
-    Row p = one_or<1>(x) * one_or<2>(x * x) * one_or<4>(x * x * (x * x));
-    if constexpr (P > 8) {
-      const T x4 = x * x * (x * x);
-      p = p * one_or<8>(x4 * x4);
-    }
-    return p;
+    Row row;
+    T step = x;
+    row.part[0] = one_or<1>(x);
+    if constexpr (Row::kPart > 2) row.part[0] *= one_or<2>(step *= step);
+    if constexpr (Row::kPart > 4) row.part[0] *= one_or<4>(step *= step);
+    if constexpr (Row::kPart > 8) row.part[0] *= one_or<8>(step *= step);
+    step *= step;
+#pragma GCC unroll 8
+    for (int k = 1; k < Row::kParts; ++k) row.part[k] = row.part[k - 1] * step;
+    return row;
   }
 
  private:
   template <int kDigit>
-  static PILE_INLINE Row one_or(T x) {
-    typedef typename Simd<T>::integer Mask __attribute__((vector_size(P * sizeof(T))));
-    Mask mask;
-    for (int k = 0; k < P; ++k) mask[k] = k & kDigit ? -1 : 0;
-    return mask ? x - Row{} : T(1) - Row{};
+  static PILE_INLINE typename Row::Part one_or(T x) {
+    using Part = typename Row::Part;
+    decltype(Part{} < Part{}) mask;
+    for (int k = 0; k < Row::kPart; ++k) mask[k] = k & kDigit ? -1 : 0;
+    return mask ? x - Part{} : T(1) - Part{};
   }
 };
 

@@ -101,9 +101,18 @@ inline bool find_grades(const double* label, int n, Grades& grades, uint8_t* gra
   }
 #else
   int counts[2][Grades::kMax] = {};  // by turns: a count must not wait for the last one's store
+  constexpr int kSmall = 32;
+  uint8_t of_small[kSmall];  // the grade of a small whole label
+  for (int y = 0; y < kSmall; ++y) of_small[y] = Grades::kMax;
   for (int k = 0; k < n; ++k) {
-    const int g = grades.find(label[k]);
-    if (g == grades.number && !grades.add(label[k])) return false;
+    const int small = label[k] >= 0 && label[k] < kSmall ? int(label[k]) : 0;
+    const bool whole = small == label[k];
+    int g = whole ? of_small[small] : Grades::kMax;
+    if (g == Grades::kMax) {
+      g = grades.find(label[k]);
+      if (g == grades.number && !grades.add(label[k])) return false;
+      if (whole) of_small[small] = uint8_t(g);
+    }
     grade[k] = uint8_t(g);
     ++counts[k & 1][g];
   }

@@ -42,7 +42,7 @@ class RadixSort {
     n_ = n;
     pairs_ = arena.take<Pair>(n);
     other_ = arena.take<Pair>(n);
-    counts_ = n > kInsertion ? arena.take<int>(int64_t(members) * kDigits) : nullptr;
+    counts_ = n > kInsertion ? arena.take<int>(int64_t(members) * kDigits * (members > 1 ? 1 : sizeof(Key))) : nullptr;
   }
   Pair* pairs() const { return pairs_; }
 
@@ -52,22 +52,18 @@ class RadixSort {
       m.sync();
       return;
     }
+    if (m.size == 1) return run_alone();
     const int from = int(int64_t(n_) * m.rank / m.size), to = int(int64_t(n_) * (m.rank + 1) / m.size);
     for (int shift = 0; shift < int(8 * sizeof(Key)); shift += 8) {
-      const auto digit = [&](Key key) { return int(key >> shift) & (kDigits - 1); };
       int* count = counts_ + int64_t(m.rank) * kDigits;
       for (int d = 0; d < kDigits; ++d) count[d] = 0;
-      for (int k = from; k < to; ++k) ++count[digit(pairs_[k].key)];
+      for (int k = from; k < to; ++k) ++count[digit(pairs_[k].key, shift)];
       m.sync();
-      if (m.leads()) skip_ = place(m.size);
+      if (m.leads()) skip_ = place(counts_, m.size);
       m.sync();
-      for (int k = from; k < to && !skip_; ++k) other_[count[digit(pairs_[k].key)]++] = pairs_[k];
+      for (int k = from; k < to && !skip_; ++k) other_[count[digit(pairs_[k].key, shift)]++] = pairs_[k];
       m.sync();
-      if (m.leads() && !skip_) {
-        Pair* swap = pairs_;
-        pairs_ = other_;
-        other_ = swap;
-      }
+      if (m.leads() && !skip_) swap();
       m.sync();
     }
   }
@@ -75,12 +71,34 @@ class RadixSort {
  private:
   static constexpr int kInsertion = 64, kDigits = 256;
 
+  static PILE_INLINE int digit(Key key, int shift) { return int(key >> shift) & (kDigits - 1); }
+  void swap() {
+    Pair* swap = pairs_;
+    pairs_ = other_;
+    other_ = swap;
+  }
+
+  // One member counts all digits at once: the order in which it finds them does not matter.
+  void run_alone() {
+    constexpr int kBytes = sizeof(Key);
+    for (int d = 0; d < kBytes * kDigits; ++d) counts_[d] = 0;
+    for (int k = 0; k < n_; ++k)
+#pragma GCC unroll 8
+      for (int b = 0; b < kBytes; ++b) ++counts_[b * kDigits + digit(pairs_[k].key, 8 * b)];
+    for (int b = 0; b < kBytes; ++b) {
+      int* count = counts_ + b * kDigits;
+      if (place(count, 1)) continue;
+      for (int k = 0; k < n_; ++k) other_[count[digit(pairs_[k].key, 8 * b)]++] = pairs_[k];
+      swap();
+    }
+  }
+
   // In place of how many pairs of a digit each member has: where its first one goes. True if all pairs have the same digit.
-  bool place(int members) {
+  bool place(int* counts, int members) const {
     for (int d = 0, start = 0; d < kDigits; ++d) {
       const int before = start;
       for (int r = 0; r < members; ++r) {
-        int& own = counts_[int64_t(r) * kDigits + d];
+        int& own = counts[int64_t(r) * kDigits + d];
         const int size = own;
         own = start;
         start += size;

@@ -165,8 +165,8 @@ class RankedSums {
     for (int s = 0; s < 4; ++s) chunk.signed_sums[s] = sums[s];
   }
   template <bool kCounted>
-  static PILE_INLINE void step(Row* to, Row p, double d, double c, double times) {
-    p *= times;
+  static PILE_INLINE void step(Row* to, const Row& powers, double d, double c, double times) {
+    const Row p = times * powers;
     to[kOne] += p;
     to[kDiscount] += d * p;
     if (!kCounted) return;
@@ -228,7 +228,7 @@ class RankedSums {
       field = Field{};
       for (int set = 0; set < 2; ++set) {
         for (int side = counted_ ? 0 : 1; side < 2; ++side) {
-          Row kappas = {}, psis = {};
+          Row kappa[2] = {}, psi[2] = {};  // two chains of additions each
           double half = 0, saturated = 0;
           Far below;  // of saturated cells
           for (int s = 0; s < grid_.cells; ++s) {
@@ -241,21 +241,20 @@ class RankedSums {
               if (s < cell) below.add(of, s);
               continue;
             }
-            for (int k = 0; k < P; ++k) {
-              Row kappa, psi;
-              std::memcpy(&kappa, table_->kappa[k][s - cell - table_->first + 1], sizeof kappa);
-              kappas += sign * of[k] * kappa;
-              if (s > cell) continue;
-              std::memcpy(&psi, table_->psi[k][s - cell - table_->first + 1], sizeof psi);
-              psis += of[k] * psi;
-            }
+            const int entry = s - cell - table_->first + 1;
+#pragma GCC unroll 16
+            for (int k = 0; k < P; ++k) kappa[k % 2] += (sign * of[k]) * Row::at(table_->kappa[k][entry]);
+            if (s > cell) continue;
+#pragma GCC unroll 16
+            for (int k = 0; k < P; ++k) psi[k % 2] += of[k] * Row::at(table_->psi[k][entry]);
           }
-          kappas[0] += saturated;
+          Row kappas = kappa[0] + kappa[1];
+          kappas.set(0, kappas[0] + saturated);
           field.of[side][set] = kappas;
           field.half[side][set] = half;
           // A pair counts (d_i − d_j): the sources' set 1 meets the own set d, and the other way round with a minus.
           const Row& own = cell_moments(cell)[a * sets_ + (side == kLow ? 2 : 0) + 1 - set];
-          loss += (set == kOne ? 1 : -1) * (dot(own, psis) + below.times(own, cell));
+          loss += (set == kOne ? 1 : -1) * (dot(own, psi[0] + psi[1]) + below.times(own, cell));
         }
       }
     }
@@ -271,31 +270,26 @@ class RankedSums {
     double times(const Row& own, int cell) const { return ((kCell * cell * own[0] + own[1]) * weight - own[0] * place) / 2; }
   };
 
-  static PILE_INLINE double dot(Row a, Row b) {
-    const Row product = a * b;
-    double total = 0;
-    for (int k = 0; k < P; ++k) total += product[k];
-    return total;
-  }
+  static PILE_INLINE double dot(const Row& a, const Row& b) { return sum(a * b); }
 
   // (0, 1, 2 x, …, (P − 1) x^{P−2}).
   static PILE_INLINE Row slopes_of_powers(Row p) {
     Row slopes = {};
-    for (int k = 1; k < P; ++k) slopes[k] = k * p[k - 1];
+    for (int k = 1; k < P; ++k) slopes.set(k, k * p[k - 1]);
     return slopes;
   }
 
   template <bool kCounted>
   double sweep(int k, const Ranks<T>& ranks, const T* c, T* lambda, T* curvature) const {
-    using Mask = decltype(Row{} < Row{});
-    Mask odd;
-    for (int p = 0; p < P; ++p) odd[p] = p & 1 ? -1 : 0;
+    Row odd, even;
+    for (int p = 0; p < P; ++p) {
+      odd.set(p, p & 1);
+      even.set(p, !(p & 1));
+    }
     Row self[P];  // of the cell with itself: κ where parities differ, else ψ
     for (int p = 0; p < P; ++p) {
-      Row kappa, psi;
-      std::memcpy(&kappa, table_->kappa[p][-table_->first + 1], sizeof kappa);
-      std::memcpy(&psi, table_->psi[p][-table_->first + 1], sizeof psi);
-      self[p] = (p & 1 ? ~odd : odd) ? kappa : psi;
+      const Row kappa = Row::at(table_->kappa[p][-table_->first + 1]), psi = Row::at(table_->psi[p][-table_->first + 1]);
+      self[p] = p & 1 ? kappa * even + psi * odd : kappa * odd + psi * even;
     }
     const Chunk& chunk = chunk_[k];
     const Field* fields = field_ + int64_t(chunk.cell) * groups_;
@@ -333,16 +327,19 @@ class RankedSums {
         far = d * field.of[kHigh][0] - field.of[kHigh][1];
         half = (gain_[a] * d * sums[0] - d * sums[1] - gain_[a] * sums[2] + sums[3]) / 2;
       }
-      Row even = {}, uneven = {};
+      Row of_even = {}, of_odd = {};
 #pragma GCC unroll 16
       for (int q = 0; q < P; q += 2) {
-        even += all[q] * self[q];
-        uneven += all[q + 1] * self[q + 1];
+        of_even += all[q] * self[q];
+        of_odd += all[q + 1] * self[q + 1];
       }
-      const Row kappa = odd ? even : uneven, psi = odd ? uneven : even;
-      lambda[position] = T(half + dot(kappa + far, p));
-      if (curvature) curvature[position] = T(larger(-dot(kappa + far, slopes_of_powers(p)), 0.0));
-      loss += dot(psi, p) / 2 - u_[t] * half;
+      const Row odd_p = odd * p, even_p = even * p;
+      lambda[position] = T(half + sum(of_even * odd_p + of_odd * even_p + far * p));
+      if (curvature) {
+        const Row kappa = of_even * odd + of_odd * even;
+        curvature[position] = T(larger(-dot(kappa + far, slopes_of_powers(p)), 0.0));
+      }
+      loss += sum(of_even * even_p + of_odd * odd_p) / 2 - u_[t] * half;
       step<kCounted>(state + a * sets_, p, d, weight, -2.0);
       if (!kCounted) add(sums, gain_[a], d, -2.0);
     }

@@ -258,6 +258,50 @@ PILE_INLINE void lane_sums(Vec<T>* v) {
 }
 #endif
 
+// N numbers that are treated alike, in as many registers as they take: a compiler's vector that is wider than a register is taken
+// apart number by number wherever its lanes are chosen or filled.
+template <class T, int N>
+struct Numbers {
+  static constexpr int kPart = N < kLanes<T> ? N : kLanes<T>, kParts = N / kPart;
+  typedef T Part __attribute__((vector_size(kPart * sizeof(T))));
+  Part part[kParts];
+
+  // Part by part: a copy of the whole would go through memory in other pieces than it is read in, and wait there.
+  static PILE_INLINE Numbers at(const T* p) {
+    Numbers numbers;
+    for (int i = 0; i < kParts; ++i) std::memcpy(&numbers.part[i], p + i * kPart, sizeof(Part));
+    return numbers;
+  }
+  PILE_INLINE T operator[](int k) const { return part[k / kPart][k % kPart]; }
+  PILE_INLINE void set(int k, T x) { part[k / kPart][k % kPart] = x; }
+  PILE_INLINE Numbers& operator+=(const Numbers& other) {
+    for (int i = 0; i < kParts; ++i) part[i] += other.part[i];
+    return *this;
+  }
+  friend PILE_INLINE Numbers operator+(Numbers a, const Numbers& b) { return a += b; }
+  friend PILE_INLINE Numbers operator-(Numbers a, const Numbers& b) {
+    for (int i = 0; i < kParts; ++i) a.part[i] -= b.part[i];
+    return a;
+  }
+  friend PILE_INLINE Numbers operator*(Numbers a, const Numbers& b) {
+    for (int i = 0; i < kParts; ++i) a.part[i] *= b.part[i];
+    return a;
+  }
+  friend PILE_INLINE Numbers operator*(T x, Numbers a) {
+    for (int i = 0; i < kParts; ++i) a.part[i] *= x;
+    return a;
+  }
+};
+template <class T, int N>
+PILE_INLINE T sum(const Numbers<T, N>& numbers) {
+  typename Numbers<T, N>::Part total = numbers.part[0];
+  for (int i = 1; i < numbers.kParts; ++i) total += numbers.part[i];
+  T result = total[0];
+  if constexpr (numbers.kPart == kLanes<T>) return sum<T>(total);
+  for (int k = 1; k < numbers.kPart; ++k) result += total[k];
+  return result;
+}
+
 // 1 / x for normal x. AVX-512: 14-bit estimate and one Newton step, 2^-27 or better, at a third of a division's price.
 template <class T>
 PILE_INLINE Vec<T> reciprocal(Vec<T> x) {
@@ -329,24 +373,27 @@ PILE_INLINE Vec<float> falling_exp2<float>(Vec<float> y) {
 #endif
 
 // log(1 + t) for t in [0, 1], small t to full relative accuracy: 2 atanh(t / (2 + t)).
-template <class T>
+template <class T, int kTerms = Simd<T>::kLog1pTerms>
 PILE_INLINE Vec<T> vlog1p(Vec<T> t) {
   Vec<T> w = t * reciprocal<T>(T(2) + t);
   Vec<T> w2 = w * w;
-  Vec<T> p = splat<T>(T(1) / T(2 * Simd<T>::kLog1pTerms - 1));
+  Vec<T> p = splat<T>(T(1) / T(2 * kTerms - 1));
 #pragma GCC unroll 20
-  for (int k = Simd<T>::kLog1pTerms - 2; k >= 0; --k) p = p * w2 + T(1) / T(2 * k + 1);
+  for (int k = kTerms - 2; k >= 0; --k) p = p * w2 + T(1) / T(2 * k + 1);
   return T(2) * w * p;
 }
 
 // log(x) of x >= 1: x is m 2^n with m in [1, 2).
-template <class T>
+template <class T, int kTerms = Simd<T>::kLog1pTerms>
 PILE_INLINE Vec<T> vlog(Vec<T> x) {
   using S = Simd<T>;
-  const Ints<T> all = bits<T>(x), exponent = (all >> S::kMantissa) - typename S::integer(S::kBias);
+  const Ints<T> all = bits<T>(x);
+  // The exponent as a number: in the low bits of 2^kMantissa it is what it adds to that.
+  constexpr T whole = T(int64_t(1) << S::kMantissa);
+  const Vec<T> exponent = from_bits<T>((all >> S::kMantissa) | bits<T>(splat<T>(whole))) - (whole + T(S::kBias));
   const Ints<T> one = Ints<T>{} + (typename S::integer(S::kBias) << S::kMantissa);
   const Ints<T> fraction = all & ((typename S::integer(1) << S::kMantissa) - 1);
-  return to_vec<T>(exponent) * T(0.69314718055994530942) + vlog1p<T>(from_bits<T>(fraction | one) - T(1));
+  return exponent * T(0.69314718055994530942) + vlog1p<T, kTerms>(from_bits<T>(fraction | one) - T(1));
 }
 
 template <class I>

@@ -1,13 +1,13 @@
 // R as 1 − Σ_i c_i g_i / log2(1 + r_i) / max DCG with smooth ranks r_i = 1/2 + Σ_j σ((z_j − z_i)/τ): ApproxNDCG.
 //
 // Two sums over pairs: the ranks, then λ_i = Σ_j (a_i − a_j) σ'((z_i − z_j)/τ) / τ with a_i the loss's slope by r_i. Directly, or
-// by fields. The rank of a top document is a sum of many small numbers, so neither way subtracts: direct sums add σ to either
-// side of a pair, fields take tables of degree 16 (2e-13 per pair) whatever the logits' precision.
+// in linear time by scans down and up the sorted list (sigmoid_scan.h). The rank of a top document is a sum of many small numbers,
+// so neither way subtracts there.
 #pragma once
 
 #include "../curvature.h"
-#include "../field_sums.h"
 #include "../ranks.h"
+#include "../sigmoid_scan.h"
 #include "../term.h"
 
 namespace pile::PILE_ISA {
@@ -47,9 +47,6 @@ struct SlopePairs : SigmoidPairs<T, kWide> {
 };
 
 template <class T>
-constexpr PairCosts kApproxCosts = sizeof(T) == 4 ? PairCosts{0.3, 10, 60} : PairCosts{1.2, 20, 60};
-
-template <class T>
 class Loss<T, LabelApproxNdcg> : public LabelTerm {
  public:
   static constexpr bool kCurvature = true;
@@ -61,61 +58,43 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
   // Slope: Σ_j (a_i − a_j) σ'.
   Found run(const Member& m, const LabelApproxNdcg& term, const LossOptions& options, const LabelList<T>& list, T* slope) {
     const int n = list.order.labelled;
-    const double per_unit = 1 / term.temperature;
-    if (m.leads()) plan(list, per_unit, options.pairwise, m.size, *m.arena);
+    per_unit_ = 1 / term.temperature;
+    if (m.leads()) plan(list, options.pairwise, m.size, *m.arena);
     m.sync();
     find_gains(m, term, list);
-    each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) u_[k] = (double(list.z[k]) - middle_) * per_unit;
-    });
-    m.sync();
-    direct_ ? direct_ranks(m, list.z, n) : field_ranks(m, n);
-    m.sync();
-    each_piece(m, n, [&](int p, int begin, int end) {
-      Vec<double> sums = {};
-      for (int k = begin; k < end; k += kLanes<double>) {
-        const Vec<double> next = load(rank_ + k) + 1.0, log = vlog<double>(next), gain = load(gain_ + k);
-        sums += first_lanes<double>(end - k, gain * 0.69314718055994530942 / log);
-        store(slope_ + k, gain * 0.69314718055994530942 / (next * log * log));
-      }
-      totals_[p] = sum<double>(sums);
-    });
-    m.sync();
-    direct_ ? direct_slopes(m, n, slope, list.curvature) : field_slopes(m, n, slope, list.curvature);
+    direct_ ? run_direct(m, n, list, slope) : run_scan(m, n, list, slope);
     m.sync();
     double loss = 1;
-    for (int p = 0; p < pieces(n); ++p) loss -= totals_[p];
+    for (int p = 0; p < (direct_ ? pieces(n) : scan_.chunks); ++p) loss -= totals_[p];
     return {loss, 1, term.temperature};
   }
 
  private:
-  static constexpr int P = 16, kLeastFields = 32;
+  using Key = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  using Scan = SigmoidScan<sizeof(T) == 4 ? 12 : 20>;
 
-  void plan(const LabelList<T>& list, double per_unit, PairSum how, int members, Arena& arena) {
+  void plan(const LabelList<T>& list, PairSum how, int members, Arena& arena) {
     const int n = list.order.labelled;
     T low, high;
     find_range(list.z, n, low, high);
     middle_ = double(T(low / 2 + high / 2));
-    const double from = (double(low) - middle_) * per_unit, to = (double(high) - middle_) * per_unit;
-    const auto grid = Grid<double>::over(from, to, n);
-    // A field holds the document itself, too, and where a list has saturated, all the others together are less than that. Longer
-    // lists that far apart have more cells than a grid.
-    direct_ = n < kLeastFields || direct_is_faster(how, grid, double(n) * n / 2, n, 3, kApproxCosts<T>);
-    for (double** array : {&gain_, &discount_, &u_, &rank_, &slope_}) *array = arena.take<double>(n);
-    totals_ = arena.take<double>(pieces(n));
-    if (list.c) sort_.take(n, members, arena);
+    // In a few documents of equal logits and gains the direct sums cancel to the last bit, and scans do not.
+    direct_ = how == PairSum::direct || n < (how == PairSum::auto_ ? kFasterScan : kLeastScan);
+    for (double** array : {&gain_, &discount_}) *array = arena.take<double>(n);
+    if (list.c) by_gain_.take(n, members, arena);
     if (direct_) {
-      per_unit_ = T(per_unit);
+      for (double** array : {&u_, &rank_, &slope_}) *array = arena.take<double>(n);
       unit_ = arena.take<T>(n);
       a_ = arena.take<T>(n);
-      near_.plan(T(from), T(to), 0, n, arena);
+      near_.plan(T((double(low) - middle_) * per_unit_), T((double(high) - middle_) * per_unit_), 0, n, arena);
       sums_ = PairOutput<T>::take(n, arena);
-      return;
+      totals_ = arena.take<double>(pieces(n));
+    } else {
+      scan_.plan(n, arena);
+      by_logit_.take(n, members, arena);
+      for (double** array : {&slope_, &self_}) *array = arena.take<double>(scan_.slots);
+      totals_ = arena.take<double>(scan_.chunks);
     }
-    table_ = field_table<double, P>(0, arena);
-    ranks_ = slopes_ = {};
-    ranks_.plan(grid, n, nullptr, nullptr, arena);
-    slopes_.plan(grid, n, nullptr, slope_, arena);
   }
 
   // Of the weighted documents, relative to the largest DCG that they allow.
@@ -130,83 +109,131 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     m.sync();
     if (list.c) {
       each_piece(m, n, [&](int, int begin, int end) {
-        for (int k = begin; k < end; ++k) sort_.pairs()[k] = {falling_key<uint64_t>(gain_[k]), k};
+        for (int k = begin; k < end; ++k) by_gain_.pairs()[k] = {falling_key<uint64_t>(gain_[k]), k};
       });
       m.sync();
-      sort_.run(m);
+      by_gain_.run(m);
     }
     if (m.leads()) {
       ideal_ = 0;
-      for (int k = 0; k < n; ++k) ideal_ += gain_[list.c ? sort_.pairs()[k].item : k] * discount_[k];
+      for (int k = 0; k < n; ++k) ideal_ += gain_[list.c ? by_gain_.pairs()[k].item : k] * discount_[k];
     }
     m.sync();
     each_vector<double>(m, n, [&](int k) { store(gain_ + k, load(gain_ + k) / ideal_); });
+    m.sync();
   }
 
-  void direct_ranks(const Member& m, const T* z, int n) {
+  // What documents of these ranks and gains have of the measure, and its slopes by the ranks.
+  static PILE_INLINE Vec<double> measure(Vec<double> rank, Vec<double> gain, Vec<double>& slope) {
+    constexpr int kTerms = sizeof(T) == 4 ? 10 : Simd<double>::kLog1pTerms;  // 2e-11, which is enough for float
+    const Vec<double> next = rank + 1.0, discount = 0.69314718055994530942 / vlog<double, kTerms>(next),
+                      value = gain * discount;
+    slope = value * discount / (next * 0.69314718055994530942);
+    return value;
+  }
+
+  void run_direct(const Member& m, int n, const LabelList<T>& list, T* slope) {
     each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) unit_[k] = near_.wide ? z[k] : T(u_[k]);
+      for (int k = begin; k < end; ++k) {
+        u_[k] = (double(list.z[k]) - middle_) * per_unit_;
+        unit_[k] = near_.wide ? list.z[k] : T(u_[k]);
+      }
     });
     each_vector<T>(m, n, [&](int k) {
       sums_.clear(k);
       near_.set(k, load(unit_ + k));
     });
     m.sync();
-    near_.wide ? all_pairs<T>(m, RankPairs<T, true>{{unit_, near_, per_unit_}}, n, sums_, nullptr)
-               : all_pairs<T>(m, RankPairs<T, false>{{unit_, near_, per_unit_}}, n, sums_, nullptr);
-    each_piece(m, n, [&](int, int begin, int end) {
+    const T per_unit = T(per_unit_);
+    near_.wide ? all_pairs<T>(m, RankPairs<T, true>{{unit_, near_, per_unit}}, n, sums_, nullptr)
+               : all_pairs<T>(m, RankPairs<T, false>{{unit_, near_, per_unit}}, n, sums_, nullptr);
+    each_piece(m, n, [&](int p, int begin, int end) {
       for (int k = begin; k < end; ++k) rank_[k] = 1 + double(sums_.rows[k]) + double(sums_.columns[k]);
-    });
-  }
-  void direct_slopes(const Member& m, int n, T* slope, T* curvature) {
-    each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) a_[k] = T(slope_[k]);
+      Vec<double> total = {};
+      for (int k = begin; k < end; k += kLanes<double>) {
+        Vec<double> a;
+        total += first_lanes<double>(end - k, measure(load(rank_ + k), load(gain_ + k), a));
+        store_narrow(a_ + k, a);
+      }
+      totals_[p] = sum<double>(total);
     });
     each_vector<T>(m, n, [&](int k) { sums_.clear(k); });
     m.sync();
-    near_.wide ? all_pairs<T>(m, SlopePairs<T, true>{{unit_, near_, per_unit_}, a_}, n, sums_, nullptr)
-               : all_pairs<T>(m, SlopePairs<T, false>{{unit_, near_, per_unit_}, a_}, n, sums_, nullptr);
+    near_.wide ? all_pairs<T>(m, SlopePairs<T, true>{{unit_, near_, per_unit}, a_}, n, sums_, nullptr)
+               : all_pairs<T>(m, SlopePairs<T, false>{{unit_, near_, per_unit}, a_}, n, sums_, nullptr);
     each_vector<T>(m, n, [&](int k) { store(slope + k, sums_.value(k)); });
-    if (curvature) all_curvature<T>(m, unit_, near_, SumOfBoth<T>{a_}, n, sums_, curvature, per_unit_);
+    if (list.curvature) all_curvature<T>(m, unit_, near_, SumOfBoth<T>{a_}, n, sums_, list.curvature, per_unit);
   }
 
-  // solve(), once the fields have all documents' moments.
-  template <class Solve>
-  void find_fields(const Member& m, FieldSums<double, P>& fields, Solve solve) const {
-    for (int c = m.rank; c < fields.chunks; c += m.size) {
-      m.poll();
-      fields.deposit(c, u_);
-    }
+  void run_scan(const Member& m, int n, const LabelList<T>& list, T* slope) {
+    const FlushToZero flush;
+    each_piece(m, n, [&](int, int begin, int end) {
+      for (int k = begin; k < end; ++k) by_logit_.pairs()[k] = {falling_key<Key>(list.z[k]), k};
+    });
     m.sync();
-    if (m.leads()) {
-      fields.collect();
-      solve();
-    }
-    m.sync();
-  }
-  void field_ranks(const Member& m, int n) {
-    find_fields(m, ranks_, [&] { ranks_.solve_self(*table_); });
-    each_vector<double>(m, n, [&](int k) { store(rank_ + k, (n + 1) / 2.0 + ranks_.evaluate(0, load(u_ + k), k)); });
-  }
-  void field_slopes(const Member& m, int n, T* slope, T* curvature) {
-    find_fields(m, slopes_, [&] { slopes_.solve_slope_of_self(*table_); });
-    each_vector<double>(m, n, [&](int k) {
-      store_narrow(slope + k, slopes_.evaluate(0, load(u_ + k), k));
-      // But the pair of a document and itself.
-      if (curvature)
-        store_narrow(curvature + k, vmax(slopes_.evaluate(0, load(u_ + k), k, 1) - load(slope_ + k) / 2.0, Vec<double>{}));
+    by_logit_.run(m);
+    const auto each_chunk = [&](auto visit) {
+      for (int c = m.rank; c < scan_.chunks; c += m.size) {
+        m.poll();
+        visit(c, scan_.chunk(c).begin, scan_.chunk(c).end);
+      }
+    };
+    const auto carry = [&] {
+      m.sync();
+      if (m.leads()) scan_.carry();
+      m.sync();
+    };
+    const auto* const sorted = by_logit_.pairs();
+    each_chunk([&](int c, int begin, int) {
+      double ones[Scan::kChunk];
+      scan_.each_document(c, [&](int slot, int rank) {
+        const auto& own = sorted[smaller(rank, n - 1)];
+        scan_.logits()[slot] = (double(of_falling_key<T>(own.key)) - middle_) * per_unit_;
+        slope_[slot] = rank < n ? gain_[own.item] : 0;
+        ones[slot - begin] = rank < n;
+      });
+      scan_.set(c);
+      scan_.hand_on(c, ones);
+    });
+    carry();
+    each_chunk([&](int c, int begin, int end) {
+      double ones[Scan::kChunk], sigma[Scan::kChunk];
+      scan_.each_document(c, [&](int slot, int rank) { ones[slot - begin] = rank < n; });
+      scan_.template read<true>(c, ones, sigma, self_ + begin);
+      Vec<double> total = {};
+      for (int k = begin; k < end; k += kLanes<double>) {
+        Vec<double> a;
+        total += measure(1.0 + scan_.ranks(c, k) + load(sigma + k - begin), load(slope_ + k), a);
+        store(slope_ + k, a);
+      }
+      totals_[c] = sum<double>(total);
+      scan_.hand_on(c, slope_ + begin);
+    });
+    carry();
+    each_chunk([&](int c, int begin, int end) {
+      double others[Scan::kChunk];
+      scan_.template read<false>(c, slope_ + begin, nullptr, others);
+      for (int k = begin; k < end; k += kLanes<double>) store(self_ + k, load(slope_ + k) * load(self_ + k));
+      scan_.each_document(c, [&](int slot, int rank) {
+        if (rank >= n) return;
+        slope[sorted[rank].item] = T(self_[slot] - others[slot - begin]);
+        if (list.curvature) list.curvature[sorted[rank].item] = T(self_[slot] + others[slot - begin]);
+      });
     });
   }
 
-  RadixSort<uint64_t> sort_;
-  FieldSums<double, P> ranks_, slopes_;
-  const FieldTable<double, P>* table_ = nullptr;
+  static constexpr int kLeastScan = 32, kFasterScan = 128;  // about, on two processors
+
+  RadixSort<uint64_t> by_gain_;
+  RadixSort<Key> by_logit_;
+  Scan scan_;
   Exponentials<T> near_;
   PairOutput<T> sums_;
-  double middle_ = 0, ideal_ = 0;
-  double *gain_ = nullptr, *discount_ = nullptr, *u_ = nullptr, *rank_ = nullptr, *slope_ = nullptr, *totals_ = nullptr;
+  double middle_ = 0, ideal_ = 0, per_unit_ = 1;
+  double *gain_ = nullptr, *discount_ = nullptr, *totals_ = nullptr;  // by position
+  double *u_ = nullptr, *rank_ = nullptr;
+  double *slope_ = nullptr, *self_ = nullptr;  // by slot: a, Σ σ'
   T *unit_ = nullptr, *a_ = nullptr;  // u, or the logits as they are where they are wide, and a, in the logits' precision
-  T per_unit_ = 1;
   bool direct_ = true;
 };
 
