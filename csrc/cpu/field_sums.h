@@ -184,20 +184,19 @@ class FieldSums {
     apply(table, block_moments_, filled_, [&](int c, Row f) { put(0, 0, c, f); });
   }
 
-  // Fields of the only block on itself under κ': Σ_j κ'(u_j − u), and with gains Σ_j g_j κ'(u_j − u).
+  // Field of the only block on itself under κ': Σ_j κ'(u_j − u).
   void solve_slope_of_self(const Table& table) {
-    for (int w = 0; w < (weighted ? 2 : 1); ++w)
-      each_near_field(table, table.slope, block_moments_ + w * grid.cells, filled_, [&](int c, Row f) { put(0, w, c, f); });
+    each_near_field(table, table.slope, block_moments_, filled_, [&](int c, Row f) { put(0, 0, c, f); });
   }
 
-  // Value of block b's field at u for the documents from k on: Σ ω κ; `sign`: of the gains of the documents that are met.
-  PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k, T sign = -1) const {
+  // Value of block b's field at u for the documents from k on: Σ ω κ.
+  PILE_INLINE Vec<T> evaluate(int b, Vec<T> u, int k) const {
     Vec<T> x;
     const Ints<T> cell = grid.locate(u, x);
     const T* f = field_ + int64_t(b) * (weighted ? 2 : 1) * P * stride_;
     const Vec<T> counts = horner(f, cell, x);
     if (!weighted) return counts;
-    return load(depositor_.gain + k) * counts + sign * horner(f + P * stride_, cell, x);
+    return load(depositor_.gain + k) * counts - horner(f + P * stride_, cell, x);
   }
 
   // Σ_P ω softplus(offset − (u_i − u_j)) over pairs of different blocks, by the moments alone: i counts as it does here, j as it

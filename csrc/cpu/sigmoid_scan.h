@@ -62,18 +62,16 @@ struct SigmoidPowers {
 // While it lives, this thread's numbers next to 0 are 0: where no weight is near, the sums fade through them, and some processors
 // take a hundred times as long for those.
 class FlushToZero {
-#if defined(__SSE2__)
  public:
+#if defined(__SSE2__)
   FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
   ~FlushToZero() { _mm_setcsr(before_); }
 
  private:
   unsigned before_;
 #else
- public:
   FlushToZero() {}
 #endif
- public:
   FlushToZero(const FlushToZero&) = delete;
 };
 
@@ -90,7 +88,6 @@ class SigmoidScan {
 
   // Room for n documents. One member.
   void plan(int n, Arena& arena) {
-    n_ = n;
     chunks = (n + kChunk - 1) / kChunk;
     slots = (chunks - 1) * kChunk + round_up(n - (chunks - 1) * kChunk, W);
     u_ = arena.take<double>(slots);
@@ -128,6 +125,7 @@ class SigmoidScan {
 
   // What the strands of chunk c hand on; w: the weights of its slots.
   void hand_on(int c, const double* w) const {
+    const FlushToZero flush;
     const Chunk own = chunk(c);
     Vec<double> sums[K];
     const auto add = [&](Vec<double> weight, Vec<double> step) {
@@ -150,6 +148,7 @@ class SigmoidScan {
   }
   // Then: what each chunk is handed by the others. One member.
   void carry() const {
+    const FlushToZero flush;
     const auto at = [&](int c, bool down) { return u_[down ? chunk(c).begin : chunk(c).end - 1]; };
     for (const bool down : {true, false}) {
       double total[K] = {};
@@ -171,6 +170,7 @@ class SigmoidScan {
   // of all others.
   template <bool kSigma>
   void read(int c, const double* w, double* sigma, double* slope) const {
+    const FlushToZero flush;
     const SigmoidPowers<K>& powers = SigmoidPowers<K>::get();
     const Chunk own = chunk(c);
     const int n = own.end - own.begin;
@@ -255,7 +255,6 @@ class SigmoidScan {
     }
   }
 
-  int n_ = 0;
   double *u_ = nullptr, *step_ = nullptr;
   Carry* carry_ = nullptr;
 };

@@ -83,7 +83,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
     for (double** array : {&gain_, &discount_}) *array = arena.take<double>(n);
     if (list.c) by_gain_.take(n, members, arena);
     if (direct_) {
-      for (double** array : {&u_, &rank_, &slope_}) *array = arena.take<double>(n);
+      rank_ = arena.take<double>(n);
       unit_ = arena.take<T>(n);
       a_ = arena.take<T>(n);
       near_.plan(T((double(low) - middle_) * per_unit_), T((double(high) - middle_) * per_unit_), 0, n, arena);
@@ -134,10 +134,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
 
   void run_direct(const Member& m, int n, const LabelList<T>& list, T* slope) {
     each_piece(m, n, [&](int, int begin, int end) {
-      for (int k = begin; k < end; ++k) {
-        u_[k] = (double(list.z[k]) - middle_) * per_unit_;
-        unit_[k] = near_.wide ? list.z[k] : T(u_[k]);
-      }
+      for (int k = begin; k < end; ++k) unit_[k] = near_.wide ? list.z[k] : T((double(list.z[k]) - middle_) * per_unit_);
     });
     each_vector<T>(m, n, [&](int k) {
       sums_.clear(k);
@@ -166,7 +163,6 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
   }
 
   void run_scan(const Member& m, int n, const LabelList<T>& list, T* slope) {
-    const FlushToZero flush;
     each_piece(m, n, [&](int, int begin, int end) {
       for (int k = begin; k < end; ++k) by_logit_.pairs()[k] = {falling_key<Key>(list.z[k]), k};
     });
@@ -217,7 +213,7 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
       scan_.each_document(c, [&](int slot, int rank) {
         if (rank >= n) return;
         slope[sorted[rank].item] = T(self_[slot] - others[slot - begin]);
-        if (list.curvature) list.curvature[sorted[rank].item] = T(self_[slot] + others[slot - begin]);
+        if (list.curvature) list.curvature[sorted[rank].item] = T(larger(self_[slot] + others[slot - begin], 0.0));
       });
     });
   }
@@ -230,8 +226,8 @@ class Loss<T, LabelApproxNdcg> : public LabelTerm {
   Exponentials<T> near_;
   PairOutput<T> sums_;
   double middle_ = 0, ideal_ = 0, per_unit_ = 1;
-  double *gain_ = nullptr, *discount_ = nullptr, *totals_ = nullptr;  // by position
-  double *u_ = nullptr, *rank_ = nullptr;
+  double *gain_ = nullptr, *discount_ = nullptr, *rank_ = nullptr;  // by position
+  double* totals_ = nullptr;
   double *slope_ = nullptr, *self_ = nullptr;  // by slot: a, Σ σ'
   T *unit_ = nullptr, *a_ = nullptr;  // u, or the logits as they are where they are wide, and a, in the logits' precision
   bool direct_ = true;
